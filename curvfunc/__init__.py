@@ -1,0 +1,56 @@
+"""Per-sample gradients, curvature and Kronecker factors as pure functions of a model and its parameters."""
+
+from curvfunc import reference
+from curvfunc.compute import compute
+from curvfunc.model import ModelFunction, functionalize
+from curvfunc.quantities import (
+    KFAC,
+    KFLR,
+    BatchDiagGGN,
+    BatchGrad,
+    BatchL2,
+    DiagGGN,
+    Grad,
+    Loss,
+    Output,
+    SqrtGGN,
+    SumGradSquared,
+    Variance,
+    batch_diag_ggn,
+    batch_grad,
+    batch_l2,
+    diag_ggn,
+    kfac,
+    kflr,
+    sqrt_ggn,
+    sum_grad_squared,
+    variance,
+)
+
+__all__ = [
+    "KFAC",
+    "KFLR",
+    "BatchDiagGGN",
+    "BatchGrad",
+    "BatchL2",
+    "DiagGGN",
+    "Grad",
+    "Loss",
+    "ModelFunction",
+    "Output",
+    "SqrtGGN",
+    "SumGradSquared",
+    "Variance",
+    "batch_diag_ggn",
+    "batch_grad",
+    "batch_l2",
+    "compute",
+    "diag_ggn",
+    "functionalize",
+    "kfac",
+    "kflr",
+    "reference",
+    "sqrt_ggn",
+    "sum_grad_squared",
+    "variance",
+]

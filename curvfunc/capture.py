@@ -1,0 +1,425 @@
+"""One forward pass, and where it uses the parameters.
+
+The model runs once under a ``TorchFunctionMode`` that sees every call with the parameter tensors themselves. For an
+operation with a rule it keeps a *site*: the forms of the parameters' use, and the gradient edge of the output, which
+stays right when the output is changed in place later. Two ways of running keep samples apart:
+
+- *plain*, on the whole batch. Valid if every use of a parameter has a rule and the sample axis is proven
+  (`curvfunc.batch_axis`) from each site to the output.
+- *vmapped* over samples, where the sample axis is explicit. A parameter that is used without a rule (*generic*) is
+  expanded to one copy per sample, whose gradient is the per-sample gradient: right for every operation.
+
+Where vmap cannot run the model either, samples run one after another, all parameters generic. Nothing is guessed.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import optree
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from curvfunc.batch_axis import mutates, propagate
+from curvfunc.contractions import Direct, Form
+from curvfunc.rules import RULES
+
+__all__ = ["Site", "Trace", "capture"]
+
+MIXED = -1  # a tensor whose sample axis is not known
+CONSTANT = -2  # a tensor that requires grad and depends on no sample: parameters, and what is made of them alone
+
+
+@dataclass
+class Site:
+    """A use of parameters: forms by parameter index, and how to read the cotangent of the output.
+
+    Attributes:
+        name: Of the operation.
+        forms: ``{parameter index: form}``.
+        edge: Gradient edge of the operation's output, up to a reshape to ``shape``.
+        axis: Sample axis of that output.
+        inputs: The input tensors and their version counters, to notice changes in place.
+        shape: Of the output, all samples together.
+        producers: Graph nodes that made the inputs.
+    """
+
+    name: str
+    forms: dict[int, Form]
+    edge: GradientEdge
+    axis: int
+    inputs: list[tuple[Tensor, int]]
+    shape: torch.Size
+    producers: list[Node]
+
+
+@dataclass
+class Trace:
+    """A finished forward pass.
+
+    Attributes:
+        out: The output [N, ...], with its autograd graph.
+        sites: Uses of parameters whose cotangents give everything; a generic parameter is a site of its own.
+        mode: "plain", "vmap" or "loop".
+        reasons: ``{parameter index: why it is generic}``, under the index None why the plain path does not hold.
+    """
+
+    out: Tensor
+    sites: list[Site]
+    mode: str
+    reasons: dict[int | None, str] = field(default_factory=dict)
+
+
+class _Capture(TorchFunctionMode):
+    """Records sites, generic parameters and the sample axis. ``level`` is the vmap level, None on the plain path."""
+
+    def __init__(self, tracked: dict[int, Tensor], level: int | None, samples: int) -> None:
+        super().__init__()
+        self.index = {id(p): i for i, p in tracked.items()}
+        self.level = level
+        self.samples = samples
+        self.sites: list[Site] = []
+        self.reasons: dict[int | None, str] = {}
+        if level is None:
+            for p in tracked.values():
+                p._curvfunc_axis = CONSTANT  # type: ignore[attr-defined]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run ``func`` and note what it does with parameters and samples."""
+        kwargs = kwargs or {}
+        if func in _BATCH_NORMS:
+            _refuse_batch_statistics(func, args, kwargs)
+        out = func(*args, **kwargs)
+        used = [i for t in _tensors(args, kwargs) if (i := self.index.get(id(t))) is not None]
+        if used and _tensor_in(out):
+            self._use(func, args, kwargs, out, used)
+        if self.level is None:
+            self._follow(func, args, kwargs, out)
+        return out
+
+    # -- parameters
+
+    def _use(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, used: list[int]) -> None:
+        rule = RULES.get(func)
+        if rule is None:
+            return self.note(used, f"{_name(func)} has no rule")
+        bound = {**dict(zip(rule.arguments, args, strict=False)), **kwargs}
+        roles = {
+            name: i
+            for name, t in bound.items()
+            if name in rule.parameters and (i := self.index.get(id(t))) is not None
+        }
+        if len(roles) != len(used):
+            return self.note(used, f"{_name(func)} takes it as an argument that has no rule")
+        axis, raw = self._sample_axis(func, args, kwargs, out)
+        if axis is None:
+            return self._unproven(used, func)
+        if not raw.requires_grad:
+            return None  # used under no_grad: no gradient flows here
+        inputs = {k: t for k, t in bound.items() if isinstance(t, Tensor) and k not in rule.parameters}
+        batched = {k: self._batch_first(t) for k, t in inputs.items()}
+        if any(t is None for t in batched.values()):
+            return self._unproven(used, func)
+        forms = rule.forms(**{**bound, **batched})
+        if forms is NotImplemented:
+            return self.note(used, f"the rule of {_name(func)} declines")
+        self.sites.append(
+            Site(
+                name=_name(func),
+                forms={i: forms[name] for name, i in roles.items()},
+                edge=get_gradient_edge(_viewed(raw)),
+                axis=axis,
+                inputs=[(t, t._version) for t in map(self._raw, inputs.values())],
+                shape=raw.shape,
+                producers=[get_gradient_edge(t).node for t in map(self._raw, inputs.values()) if t.requires_grad],
+            )
+        )
+        return None
+
+    def _unproven(self, used: list[int], func: Any) -> None:
+        """On the plain path the samples may mix; under vmap the operation sees no sample at all."""
+        self.note(used if self.level is not None else [None], f"{_name(func)} has no proven sample axis")
+
+    def note(self, used: Sequence[int | None], why: str) -> None:
+        """Note why parameters are generic, or for None why the plain path does not hold."""
+        for i in used:
+            self.reasons.setdefault(i, why)
+
+    def _sample_axis(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> tuple[int | None, Tensor]:
+        """The sample axis of a site's output, and the tensor that carries its graph."""
+        if self.level is None:
+            axis = _propagated(func, args, kwargs, out)
+            return (axis if isinstance(axis, int) and axis >= 0 else None), out
+        if _functorch.maybe_get_level(out) != self.level or not _functorch.is_batchedtensor(out):
+            return None, out
+        return _functorch.maybe_get_bdim(out), _functorch.get_unwrapped(out)
+
+    def _batch_first(self, t: Tensor) -> Tensor | None:
+        """An input [n, ...]; None where it has no sample axis on the plain path."""
+        if self.level is None:
+            axis = _axis(t)
+            return None if axis is None or axis < 0 else t.movedim(axis, 0) if axis else t
+        if _functorch.is_batchedtensor(t) and _functorch.maybe_get_level(t) == self.level:
+            return _functorch.get_unwrapped(t).movedim(_functorch.maybe_get_bdim(t), 0)
+        return t.expand(self.samples, *t.shape)
+
+    def _raw(self, t: Tensor) -> Tensor:
+        if self.level is not None and _functorch.is_batchedtensor(t) and _functorch.maybe_get_level(t) == self.level:
+            return _functorch.get_unwrapped(t)
+        return t
+
+    # -- samples
+
+    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Mark each tensor of ``out`` with its sample axis."""
+        if mutates(func):  # its views keep their marks, so the axis must not change
+            before = args[0].__dict__.get("_curvfunc_axis")
+            axis = _propagated(func, args, kwargs, args[0])
+            if before is not None and axis != before:
+                self.reasons.setdefault(None, f"{_name(func)} changes a tensor in place and mixes samples")
+            _mark(args[0], axis)
+        elif isinstance(out, Tensor):
+            _mark(out, _propagated(func, args, kwargs, out))
+        elif isinstance(out, (tuple, list)) and _tensor_in(out):
+            axes = _propagated(func, args, kwargs, out)
+            if not isinstance(axes, tuple):
+                axes = (axes,) * len(out)
+            for t, axis in zip(out, axes, strict=True):
+                if isinstance(t, Tensor):
+                    _mark(t, MIXED if axis is None else axis)
+
+
+def _propagated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    """Sample axis of ``out``: an axis, MIXED, CONSTANT; None for a constant without gradient."""
+    sampled = constant_with_grad = mixed = unknown = False
+    for t in _tensors(args, kwargs):
+        axis = _axis(t)
+        if axis is None:
+            constant_with_grad |= t.requires_grad
+        elif axis >= 0:
+            sampled = True
+        elif axis == CONSTANT:
+            constant_with_grad = True
+        elif t.requires_grad:
+            mixed = True
+        else:
+            unknown = True
+    if mixed or (unknown and not sampled):
+        return MIXED
+    if sampled:
+        axis = propagate(func, args, kwargs, out, _axis_or_none)
+        return MIXED if axis is None else axis
+    return CONSTANT if constant_with_grad else None
+
+
+def _axis(t: Tensor) -> int | None:
+    axis: int | None = t.__dict__.get("_curvfunc_axis")
+    if axis is None and t.grad_fn is not None:
+        return MIXED  # made where the mode could not see it
+    return axis
+
+
+def _axis_or_none(t: Tensor) -> int | None:
+    axis = _axis(t)
+    return None if axis is None or axis < 0 else axis
+
+
+def _mark(t: Tensor, axis: int | None) -> None:
+    if axis is not None:
+        t._curvfunc_axis = axis  # type: ignore[attr-defined]
+
+
+def _viewed(t: Tensor) -> Tensor:
+    """The tensor that a view shows whole, in the same order; otherwise ``t``.
+
+    A change in place of a view replaces the view's graph node, but not the one that its base had before.
+    """
+    base = t._base
+    same = base is not None and base.numel() == t.numel() and base.is_contiguous() and t.is_contiguous()
+    return base if same and base.requires_grad else t  # type: ignore[return-value, union-attr]
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors among the arguments, nested lists and tuples included."""
+    for a in args:
+        if isinstance(a, Tensor):
+            yield a
+        elif isinstance(a, (tuple, list)):
+            yield from _tensors(tuple(a), {})
+    for a in kwargs.values():
+        if isinstance(a, Tensor):
+            yield a
+        elif isinstance(a, (tuple, list)):
+            yield from _tensors(tuple(a), {})
+
+
+def _tensor_in(out: Any) -> bool:
+    return isinstance(out, Tensor) or (isinstance(out, (tuple, list)) and any(_tensor_in(o) for o in out))
+
+
+def _name(func: Any) -> str:
+    return getattr(func, "__name__", str(func))
+
+
+_BATCH_NORMS = {F.batch_norm: 5, torch.batch_norm: 5, torch.native_batch_norm: 5}
+
+
+def _refuse_batch_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    training = kwargs.get("training", args[5] if len(args) > 5 else False)
+    if training:
+        raise ValueError(
+            "batch normalization in training mode mixes the samples of a batch, so that per-sample gradients and "
+            "curvature are not defined: call module.eval() before functionalize's function runs (running statistics "
+            "are then used), or use GroupNorm or LayerNorm."
+        )
+
+
+def capture(
+    model_fn: Callable[..., Any], leaves: list[Tensor], rebuild: Callable[[Sequence[Tensor]], Any], X: Any, samples: int
+) -> Trace:
+    """Run ``model_fn(rebuild(leaves), X)`` once and find the sites.
+
+    Args:
+        model_fn: The model.
+        leaves: The parameters, requiring grad.
+        rebuild: Makes the params pytree of a list of tensors.
+        X: The input, every tensor [N, ...].
+        samples: N.
+    """
+    tracked = dict(enumerate(leaves))
+    mode = _Capture(tracked, None, samples)
+    params, X_marked = rebuild(leaves), optree.tree_map(_marked, X)
+    with mode:
+        out = model_fn(params, X_marked)
+    check_output(out, samples)
+    if not mode.reasons and out.requires_grad and _axis(out) != 0:
+        mode.reasons[None] = "the sample axis could not be followed to the output"
+    if not mode.reasons:
+        mode.note(_hidden(out, mode.sites, tracked), "it is used where calls cannot be seen")
+    if not mode.reasons:
+        return Trace(out, mode.sites, "plain")
+    try:
+        return _capture_vmapped(model_fn, leaves, rebuild, X, samples, mode.reasons)
+    except (RuntimeError, NotImplementedError) as error:
+        return _capture_loop(model_fn, leaves, rebuild, X, samples, error)
+
+
+def _marked(x: Tensor) -> Tensor:
+    x = x.view_as(x)
+    x._curvfunc_axis = 0  # type: ignore[attr-defined]
+    return x
+
+
+def _capture_vmapped(
+    model_fn: Callable[..., Any],
+    leaves: list[Tensor],
+    rebuild: Callable[[Sequence[Tensor]], Any],
+    X: Any,
+    samples: int,
+    reasons: dict[int | None, str],
+) -> Trace:
+    """Run under vmap over samples, generic parameters expanded; again if more of them turn out to be generic."""
+    reasons = dict(reasons)
+    while True:
+        tracked = {i: p for i, p in enumerate(leaves) if i not in reasons}
+        generic = {i: _copies(leaves[i], samples) for i in reasons if i is not None}
+        modes: list[_Capture] = []
+
+        def one(x: Any, own: dict[int, Tensor]) -> Tensor:
+            level = _functorch.maybe_get_level(optree.tree_leaves(x)[0])
+            modes.append(_Capture(tracked, level, samples))  # noqa: B023 (called at once, below)
+            params = rebuild([own.get(i, p) for i, p in enumerate(leaves)])
+            x = optree.tree_map(lambda t: t.unsqueeze(0), x)
+            with modes[0]:  # noqa: B023
+                out = model_fn(params, x)
+            check_output(out, 1)
+            return out.squeeze(0)
+
+        out = torch.vmap(one, randomness="different")(X, generic)
+        mode = modes[0]
+        mode.note(_hidden(out, mode.sites, tracked), "it is used where calls cannot be seen")
+        if not mode.reasons:
+            return Trace(out, mode.sites + _generic_sites(generic, leaves), "vmap", reasons)
+        reasons |= mode.reasons
+
+
+def _capture_loop(
+    model_fn: Callable[..., Any],
+    leaves: list[Tensor],
+    rebuild: Callable[[Sequence[Tensor]], Any],
+    X: Any,
+    samples: int,
+    error: Exception,
+) -> Trace:
+    """Run sample by sample, every parameter with a copy per sample."""
+    generic = {i: _copies(p, samples) for i, p in enumerate(leaves)}
+    outs = []
+    for n in range(samples):
+        with _Capture({}, None, 1):
+            out = model_fn(rebuild([p[n] for p in generic.values()]), optree.tree_map(lambda t: t[n : n + 1], X))
+        check_output(out, 1)
+        outs.append(out)
+    why = f"vmap cannot run the model: {str(error).splitlines()[0]}"
+    return Trace(torch.cat(outs), _generic_sites(generic, leaves), "loop", dict.fromkeys(generic, why))
+
+
+def _copies(p: Tensor, samples: int) -> Tensor:
+    """One copy of a parameter per sample, sharing memory, whose gradient is the per-sample gradient."""
+    return p.expand(samples, *p.shape)
+
+
+def _generic_sites(generic: dict[int, Tensor], leaves: list[Tensor]) -> list[Site]:
+    return [
+        Site("generic", {i: Direct(lambda g: g, leaves[i].shape)}, get_gradient_edge(copies), 0, [], copies.shape, [])
+        for i, copies in generic.items()
+    ]
+
+
+def _hidden(out: Tensor, sites: list[Site], tracked: dict[int, Tensor]) -> list[int]:
+    """Parameters that the output's graph reaches other than through the sites, by walking the graph."""
+    if not out.requires_grad:
+        return []
+    ends = {get_gradient_edge(p).node: i for i, p in tracked.items()}
+    producers = {site.edge.node: site.producers for site in sites}
+    seen: set[Node] = set()
+    stack = [get_gradient_edge(out).node]
+    found = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in ends:
+            found.add(ends[node])
+        elif node in producers:
+            stack.extend(producers[node])
+        else:
+            stack.extend([n for n, _ in node.next_functions])
+    return sorted(found)
+
+
+def check_output(out: Any, samples: int) -> None:
+    """Raise if a model's output is not one tensor with the samples first."""
+    if not isinstance(out, Tensor):
+        what = f"a {type(out).__name__}"
+        if isinstance(out, dict):
+            what += f" with keys {list(out)}"
+        raise TypeError(
+            f"the model returned {what}; a single tensor is needed. Choose one: functionalize(module, output_fn=lambda "
+            "out: out[0]), or a model_fn that returns it."
+        )
+    if out.ndim == 0 or out.shape[0] != samples:
+        raise ValueError(
+            f"the model's output has shape {tuple(out.shape)} for {samples} sample(s); its first axis must be the "
+            "sample axis. Permute it in model_fn or output_fn."
+        )
+    if not out.is_floating_point():
+        raise TypeError(f"the model's output has dtype {out.dtype}; a real floating-point tensor is needed.")

@@ -1,0 +1,339 @@
+"""Specs in, results out: one forward pass, one backward pass per kind of cotangent, shared by all specs."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import optree
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+from torch._C import _functorch
+from torch.utils import _pytree as pytree
+
+from curvfunc import contractions, losses
+from curvfunc.capture import Trace, capture, check_output
+from curvfunc.contractions import Bound, Direct, Outer
+from curvfunc.cotangents import LossGradient, LossRoot, chunks, pull
+from curvfunc.inputs import Batch, flatten_params, forward_errors, read_batch
+from curvfunc.model import ModelFunction
+
+__all__ = ["Quantity", "compute"]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What `compute` can be asked for; results are one per parameter unless ``forward`` is set."""
+
+    contractions: ClassVar[tuple[str, ...]] = ()
+    forward: ClassVar[str | None] = None
+    whole_batch: ClassVar[bool] = False
+
+    @property
+    def cotangent(self) -> LossGradient | LossRoot:
+        """What is backpropagated."""
+        return LossGradient()
+
+    def finish(self, samples: int, *parts: Any) -> Any:
+        """The result for one parameter from its contractions, for that many samples."""
+        return parts[0]
+
+    def key(self) -> tuple[Any, ...]:
+        """The constructor's arguments."""
+        return tuple([getattr(self, f.name) for f in fields(self)])
+
+
+# Each contraction, and how its parts from several chunks of columns become one.
+CONTRACTIONS: dict[str, tuple[Callable[[Bound], Tensor | None], str]] = {
+    "per_sample": (contractions.per_sample, "concatenate"),
+    "squares": (contractions.squares, "sum"),
+    "sample_squares": (contractions.sample_squares, "sum"),
+    "sample_norms": (contractions.sample_norms, "sum"),
+    "output_factor": (contractions.output_factor, "sum"),
+    "input_factor": (contractions.input_factor, "first"),
+}
+
+# A block larger than this many rows is refused: 2**15 rows take 4 GiB in float32.
+LARGEST_BLOCK = 1 << 15
+
+
+def compute(
+    model_fn: Callable[[Any, Any], Tensor],
+    params: Any,
+    X: Any,
+    y: Any,
+    specs: Any,
+    *,
+    loss_fn: Callable[[Tensor, Any], Tensor] = F.cross_entropy,
+    subsampling: Sequence[int] | Tensor | None = None,
+    generator: Generator | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Several quantities at once, from one forward pass and one backward pass per kind of cotangent.
+
+    Args:
+        model_fn: ``(params, X) -> output [N, ...]``, from `curvfunc.functionalize` or any function.
+        params: Pytree of real floating-point tensors, usually ``{name: tensor}``.
+        X: Input, a tensor or a pytree of tensors with leading sample axis N.
+        y: Targets, likewise.
+        specs: Any pytree of specs such as ``(Loss(), Grad(), DiagGGN(mc_samples=1))``.
+        loss_fn: ``(output, y) -> scalar`` that sums or averages over samples.
+        subsampling: Indices of samples for everything but `Loss`, `Output` and `Grad`, which are of the whole batch.
+        generator: Source of Monte-Carlo draws. Specs with the same ``mc_samples`` share their draws.
+        chunk_size: Number of vectors that are backpropagated together; by default chosen by memory.
+
+    Returns:
+        The tree of ``specs`` with each spec replaced by its result.
+
+    Raises:
+        TypeError, ValueError: For input that has no answer; the message names the argument, the shapes and the remedy.
+
+    Example:
+        >>> from curvfunc import BatchL2, Grad, Loss
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> loss, (grad, norms) = compute(model_fn, params, X, y, (Loss(), (Grad(), BatchL2())))
+        >>> grad["weight"].shape, norms["bias"].shape
+        (torch.Size([3, 4]), torch.Size([8]))
+    """
+    if torch.compiler.is_compiling():
+        return _compiled(model_fn, params, X, y, specs, loss_fn, subsampling, generator, chunk_size)
+    leaves, tree = optree.tree_flatten(specs, is_leaf=lambda s: isinstance(s, Quantity))
+    results = _results(
+        model_fn, params, X, y, leaves, losses.normalize(loss_fn), subsampling, generator, chunk_size
+    )
+    return optree.tree_unflatten(tree, results)
+
+
+def _results(
+    model_fn: Callable[..., Any],
+    params: Any,
+    X: Any,
+    y: Any,
+    specs: Sequence[Any],
+    loss: losses.Loss,
+    subsampling: Sequence[int] | Tensor | None,
+    generator: Generator | None,
+    chunk_size: int | None,
+) -> list[Any]:
+    """One result per spec. With a subset, the specs of the whole batch have a forward pass of their own."""
+    for spec in specs:
+        if not isinstance(spec, Quantity):
+            raise TypeError(f"specs must hold quantities such as BatchGrad() or DiagGGN(), got {spec!r}.")
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"chunk_size must be a positive int or None, got {chunk_size!r}.")
+    names, leaves, rebuild = flatten_params(params)
+    batch = read_batch(X, y, subsampling)
+    results: list[Any] = [None] * len(specs)
+    for whole in (True, False) if batch.index is not None else (None,):
+        chosen = [i for i, s in enumerate(specs) if whole is None or s.whole_batch == whole]
+        if chosen:
+            run = _Run(model_fn, names, rebuild, batch.whole() if whole else batch, loss, generator, chunk_size)
+            for i, result in zip(chosen, run.evaluate(leaves, [specs[i] for i in chosen]), strict=True):
+                results[i] = result
+    return results
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One forward pass and what is made of it."""
+
+    model_fn: Callable[..., Any]
+    names: Sequence[str]
+    rebuild: Callable[[Sequence[Any]], Any]
+    batch: Batch
+    loss: losses.Loss
+    generator: Generator | None
+    chunk_size: int | None
+
+    def evaluate(self, params: list[Tensor], specs: list[Quantity]) -> list[Any]:
+        """The results, with a graph of its own level where torch.func transforms are active."""
+        differentiable = _will_be_differentiated([*params, *optree.tree_leaves(self.batch.X)])
+        if _functorch.peek_interpreter_stack() is None:
+            with torch.enable_grad():
+                leaves = [p.view_as(p) if p.requires_grad and differentiable else _leaf(p) for p in params]
+                return self._results(leaves, specs, differentiable)[1]
+
+        def forward(*leaves: Tensor) -> tuple[Tensor, list[Any]]:
+            return self._results(list(leaves), specs, differentiable)
+
+        results: list[Any] = torch.func.vjp(forward, *params, has_aux=True)[2]
+        return results
+
+    def _results(self, leaves: list[Tensor], specs: list[Quantity], differentiable: bool) -> tuple[Tensor, list[Any]]:
+        trace = self._forward(leaves, any(s.contractions not in ((), ("total",)) for s in specs))
+        with nullcontext() if differentiable else torch.no_grad():
+            out = trace.out if differentiable else trace.out.detach()
+            whole = self.batch.spread(out)
+            losses.check(self.loss, whole, self.batch.y)
+            parts: dict[tuple[Any, str], list[Any]] = {}
+            wanted: dict[Any, dict[str, None]] = {}
+            for s in specs:
+                if s.contractions:
+                    wanted.setdefault(s.cotangent, {}).update(dict.fromkeys(s.contractions))
+            for i, (cotangent, names) in enumerate(wanted.items()):
+                root = cotangent.root(self.loss, whole, self.batch.y, self.generator)
+                last = i == len(wanted) - 1
+                for name, result in self._contract(trace, leaves, root, list(names), differentiable, last).items():
+                    parts[cotangent, name] = result
+            results = [self._finish(s, out, parts) for s in specs]
+        return trace.out, results
+
+    def _forward(self, leaves: list[Tensor], sites: bool) -> Trace:
+        X, samples = self.batch.inputs(), self.batch.size
+        with forward_errors(self.names, leaves, X):
+            if sites:
+                return capture(self.model_fn, leaves, self.rebuild, X, samples)
+            out = self.model_fn(self.rebuild(leaves), X)
+        check_output(out, samples)
+        return Trace(out, [], "plain")
+
+    def _contract(
+        self,
+        trace: Trace,
+        leaves: list[Tensor],
+        root: losses.Root,
+        names: list[str],
+        differentiable: bool,
+        last: bool,
+    ) -> dict[str, list[Any]]:
+        """Each named contraction per parameter, over all columns of the root."""
+        per_site = [n for n in names if n != "total"]
+        sites: dict[int, list[tuple[int, Any]]] = {i: [] for i in range(len(leaves))}
+        for j, site in enumerate(trace.sites):
+            for i, form in site.forms.items():
+                sites[i].append((j, form))
+        found: dict[str, list[list[Any]]] = {n: [[] for _ in leaves] for n in per_site}
+        inputs: dict[int, Tensor] = {}
+        totals: list[Tensor] = []
+        ranges = chunks(root.num, trace, self.chunk_size)
+        for start, stop in ranges:
+            columns = self.batch.select(root.columns(start, stop)).to(trace.out.dtype)
+            gs, totals = pull(
+                trace,
+                columns,
+                leaves if "total" in names else (),
+                create_graph=differentiable,
+                retain_graph=differentiable or not last or stop < root.num,
+            )
+            for i, uses in sites.items() if per_site else ():
+                bound = self._bind(trace, leaves[i], uses, gs, inputs)
+                for n in per_site:
+                    self._check_block(n, i, bound)
+                    if CONTRACTIONS[n][1] != "first" or start == 0:
+                        found[n][i].append(CONTRACTIONS[n][0](bound))
+        results = {n: [_combine(CONTRACTIONS[n][1], f) for f in found[n]] for n in per_site}
+        return results | ({"total": totals} if "total" in names else {})
+
+    def _bind(
+        self, trace: Trace, leaf: Tensor, uses: list[tuple[int, Any]], gs: list[Tensor], inputs: dict[int, Tensor]
+    ) -> Bound:
+        """A parameter's uses with their tensors; inputs are prepared once for all chunks."""
+        if not uses:
+            zeros = leaf.new_zeros(()).expand(self._columns(gs), self.batch.size, *leaf.shape)
+            return Bound(zeros, None, Direct(lambda g: g, leaf.shape))
+        parts = []
+        for j, form in uses:
+            _check_unchanged(trace, j)
+            if isinstance(form, Outer) and id(form) not in inputs:
+                inputs[id(form)] = form.inputs()
+            parts.append(Bound(form.cotangent(gs[j]), inputs.get(id(form)), form))
+        return contractions.merge(parts)
+
+    def _columns(self, gs: list[Tensor]) -> int:
+        return gs[0].shape[0] if gs else 1
+
+    def _check_block(self, contraction: str, i: int, bound: Bound) -> None:
+        if contraction == "output_factor" and not bound.outer and bound.form.shape.numel() > LARGEST_BLOCK:
+            raise NotImplementedError(
+                f"parameter {self.names[i]!r} of shape {tuple(bound.form.shape)} has no Kronecker structure here, and "
+                f"its exact block would have {bound.form.shape.numel()} rows. Leave it out of params, or use diag_ggn."
+            )
+
+    def _finish(self, spec: Quantity, out: Tensor, parts: dict[tuple[Any, str], list[Any]]) -> Any:
+        if spec.forward == "output":
+            return out
+        if spec.forward == "loss":
+            return self.loss(out, self.batch.y)
+        lists = [parts[spec.cotangent, name] for name in spec.contractions]
+        return self.rebuild([spec.finish(self.batch.size, *p) for p in zip(*lists, strict=True)])
+
+
+def _combine(how: str, parts: list[Any]) -> Any:
+    if how == "first" or len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if how == "concatenate" else sum(parts[1:], parts[0])
+
+
+def _leaf(p: Tensor) -> Tensor:
+    return p.detach().requires_grad_()
+
+
+def _check_unchanged(trace: Trace, j: int) -> None:
+    site = trace.sites[j]
+    if any(t._version != version for t, version in site.inputs):
+        raise RuntimeError(
+            f"the input of {site.name} was changed in place after the call, so its gradient is lost (autograd would "
+            "refuse it too). Use the out-of-place operation instead."
+        )
+
+
+def _will_be_differentiated(tensors: list[Tensor]) -> bool:
+    """Whether results need a graph: under torch.func's grad and jvp, or with tensors that require grad."""
+    stack = _functorch.get_interpreter_stack() or ()
+    if any(level.key() in (_functorch.TransformType.Grad, _functorch.TransformType.Jvp) for level in stack):
+        return True
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+# -- torch.compile: dynamo does not look into the engine, it calls it while tracing. What is not a tensor crosses the
+# boundary as a constant, in the context of a pytree node.
+
+
+class _Static:
+    def __init__(self, *items: Any) -> None:
+        self.items = items
+
+
+pytree.register_pytree_node(_Static, lambda s: ([], s.items), lambda _, items: _Static(*items))
+
+
+def _compiled(
+    model_fn: Any, params: Any, X: Any, y: Any, specs: Any, loss_fn: Any, subsampling: Any, generator: Any, chunk: Any
+) -> Any:
+    if generator is not None:
+        raise ValueError(
+            "a torch.Generator cannot enter torch.compile: draws inside compiled code come from the default generator "
+            "(torch.manual_seed), fresh at each call. Pass generator=None."
+        )
+    leaves, tree = pytree.tree_flatten(specs, is_leaf=lambda s: isinstance(s, Quantity))
+    keys = tuple([(type(s), s.key()) for s in leaves])
+    loss = losses.normalize(loss_fn)
+    state = model_fn.state(params) if isinstance(model_fn, ModelFunction) else {}
+    if isinstance(subsampling, Tensor):
+        constants, tensors = None, {"subsampling": subsampling}
+    else:
+        constants, tensors = None if subsampling is None else tuple(subsampling), {}
+    static = _Static(model_fn, keys, loss.name, loss.fn, loss.options, constants, chunk)
+    return pytree.tree_unflatten(_traced(static, params, state, X, y, loss.tensors, tensors), tree)
+
+
+@torch._dynamo.nonstrict_trace
+def _traced(
+    static: _Static,
+    params: Any,
+    state: dict[str, Tensor],
+    X: Any,
+    y: Any,
+    loss_tensors: dict[str, Tensor],
+    tensors: dict[str, Tensor],
+) -> list[Any]:
+    model_fn, keys, name, fn, options, subsampling, chunk_size = static.items
+    specs = [cls(*key) for cls, key in keys]
+    loss = losses.rebuild(name, fn, options, loss_tensors)
+
+    def model(p: Any, x: Any) -> Any:
+        return model_fn.apply(p, state, x) if isinstance(model_fn, ModelFunction) else model_fn(p, x)
+
+    return _results(model, params, X, y, specs, loss, tensors.get("subsampling", subsampling), None, chunk_size)

@@ -1,0 +1,105 @@
+"""What is backpropagated to the layers, and how it gets there.
+
+The cotangents of the output are columns [v, n, ...]: the loss gradient (one column), or a square root of the loss Hessian,
+exact or sampled. One backward pass carries a chunk of columns to every site at once and forms no parameter gradient.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from curvfunc import losses
+from curvfunc.capture import Site, Trace
+
+__all__ = ["LossGradient", "LossRoot", "chunks", "pull"]
+
+# Columns travel together as long as the largest intermediate stays below this many bytes: on CPU, larger tensors come
+# from fresh memory pages at each call, which costs more than a second pass.
+CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
+
+
+@dataclass(frozen=True)
+class LossGradient:
+    """The gradient of the loss: one column, R ∇ℓₙ."""
+
+    def root(self, loss: losses.Loss, out: Tensor, y: object, generator: Generator | None) -> losses.Root:
+        """The column as a root of one vector."""
+        g = losses.gradient(loss, out, y, create_graph=out.requires_grad)[None]
+        return losses.Root(1, lambda start, stop: g[start:stop])
+
+
+@dataclass(frozen=True)
+class LossRoot:
+    """Columns S with S Sᵀ = R ∇²ℓₙ per sample: exact (``mc_samples`` = 0), or ``mc_samples`` draws equal in expectation."""
+
+    mc_samples: int
+
+    def root(self, loss: losses.Loss, out: Tensor, y: object, generator: Generator | None) -> losses.Root:
+        """The columns, made on demand."""
+        if self.mc_samples:
+            return losses.sampled_root(loss, out, y, self.mc_samples, generator)
+        return losses.exact_root(loss, out, y)
+
+
+def chunks(total: int, trace: Trace, chunk_size: int | None) -> list[tuple[int, int]]:
+    """Ranges of columns that are backpropagated together."""
+    if chunk_size is None:
+        widest = max((s.shape.numel() for s in trace.sites), default=1) * trace.out.element_size()
+        chunk_size = max(1, CHUNK_BYTES.get(trace.out.device.type, 1 << 28) // widest)
+    return [(i, min(i + chunk_size, total)) for i in range(0, total, chunk_size)]
+
+
+def pull(
+    trace: Trace, columns: Tensor, leaves: Sequence[Tensor] = (), *, create_graph: bool, retain_graph: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Backpropagate columns [v, n, ...] of the output.
+
+    Args:
+        trace: The forward pass.
+        columns: What to backpropagate.
+        leaves: Parameters whose total gradient is wanted too (for one column).
+        create_graph: Whether the results will be differentiated.
+        retain_graph: Whether another backward pass follows.
+
+    Returns:
+        Per site the cotangent of its output [v, n, ...], and per leaf the gradient. Zeros where the output does not
+        depend on it.
+    """
+    targets = [s.edge for s in trace.sites] + list(leaves)
+    if not targets or not trace.out.requires_grad:
+        return [_zeros(s, trace, columns) for s in trace.sites], [torch.zeros_like(p) for p in leaves]
+
+    def backward(column: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(
+            trace.out, targets, column, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+        )
+
+    if len(columns) == 1:
+        grads = [None if g is None else g[None] for g in backward(columns[0])]
+    else:
+        reached: list[bool] = []
+
+        def reached_only(column: Tensor) -> tuple[Tensor, ...]:
+            grads = backward(column)
+            reached.extend(g is not None for g in grads)
+            return tuple(g for g in grads if g is not None)
+
+        retain_graph = True  # vmap may run the backward of an operation column by column
+        found = iter(torch.vmap(reached_only)(columns))
+        grads = [next(found) if r else None for r in reached]
+    sites = [
+        _zeros(s, trace, columns) if g is None else g.reshape(len(g), *s.shape).movedim(s.axis + 1, 1)
+        for s, g in zip(trace.sites, grads, strict=False)
+    ]
+    totals = [
+        torch.zeros_like(p) if g is None else g[0] for p, g in zip(leaves, grads[len(sites) :], strict=True)
+    ]
+    return sites, totals
+
+
+def _zeros(site: Site, trace: Trace, columns: Tensor) -> Tensor:
+    shape = list(site.shape)
+    shape.insert(0, shape.pop(site.axis))
+    return trace.out.new_zeros(()).expand(len(columns), *shape)

@@ -1,0 +1,107 @@
+"""Modules as pure functions of their parameters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+__all__ = ["ModelFunction", "functionalize"]
+
+
+class ModelFunction:
+    """A module as a function ``(params, X) -> output``; made by :func:`functionalize`.
+
+    ``params`` maps parameter names to tensors. Names that it lacks stay fixed at the module's own values, as do the
+    buffers. Two model functions are equal when they wrap the same module in the same way, so that ``torch.compile``
+    treats one as a constant and does not compile anew from step to step.
+    """
+
+    def __init__(self, module: nn.Module, output_fn: Callable[[Any], Tensor] | None = None) -> None:
+        """Wrap ``module``; see :func:`functionalize`."""
+        self.module = module
+        self.output_fn = output_fn
+        self.names = frozenset(name for name, _ in module.named_parameters(remove_duplicate=False))
+        self._unique = frozenset(name for name, _ in module.named_parameters())
+
+    def __call__(self, params: dict[str, Tensor], X: Any) -> Tensor:
+        """Evaluate the module at ``params``: ``module(X)``, ``module(*X)`` for a tuple, ``module(**X)`` for a dict."""
+        return self.apply(params, {}, X)
+
+    def apply(self, params: dict[str, Tensor], state: dict[str, Tensor], X: Any) -> Tensor:
+        """As a call, with the fixed tensors in ``state`` (see :meth:`state`) in place of the module's own."""
+        self._check(params)
+        if not state and not self._unique <= params.keys():
+            state = self.frozen(params)
+        args, kwargs = (X, {}) if isinstance(X, tuple) else ((), X) if isinstance(X, dict) else ((X,), {})
+        out = functional_call(self.module, {**state, **params} if state else params, args, kwargs)
+        return out if self.output_fn is None else self.output_fn(out)
+
+    def frozen(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The module's parameters that ``params`` does not name, without gradient."""
+        return {k: v.detach() for k, v in self.module.named_parameters() if k not in params}
+
+    def state(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All tensors besides ``params`` that the output depends on: frozen parameters and buffers."""
+        return {**self.frozen(params), **{k: v for k, v in self.module.named_buffers() if k not in params}}
+
+    def _check(self, params: dict[str, Tensor]) -> None:
+        if not isinstance(params, dict):
+            raise TypeError(f"params of a functionalized module is a dict by parameter name, got {type(params).__name__}.")
+        if not params.keys() <= self.names:
+            unknown = sorted(params.keys() - self.names)
+            raise ValueError(
+                f"params has {unknown}, which {type(self.module).__name__} does not have; its parameters are "
+                f"{sorted(self._unique)}. Take params from functionalize(module), or remove these entries."
+            )
+
+    def __eq__(self, other: object) -> bool:
+        """Equal when module and output function are the same objects."""
+        return (
+            isinstance(other, ModelFunction) and self.module is other.module and self.output_fn is other.output_fn
+        )
+
+    def __hash__(self) -> int:
+        """Hash of the wrapped objects' identities."""
+        return hash((id(self.module), id(self.output_fn)))
+
+    def __repr__(self) -> str:
+        """The wrapped class and its number of parameters."""
+        return f"ModelFunction({type(self.module).__name__}, {len(self._unique)} parameters)"
+
+
+pytree.register_constant(ModelFunction)
+
+
+def functionalize(
+    module: nn.Module, output_fn: Callable[[Any], Tensor] | None = None
+) -> tuple[ModelFunction, dict[str, Tensor]]:
+    """Split a module into a pure function and its parameters.
+
+    Args:
+        module: Any module. It is not changed; its mode (train or eval), buffers and frozen parameters are read at each
+            call. A parameter shared by several submodules appears once.
+        output_fn: Chooses the output tensor where the module returns more, e.g. ``lambda out: out.logits``.
+
+    Returns:
+        ``model_fn(params, X) -> output`` and ``params``, ``{name: tensor}`` with the module's trainable parameters,
+        detached and sharing memory with the module's. Parameters with ``requires_grad=False`` stay fixed and are not
+        in ``params``.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(2, 3))
+        >>> model_fn(params, torch.zeros(5, 2)).shape
+        torch.Size([5, 3])
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"functionalize takes a torch.nn.Module, got {type(module).__name__}. A plain function of (params, X) "
+            "needs no conversion: pass it as model_fn."
+        )
+    params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    return ModelFunction(module, output_fn), params
+
+
+_ = torch  # the doctest's namespace

@@ -1,0 +1,439 @@
+"""Every quantity: a cotangent and a contraction.
+
+A spec names what is backpropagated (``cotangent``), what each layer makes of it (``contractions``), and how the parts
+become the result (``finish``). Each public function asks `curvfunc.compute` for one spec.
+
+Shared by all functions below:
+
+Args:
+    model_fn: ``(params, X) -> output [N, ...]``, from `curvfunc.functionalize` or any function.
+    params: Pytree of real floating-point tensors, usually ``{name: tensor}``; what is not in it stays fixed.
+    X: Input, a tensor or a pytree of tensors with leading sample axis N.
+    y: Targets, likewise.
+    loss_fn: ``(output, y) -> scalar`` that sums or averages over samples: L = R Σₙ ℓ(fₙ, yₙ), R = 1/N for a mean, 1 for
+        a sum. Results follow it. Default: cross-entropy, averaged.
+    subsampling: Indices of samples (a sequence or a tensor, repeats allowed). Per-sample results are those of the listed
+        samples, sums run over them, and R stays that of the whole batch. The cost is that of the subset.
+    chunk_size: Number of vectors that are backpropagated together; by default chosen by memory. It changes results by
+        rounding only.
+    mc_samples: 0 for the exact loss Hessian, else the number of Monte-Carlo draws per sample.
+    generator: Source of the draws; the default generator if None. Cannot be used inside ``torch.compile``.
+
+Returns:
+    A pytree like ``params``. A parameter that the output does not depend on gets zeros.
+
+Raises:
+    TypeError, ValueError: For input that has no answer; the message names the argument, the shapes and the remedy.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from curvfunc.compute import Quantity, compute
+from curvfunc.cotangents import LossRoot
+
+__all__ = [
+    "KFAC",
+    "KFLR",
+    "BatchDiagGGN",
+    "BatchGrad",
+    "BatchL2",
+    "DiagGGN",
+    "Grad",
+    "Loss",
+    "Output",
+    "SqrtGGN",
+    "SumGradSquared",
+    "Variance",
+    "batch_diag_ggn",
+    "batch_grad",
+    "batch_l2",
+    "diag_ggn",
+    "kfac",
+    "kflr",
+    "sqrt_ggn",
+    "sum_grad_squared",
+    "variance",
+]
+
+
+@dataclass(frozen=True)
+class _Curvature(Quantity):
+    """A quantity of the generalized Gauss-Newton matrix."""
+
+    mc_samples: int = 0
+
+    def __post_init__(self) -> None:
+        m = self.mc_samples
+        if isinstance(m, bool) or not isinstance(m, int):
+            raise TypeError(f"{type(self).__name__}: mc_samples must be an int, got {m!r} of type {type(m).__name__}.")
+        if m < 0:
+            raise ValueError(f"{type(self).__name__}: mc_samples must be 0 (exact) or positive, got {m}.")
+
+    @property
+    def cotangent(self) -> LossRoot:
+        """Columns of a root of the loss Hessian."""
+        return LossRoot(self.mc_samples)
+
+
+@dataclass(frozen=True)
+class Loss(Quantity):
+    """The loss, a scalar; of the whole batch."""
+
+    forward = "loss"
+    whole_batch = True
+
+
+@dataclass(frozen=True)
+class Output(Quantity):
+    """The model's output [N, ...], detached unless the call is differentiated; of the whole batch."""
+
+    forward = "output"
+    whole_batch = True
+
+
+@dataclass(frozen=True)
+class Grad(Quantity):
+    """The gradient of the loss, [*shape]; of the whole batch."""
+
+    contractions = ("total",)
+    whole_batch = True
+
+
+@dataclass(frozen=True)
+class BatchGrad(Quantity):
+    """Per-sample gradients gₙ = R ∇ℓₙ, [N, *shape]."""
+
+    contractions = ("per_sample",)
+
+    def finish(self, samples: int, *parts: Tensor) -> Tensor:
+        """The only column."""
+        return parts[0][0]
+
+
+@dataclass(frozen=True)
+class BatchL2(Quantity):
+    """Squared norms ‖gₙ‖² of the per-sample gradients, [N]."""
+
+    contractions = ("sample_norms",)
+
+
+@dataclass(frozen=True)
+class SumGradSquared(Quantity):
+    """Σₙ gₙ², [*shape]."""
+
+    contractions = ("squares",)
+
+
+@dataclass(frozen=True)
+class Variance(Quantity):
+    """(1/N) Σₙ gₙ² − ((1/N) Σₙ gₙ)², [*shape]."""
+
+    contractions = ("squares", "total")
+
+    def finish(self, samples: int, *parts: Tensor) -> Tensor:
+        """Second moment minus squared mean."""
+        squared, total = parts
+        return squared / samples - (total / samples).square()
+
+
+@dataclass(frozen=True)
+class DiagGGN(_Curvature):
+    """Diagonal of the generalized Gauss-Newton matrix, [*shape]."""
+
+    contractions = ("squares",)
+
+
+@dataclass(frozen=True)
+class BatchDiagGGN(_Curvature):
+    """Each sample's part of the diagonal of the generalized Gauss-Newton matrix, [N, *shape]."""
+
+    contractions = ("sample_squares",)
+
+
+@dataclass(frozen=True)
+class SqrtGGN(_Curvature):
+    """Root of the generalized Gauss-Newton matrix, [V, N, *shape]."""
+
+    contractions = ("per_sample",)
+
+
+@dataclass(frozen=True)
+class KFAC(_Curvature):
+    """Kronecker factors of each parameter's GGN block, a tuple."""
+
+    mc_samples: int = 1
+    contractions = ("output_factor", "input_factor")
+
+    def finish(self, samples: int, *parts: Tensor | None) -> tuple[Tensor, ...]:
+        """(B, A), or (B,) for a parameter without input factor."""
+        return tuple(p for p in parts if p is not None)
+
+
+@dataclass(frozen=True)
+class KFLR(Quantity):
+    """Kronecker factors as `KFAC`, from the exact loss Hessian."""
+
+    contractions = KFAC.contractions
+    cotangent = LossRoot(0)
+    finish = KFAC.finish
+
+
+Model = Callable[[Any, Any], Tensor]
+LossFunction = Callable[[Tensor, Any], Tensor]
+Indices = Sequence[int] | Tensor
+
+
+def batch_grad(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    subsampling: Indices | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Per-sample gradients, gₙ = R ∇ℓ(fₙ, yₙ).
+
+    Returns:
+        [N, *shape] per parameter; they add up to the gradient. Arguments: see `curvfunc.quantities`.
+
+    References:
+        BackPACK's ``BatchGrad`` (``p.grad_batch``).
+    """
+    return _one(BatchGrad(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+
+
+def batch_l2(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    subsampling: Indices | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Squared Euclidean norms of the per-sample gradients, ‖gₙ‖², without forming them where that is cheaper.
+
+    Returns:
+        [N] per parameter. Arguments: see `curvfunc.quantities`.
+
+    References:
+        BackPACK's ``BatchL2Grad`` (``p.batch_l2``); Goodfellow 2015, "Efficient per-example gradient computations", sec. 4.
+    """
+    return _one(BatchL2(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+
+
+def sum_grad_squared(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    subsampling: Indices | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Sum of the squared per-sample gradients, Σₙ gₙ² (N² times the uncentered second moment for a mean loss).
+
+    Returns:
+        [*shape] per parameter. Arguments: see `curvfunc.quantities`.
+
+    References:
+        BackPACK's ``SumGradSquared`` (``p.sum_grad_squared``); Dangel, Kunstner, Hennig 2020, "BackPACK", appendix A.
+    """
+    return _one(SumGradSquared(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+
+
+def variance(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    subsampling: Indices | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Variance of the per-sample gradients, (1/N) Σₙ gₙ² − ((1/N) Σₙ gₙ)², with gₙ as in `batch_grad`.
+
+    Returns:
+        [*shape] per parameter. Arguments: see `curvfunc.quantities`.
+
+    References:
+        BackPACK's ``Variance`` (``p.variance``).
+    """
+    return _one(Variance(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+
+
+def diag_ggn(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    mc_samples: int = 0,
+    subsampling: Indices | None = None,
+    generator: Generator | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Diagonal of the generalized Gauss-Newton matrix, diag(R Σₙ Jₙᵀ ∇²ℓₙ Jₙ).
+
+    With ``mc_samples`` the loss Hessian is replaced by draws from the likelihood that the loss implies; for
+    cross-entropy, squared error and BCE with logits the matrix is the Fisher information, so this is an unbiased estimate.
+
+    Returns:
+        [*shape] per parameter. Arguments: see `curvfunc.quantities`.
+
+    Raises:
+        ValueError: Besides the common errors, if a custom loss has an indefinite Hessian.
+
+    References:
+        BackPACK's ``DiagGGNExact``, ``DiagGGNMC``; Schraudolph 2002; Martens 2020, "New insights and perspectives on
+        the natural gradient method", secs. 8 and 9.
+    """
+    return _one(DiagGGN(mc_samples), model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
+
+
+def batch_diag_ggn(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    mc_samples: int = 0,
+    subsampling: Indices | None = None,
+    generator: Generator | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Each sample's part of the GGN's diagonal, diag(R Jₙᵀ ∇²ℓₙ Jₙ); over n they add up to `diag_ggn`.
+
+    Returns:
+        [N, *shape] per parameter. Arguments: see `curvfunc.quantities`.
+
+    Raises:
+        ValueError: As `diag_ggn`.
+
+    References:
+        BackPACK's ``BatchDiagGGNExact``, ``BatchDiagGGNMC``.
+    """
+    return _one(BatchDiagGGN(mc_samples), model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
+
+
+def sqrt_ggn(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    mc_samples: int = 0,
+    subsampling: Indices | None = None,
+    generator: Generator | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """A root of the generalized Gauss-Newton matrix: G = Σ_vn s[v,n] s[v,n]ᵀ, s[v,n] = √R Jₙᵀ Sₙ[:, v], Sₙ Sₙᵀ = ∇²ℓₙ.
+
+    Returns:
+        [V, N, *shape] per parameter; V is the number of outputs of one sample, or ``mc_samples``. Arguments: see
+        `curvfunc.quantities`.
+
+    Raises:
+        ValueError: As `diag_ggn`.
+
+    References:
+        BackPACK's ``SqrtGGNExact``, ``SqrtGGNMC``.
+    """
+    return _one(SqrtGGN(mc_samples), model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
+
+
+def kfac(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    mc_samples: int = 1,
+    subsampling: Indices | None = None,
+    generator: Generator | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Kronecker factors whose product approximates each parameter's GGN block, GGN ≈ B ⊗ A.
+
+    With output cotangents g and layer inputs x (k features, o outputs), A averages x xᵀ over samples and B sums g gᵀ:
+
+    - linear: B = Σ_vn g gᵀ, A = (1/N) Σₙ x xᵀ; with shared axes s, B = Σ_vns g gᵀ and A = 1/(N S) Σ_ns x xᵀ ("expand").
+    - convolution, x the patches: B = Σ_vn (Σ_s g)(Σ_s g)ᵀ, A = (1/N) Σ_ns x xᵀ (BackPACK's convention). With groups,
+      A is the mean of the groups'.
+    - any other parameter: its exact block as one factor.
+
+    Returns:
+        A tuple per parameter: (B [o, o], A [k, k]) for weights, (B [numel, numel],) for others. Arguments: see
+        `curvfunc.quantities`.
+
+    Raises:
+        ValueError: As `diag_ggn`.
+        NotImplementedError: If a large parameter has no Kronecker structure.
+
+    References:
+        Martens and Grosse 2015, eq. 1 ff.; Grosse and Martens 2016, eq. 32; Eschenhagen et al. 2023, eq. 22 (expand).
+        BackPACK's ``KFAC`` (``p.kfac``).
+    """
+    return _one(KFAC(mc_samples), model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
+
+
+def kflr(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    subsampling: Indices | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Kronecker factors as `kfac`, with the exact loss Hessian in place of draws.
+
+    Returns:
+        A tuple per parameter, as `kfac`. Arguments: see `curvfunc.quantities`.
+
+    Raises:
+        ValueError, NotImplementedError: As `kfac`.
+
+    References:
+        Botev, Ritter, Barber 2017, sec. 3.3. BackPACK's ``KFLR`` (``p.kflr``).
+    """
+    return _one(KFLR(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+
+
+def _one(
+    spec: Quantity,
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    loss_fn: LossFunction,
+    subsampling: Indices | None,
+    generator: Generator | None,
+    chunk_size: int | None,
+) -> Any:
+    return compute(
+        model_fn,
+        params,
+        X,
+        y,
+        spec,
+        loss_fn=loss_fn,
+        subsampling=subsampling,
+        generator=generator,
+        chunk_size=chunk_size,
+    )

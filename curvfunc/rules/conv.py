@@ -1,0 +1,110 @@
+"""Convolutions of 1, 2 and 3 dimensions: a linear map of patches, z[n,s,o] = Σ_k W[o,k] x[n,s,k] + b[o]."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from curvfunc.contractions import Direct, Form, Outer
+from curvfunc.rules import rule
+
+
+@rule(
+    F.conv1d,
+    F.conv2d,
+    F.conv3d,
+    arguments="input weight bias stride padding dilation groups",
+    parameters="weight bias",
+)
+def conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> dict[str, Form]:
+    """x [n, *b, c, *space], g [v, n, *b, o, *space]; a batch axis b inside one sample joins the shared positions."""
+    dims = weight.ndim - 2
+
+    def inputs() -> Tensor:
+        x = input.reshape(-1, *input.shape[-dims - 1 :])
+        patches = unfold(x, weight.shape[2:], stride, padding, dilation)  # [n b, c k, s]
+        return _grouped(patches.unflatten(0, (input.shape[0], -1)), groups)
+
+    def cotangent(g: Tensor) -> Tensor:
+        return _grouped(g.reshape(*g.shape[:2], -1, g.shape[-dims - 1], math.prod(g.shape[-dims:])), groups)
+
+    forms: dict[str, Form] = {
+        "weight": Outer(inputs=inputs, cotangent=cotangent, shape=weight.shape, sum_positions=True)
+    }
+    if bias is not None:
+        forms["bias"] = Direct(cotangent=lambda g: _sum_positions(g, dims), shape=bias.shape)
+    return forms
+
+
+def _grouped(t: Tensor, groups: int) -> Tensor:
+    """[..., b, (q f), s] as [..., q, (b s), f]."""
+    b, s = t.shape[-3], t.shape[-1]
+    t = t.unflatten(-2, (groups, -1))  # [..., b, q, f, s]
+    if b == 1:  # a view; the general case moves b beside s
+        return t.squeeze(-4).mT
+    return t.movedim(-4, -2).reshape(*t.shape[:-4], groups, t.shape[-2], b * s).mT
+
+
+def _sum_positions(g: Tensor, dims: int) -> Tensor:
+    """[v, n, *b, o, *space] to [v, n, o]."""
+    g = g.flatten(-dims).sum(-1)
+    return g.flatten(2, -2).sum(2) if g.ndim > 3 else g
+
+
+def unfold(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: int | Sequence[int],
+    padding: str | int | Sequence[int],
+    dilation: int | Sequence[int],
+) -> Tensor:
+    """The patches that a convolution sees: [n, c, *space] to [n, c * prod(kernel), positions]."""
+    dims = len(kernel)
+    stride, dilation = _tuple(stride, dims), _tuple(dilation, dims)
+    before, after = _padding(padding, kernel, dilation)
+    if math.prod(kernel) == 1 and not any(before) and not any(after):
+        window = (slice(None), slice(None), *(slice(None, None, t) for t in stride))
+        return x[window].flatten(2)
+    if dims == 2 and before == after:
+        return F.unfold(x, tuple(kernel), dilation, before, stride)
+    if any(before) or any(after):
+        x = F.pad(x, [p for pair in zip(reversed(before), reversed(after), strict=True) for p in pair])
+    for d in range(dims):  # one strided view per dimension: [n, c, *space] -> [n, c, *positions, *kernel]
+        x = x.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])[..., :: dilation[d]]
+    return x.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims)).reshape(
+        x.shape[0], x.shape[1] * math.prod(kernel), -1
+    )
+
+
+def _padding(
+    padding: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Padding before and after each dimension; "same" puts an odd one after, as torch does."""
+    if padding == "valid":
+        before = after = (0,) * len(kernel)
+    elif padding == "same":
+        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        before = tuple(t // 2 for t in total)
+        after = tuple(t - t // 2 for t in total)
+    else:
+        before = after = _tuple(padding, len(kernel))  # type: ignore[arg-type]
+    return before, after
+
+
+def _tuple(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * dims
+    return tuple(value) * dims if len(value) == 1 else tuple(value)
+
+
+_ = torch

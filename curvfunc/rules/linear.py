@@ -1,0 +1,27 @@
+"""Linear maps: z[n,s,o] = Σ_i W[o,i] x[n,s,i] + b[o], with any number of shared axes s."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from curvfunc.contractions import Direct, Form, Outer
+from curvfunc.rules import rule
+
+
+@rule(F.linear, arguments="input weight bias", parameters="weight bias")
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> dict[str, Form]:
+    """dW[v,n] = Σ_s g[v,n,s] x[n,s]ᵀ and db[v,n] = Σ_s g[v,n,s]; x [n, *s, i], g [v, n, *s, o]."""
+    forms: dict[str, Form] = {
+        "weight": Outer(
+            inputs=lambda: _positions(input, 1),
+            cotangent=lambda g: _positions(g, 2),
+            shape=weight.shape,
+        )
+    }
+    if bias is not None:
+        forms["bias"] = Direct(cotangent=lambda g: g.flatten(2, -2).sum(2) if g.ndim > 3 else g, shape=bias.shape)
+    return forms
+
+
+def _positions(t: Tensor, batch_dims: int) -> Tensor:
+    """[..., *s, f] as [..., 1, s, f]: one group, the shared axes as one."""
+    return t.reshape(*t.shape[:batch_dims], 1, -1, t.shape[-1])
