@@ -12,7 +12,9 @@ stays right when the output is changed in place later. Two ways of running keep 
 Where vmap cannot run the model either, samples run one after another, all parameters generic. Nothing is guessed.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +27,8 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from curvfunc.batch_axis import mutates, propagate
-from curvfunc.contractions import Direct, Form
-from curvfunc.rules import RULES
+from curvfunc.contractions import Direct, Form, Through, rows_of, sum_to_shape, transposed
+from curvfunc.rules import DECOMPOSITIONS, EXPANSIONS, ROWS, RULES, TRANSPOSES, Use
 
 __all__ = ["Site", "Trace", "capture"]
 
@@ -58,6 +60,31 @@ class Site:
 
 
 @dataclass
+class Parameter:
+    """A parameter, or a tensor made of parameters and constants alone.
+
+    Attributes:
+        tensor: It; kept so that its identity stays its own.
+        leaf: Index of the parameter, None if made.
+        parents: What it was made of.
+        transposed_of: The matrix whose transpose it is.
+        rows_of: The matrix of which it is a block of rows, and the first of them.
+    """
+
+    tensor: Tensor
+    leaf: int | None
+    parents: list["Parameter"] = field(default_factory=list)
+    transposed_of: "Parameter | None" = None
+    rows_of: "tuple[Parameter, int] | None" = None
+
+    def ancestors(self) -> list["Parameter"]:
+        """The parameters that it is made of."""
+        if self.leaf is not None:
+            return [self]
+        return list({id(q): q for p in self.parents for q in p.ancestors()}.values())
+
+
+@dataclass
 class Trace:
     """A finished forward pass.
 
@@ -79,7 +106,7 @@ class _Capture(TorchFunctionMode):
 
     def __init__(self, tracked: dict[int, Tensor], level: int | None, samples: int) -> None:
         super().__init__()
-        self.index = {id(p): i for i, p in tracked.items()}
+        self.index = {id(p): Parameter(p, i) for i, p in tracked.items()}
         self.level = level
         self.samples = samples
         self.sites: list[Site] = []
@@ -95,70 +122,161 @@ class _Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _BATCH_NORMS:
             _refuse_batch_statistics(func, args, kwargs)
-        out = func(*args, **kwargs)
-        used = [i for t in _tensors(args, kwargs) if (i := self.index.get(id(t))) is not None]
-        if used and _tensor_in(out):
+        used = [p for t in _tensors(args, kwargs) if (p := self.index.get(id(t))) is not None]
+        if used and (decomposition := DECOMPOSITIONS.get(func)) is not None:
+            with self:
+                return decomposition(*args, **kwargs)
+        if used and func in RULES and not any(self._sampled(t) for t in _tensors(args, kwargs)):
+            args, kwargs = (self._repeated(a) for a in (args, kwargs))
+        run = _embedding if func is F.embedding and self.level is not None else func
+        out = run(*args, **kwargs)
+        if used and _tensor_in(out) and not self._derive(func, args, kwargs, out, used):
             self._use(func, args, kwargs, out, used)
-        if self.level is None:
+        elif self.level is None:
             self._follow(func, args, kwargs, out)
         return out
 
     # -- parameters
 
-    def _use(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, used: list[int]) -> None:
+    def _derive(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, used: list["Parameter"]
+    ) -> bool:
+        """Keep what is made of parameters and constants alone, as a parameter of its own."""
+        if mutates(func) or any(self._sampled(t) for t in _tensors(args, kwargs)):
+            return False
+        if (made := self._expanded(func, out, used[0])) is not None:
+            self.sites.append(made)
+            _mark(out, made.axis)
+            return True
+        for k, t in enumerate((out,) if isinstance(out, Tensor) else out):
+            if not isinstance(t, Tensor) or not t.requires_grad:
+                continue
+            if self.level is None:
+                _mark(t, CONSTANT)
+            p = self.index[id(t)] = Parameter(t, None, [*used])
+            if len(used) == 1 and func in TRANSPOSES and t.ndim == 2:
+                p.transposed_of = used[0]
+            elif len(used) == 1 and func in ROWS and t.ndim == 2:
+                p.rows_of = (used[0], sum(len(o) for o in out[:k]))
+        return True
+
+    def _sampled(self, t: Tensor) -> bool:
+        """Whether a tensor may depend on samples with a gradient, or on a single one of them."""
+        if self.level is None:
+            return _axis(t) not in (None, CONSTANT)
+        return id(t) not in self.index and (t.requires_grad or _functorch.is_batchedtensor(t))
+
+    def _repeated(self, args: Any) -> Any:
+        """Constant arguments of an operation with a rule as samples, so that it stays a site.
+
+        On the plain path a constant with N rows is taken to have one per sample; like all sites, this one counts only
+        if the sample axis can be followed from it to the output. Under vmap constants are repeated.
+        """
+
+        def samples(t: Any) -> Any:
+            if not isinstance(t, Tensor) or id(t) in self.index:
+                return t
+            if self.level is not None:
+                return _functorch._add_batch_dim(t.expand(self.samples, *t.shape), 0, self.level)
+            return _marked(t) if t.ndim and t.shape[0] == self.samples > 1 else t
+
+        return {k: samples(t) for k, t in args.items()} if isinstance(args, dict) else tuple(map(samples, args))
+
+    def _expanded(self, func: Any, out: Any, p: "Parameter") -> Site | None:
+        """A parameter that is repeated once per sample: the site at which it meets them."""
+        if self.level is not None or func not in EXPANSIONS or not isinstance(out, Tensor) or p.leaf is None:
+            return None
+        own = [1] * (out.ndim - p.tensor.ndim) + list(p.tensor.shape)
+        if self.samples == 1 or any(a not in (1, b) for a, b in zip(own, out.shape, strict=True)):
+            return None
+        axis = next((d for d, (a, b) in enumerate(zip(own, out.shape, strict=True)) if a == 1 and b == self.samples), None)
+        if axis is None:
+            return None
+        del own[axis]
+        lead, shape = torch.Size(own), p.tensor.shape
+        form = Direct(lambda g: sum_to_shape(g, lead).reshape(*g.shape[:2], *shape), shape)
+        return Site(_name(func), {p.leaf: form}, get_gradient_edge(out), axis, [], out.shape, [])
+
+    def _use(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, used: list["Parameter"]
+    ) -> None:
+        if self.level is None:
+            self._follow(func, args, kwargs, out)
         rule = RULES.get(func)
         if rule is None:
-            return self.note(used, f"{_name(func)} has no rule")
+            return self._refuse(used, f"{_name(func)} has no rule")
         bound = {**dict(zip(rule.arguments, args, strict=False)), **kwargs}
         roles = {
-            name: i
+            name: p
             for name, t in bound.items()
-            if name in rule.parameters and (i := self.index.get(id(t))) is not None
+            if name in rule.parameters and (p := self.index.get(id(t))) is not None
         }
-        if len(roles) != len(used):
-            return self.note(used, f"{_name(func)} takes it as an argument that has no rule")
-        axis, raw = self._sample_axis(func, args, kwargs, out)
+        if len(roles) != len(used) or not isinstance(out, Tensor):
+            return self._refuse(used, f"{_name(func)} takes it as an argument that has no rule")
+        axis, raw = self._sample_axis(out)
         if axis is None:
             return self._unproven(used, func)
         if not raw.requires_grad:
             return None  # used under no_grad: no gradient flows here
-        inputs = {k: t for k, t in bound.items() if isinstance(t, Tensor) and k not in rule.parameters}
-        batched = {k: self._batch_first(t) for k, t in inputs.items()}
-        if any(t is None for t in batched.values()):
+        inputs = {k: t for k, t in bound.items() if isinstance(t, Tensor) and k not in roles}
+        batched = {k: first for k, t in inputs.items() if (first := self._batch_first(t)) is not None}
+        if any(k not in batched and k not in rule.parameters for k in inputs):
             return self._unproven(used, func)
-        forms = rule.forms(**{**bound, **batched})
-        if forms is NotImplemented:
-            return self.note(used, f"the rule of {_name(func)} declines")
+        bound |= batched
+        if rule.takes_use:
+            bound["use"] = Use(axis if self.level is None else None, frozenset(roles), frozenset(batched))
+        forms = rule.forms(**bound)
+        if forms is NotImplemented or not roles.keys() <= forms.keys():
+            return self._refuse(used, f"the rule of {_name(func)} does not cover this use")
+        of_leaves = [(i, form) for name, p in roles.items() for i, form in self._leaf_forms(p, forms[name])]
+        if len({i for i, _ in of_leaves}) != len(of_leaves):
+            return self._refuse(used, f"{_name(func)} takes it in two arguments")
+        data = [self._raw(t) for t in _tensors(args, kwargs) if id(t) not in self.index]
         self.sites.append(
             Site(
                 name=_name(func),
-                forms={i: forms[name] for name, i in roles.items()},
+                forms=dict(of_leaves),
                 edge=get_gradient_edge(_viewed(raw)),
                 axis=axis,
                 inputs=[(t, t._version) for t in map(self._raw, inputs.values())],
                 shape=raw.shape,
-                producers=[get_gradient_edge(t).node for t in map(self._raw, inputs.values()) if t.requires_grad],
+                producers=[get_gradient_edge(t).node for t in data if t.requires_grad],
             )
         )
         return None
 
-    def _unproven(self, used: list[int], func: Any) -> None:
+    def _leaf_forms(self, p: "Parameter", form: Form) -> list[tuple[int, Form]]:
+        """The forms of the parameters that ``p`` is made of."""
+        if p.leaf is not None:
+            return [(p.leaf, form)]
+        if p.transposed_of is not None and (flipped := transposed(form)) is not None:
+            return self._leaf_forms(p.transposed_of, flipped)
+        if p.rows_of is not None:
+            parent, start = p.rows_of
+            if (whole := rows_of(form, start, parent.tensor.shape)) is not None:
+                return self._leaf_forms(parent, whole)
+        edge = get_gradient_edge(p.tensor)
+        leaves = {q.leaf: q.tensor for q in p.ancestors()}
+        return [(i, Through(form, _pullback(edge, t), t.shape)) for i, t in leaves.items() if i is not None]
+
+    def _refuse(self, used: list["Parameter"], why: str) -> None:
+        self.note([q.leaf for p in used for q in p.ancestors()], why)
+
+    def _unproven(self, used: list["Parameter"], func: Any) -> None:
         """On the plain path the samples may mix; under vmap the operation sees no sample at all."""
-        self.note(used if self.level is not None else [None], f"{_name(func)} has no proven sample axis")
+        why = f"{_name(func)} has no proven sample axis"
+        return self.note([None], why) if self.level is None else self._refuse(used, why)
 
     def note(self, used: Sequence[int | None], why: str) -> None:
         """Note why parameters are generic, or for None why the plain path does not hold."""
         for i in used:
             self.reasons.setdefault(i, why)
 
-    def _sample_axis(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-    ) -> tuple[int | None, Tensor]:
+    def _sample_axis(self, out: Tensor) -> tuple[int | None, Tensor]:
         """The sample axis of a site's output, and the tensor that carries its graph."""
         if self.level is None:
-            axis = _propagated(func, args, kwargs, out)
-            return (axis if isinstance(axis, int) and axis >= 0 else None), out
-        if _functorch.maybe_get_level(out) != self.level or not _functorch.is_batchedtensor(out):
+            return _axis_or_none(out), out
+        if not _functorch.is_batchedtensor(out) or _functorch.maybe_get_level(out) != self.level:
             return None, out
         return _functorch.maybe_get_bdim(out), _functorch.get_unwrapped(out)
 
@@ -190,11 +308,13 @@ class _Capture(TorchFunctionMode):
             _mark(out, _propagated(func, args, kwargs, out))
         elif isinstance(out, (tuple, list)) and _tensor_in(out):
             axes = _propagated(func, args, kwargs, out)
-            if not isinstance(axes, tuple):
+            if isinstance(axes, tuple):
+                axes = tuple([MIXED if axis is None else axis for axis in axes])
+            else:
                 axes = (axes,) * len(out)
             for t, axis in zip(out, axes, strict=True):
                 if isinstance(t, Tensor):
-                    _mark(t, MIXED if axis is None else axis)
+                    _mark(t, axis)
 
 
 def _propagated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
@@ -235,6 +355,17 @@ def _axis_or_none(t: Tensor) -> int | None:
 def _mark(t: Tensor, axis: int | None) -> None:
     if axis is not None:
         t._curvfunc_axis = axis  # type: ignore[attr-defined]
+
+
+def _pullback(edge: GradientEdge, leaf: Tensor) -> Callable[[Tensor], Tensor]:
+    """Takes gradients [v, n, ...] at ``edge`` to gradients [v, n, *shape] of ``leaf``."""
+
+    def one(g: Tensor) -> Tensor:
+        create = torch.is_grad_enabled()
+        found = torch.autograd.grad(edge, leaf, g, retain_graph=True, create_graph=create, materialize_grads=True)
+        return found[0]
+
+    return torch.vmap(torch.vmap(one))
 
 
 def _viewed(t: Tensor) -> Tensor:
@@ -343,7 +474,8 @@ def _capture_vmapped(
             check_output(out, 1)
             return out.squeeze(0)
 
-        out = torch.vmap(one, randomness="different")(X, generic)
+        with without_fallback_warnings():
+            out = torch.vmap(one, randomness="different")(X, generic)
         mode = modes[0]
         mode.note(_hidden(out, mode.sites, tracked), "it is used where calls cannot be seen")
         if not mode.reasons:
@@ -369,6 +501,24 @@ def _capture_loop(
         outs.append(out)
     why = f"vmap cannot run the model: {str(error).splitlines()[0]}"
     return Trace(torch.cat(outs), _generic_sites(generic, leaves), "loop", dict.fromkeys(generic, why))
+
+
+@contextmanager
+def without_fallback_warnings() -> Iterator[None]:
+    """Silence vmap where it runs an operation sample by sample: that is slower, and right."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        yield
+
+
+def _embedding(
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """F.embedding whose row of padding gets no gradient under vmap either: torch 2.13 ignores ``padding_idx`` there."""
+    out = F.embedding(input, weight, None, *args, **kwargs)
+    if padding_idx is None:
+        return out
+    return torch.where((input == padding_idx % len(weight)).unsqueeze(-1), out.detach(), out)
 
 
 def _copies(p: Tensor, samples: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from curvfunc import contractions, losses
 from curvfunc.capture import Trace, capture, check_output
-from curvfunc.contractions import Bound, Direct, Outer
+from curvfunc.contractions import Bound, Direct, Through, bind, direct
 from curvfunc.cotangents import LossGradient, LossRoot, chunks, pull
 from curvfunc.inputs import Batch, flatten_params, forward_errors, read_batch
 from curvfunc.model import ModelFunction
@@ -208,6 +208,7 @@ class _Run:
         inputs: dict[int, Tensor] = {}
         totals: list[Tensor] = []
         ranges = chunks(root.num, trace, self.chunk_size)
+        derived = any(isinstance(form, Through) for uses in sites.values() for _, form in uses)  # have a pullback to come
         for start, stop in ranges:
             columns = self.batch.select(root.columns(start, stop)).to(trace.out.dtype)
             gs, totals = pull(
@@ -215,10 +216,10 @@ class _Run:
                 columns,
                 leaves if "total" in names else (),
                 create_graph=differentiable,
-                retain_graph=differentiable or not last or stop < root.num,
+                retain_graph=differentiable or derived or not last or stop < root.num,
             )
             for i, uses in sites.items() if per_site else ():
-                bound = self._bind(trace, leaves[i], uses, gs, inputs)
+                bound = self._bind(trace, leaves[i], uses, gs, inputs, len(columns))
                 for n in per_site:
                     self._check_block(n, i, bound)
                     if CONTRACTIONS[n][1] != "first" or start == 0:
@@ -227,25 +228,29 @@ class _Run:
         return results | ({"total": totals} if "total" in names else {})
 
     def _bind(
-        self, trace: Trace, leaf: Tensor, uses: list[tuple[int, Any]], gs: list[Tensor], inputs: dict[int, Tensor]
+        self,
+        trace: Trace,
+        leaf: Tensor,
+        uses: list[tuple[int, Any]],
+        gs: list[Tensor],
+        inputs: dict[int, Tensor],
+        columns: int,
     ) -> Bound:
         """A parameter's uses with their tensors; inputs are prepared once for all chunks."""
         if not uses:
-            zeros = leaf.new_zeros(()).expand(self._columns(gs), self.batch.size, *leaf.shape)
-            return Bound(zeros, None, Direct(lambda g: g, leaf.shape))
-        parts = []
-        for j, form in uses:
-            _check_unchanged(trace, j)
-            if isinstance(form, Outer) and id(form) not in inputs:
-                inputs[id(form)] = form.inputs()
-            parts.append(Bound(form.cotangent(gs[j]), inputs.get(id(form)), form))
-        return contractions.merge(parts)
+            return direct(leaf.new_zeros(()).expand(columns, self.batch.size, *leaf.shape))
 
-    def _columns(self, gs: list[Tensor]) -> int:
-        return gs[0].shape[0] if gs else 1
+        def once(form: Any) -> Tensor:
+            if id(form) not in inputs:
+                inputs[id(form)] = form.inputs()
+            return inputs[id(form)]
+
+        for j, _ in uses:
+            _check_unchanged(trace, j)
+        return contractions.merge([bind(form, gs[j], once) for j, form in uses])
 
     def _check_block(self, contraction: str, i: int, bound: Bound) -> None:
-        if contraction == "output_factor" and not bound.outer and bound.form.shape.numel() > LARGEST_BLOCK:
+        if contraction == "output_factor" and isinstance(bound.form, Direct) and bound.form.shape.numel() > LARGEST_BLOCK:
             raise NotImplementedError(
                 f"parameter {self.names[i]!r} of shape {tuple(bound.form.shape)} has no Kronecker structure here, and "
                 f"its exact block would have {bound.form.shape.numel()} rows. Leave it out of params, or use diag_ggn."

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from curvfunc import losses
-from curvfunc.capture import Site, Trace
+from curvfunc.capture import Site, Trace, without_fallback_warnings
 
 __all__ = ["LossGradient", "LossRoot", "chunks", "pull"]
 
@@ -87,7 +87,8 @@ def pull(
             return tuple(g for g in grads if g is not None)
 
         retain_graph = True  # vmap may run the backward of an operation column by column
-        found = iter(torch.vmap(reached_only)(columns))
+        with without_fallback_warnings():
+            found = iter(torch.vmap(reached_only)(columns))
         grads = [next(found) if r else None for r in reached]
     sites = [
         _zeros(s, trace, columns) if g is None else g.reshape(len(g), *s.shape).movedim(s.axis + 1, 1)

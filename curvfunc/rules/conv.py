@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,6 +40,44 @@ def conv(
     forms: dict[str, Form] = {
         "weight": Outer(inputs=inputs, cotangent=cotangent, shape=weight.shape, sum_positions=True)
     }
+    if bias is not None:
+        forms["bias"] = Direct(cotangent=lambda g: _sum_positions(g, dims), shape=bias.shape)
+    return forms
+
+
+@rule(
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+    arguments="input weight bias stride padding output_padding groups dilation",
+    parameters="weight bias",
+)
+def conv_transpose(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> dict[str, Form]:
+    """As `conv`, with the patches of the input that each position of the output sees; weight [c, o, *kernel]."""
+    dims, kernel = weight.ndim - 2, weight.shape[2:]
+
+    def inputs() -> Tensor:
+        x = input.reshape(-1, *input.shape[-dims - 1 :])
+        patches = unfold_transpose(x, kernel, stride, padding, output_padding, dilation)
+        return _grouped(patches.unflatten(0, (input.shape[0], -1)), groups)
+
+    def cotangent(g: Tensor) -> Tensor:
+        return _grouped(g.reshape(*g.shape[:2], -1, g.shape[-dims - 1], math.prod(g.shape[-dims:])), groups)
+
+    def arrange(result: Tensor) -> Tensor:  # [..., q, o, c k] to [..., q c, o, *kernel]
+        result = result.unflatten(-1, (weight.shape[0] // groups, -1)).transpose(-3, -2)
+        return result.reshape(*result.shape[:-4], *weight.shape)
+
+    forms: dict[str, Form] = {"weight": Outer(inputs, cotangent, weight.shape, arrange, sum_positions=True)}
     if bias is not None:
         forms["bias"] = Direct(cotangent=lambda g: _sum_positions(g, dims), shape=bias.shape)
     return forms
@@ -86,6 +123,33 @@ def unfold(
     )
 
 
+def unfold_transpose(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    output_padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+) -> Tensor:
+    """The patches that a transposed convolution sees: [n, c, *space] to [n, c * prod(kernel), positions].
+
+    Output t is Σ_k w[k] y[t + padding - dilation k], y the input with stride - 1 zeros between its entries.
+    """
+    dims = len(kernel)
+    stride, dilation = _tuple(stride, dims), _tuple(dilation, dims)
+    padding, output_padding = _tuple(padding, dims), _tuple(output_padding, dims)
+    pads: list[int] = []
+    for d in range(dims):
+        if stride[d] > 1:
+            x = F.pad(x.unsqueeze(3 + d), [0, 0] * (dims - 1 - d) + [0, stride[d] - 1]).flatten(2 + d, 3 + d)
+            x = x.narrow(2 + d, 0, x.shape[2 + d] - stride[d] + 1)
+        reach = dilation[d] * (kernel[d] - 1)
+        pads = [reach - padding[d], reach - padding[d] + output_padding[d], *pads]
+    windows = unfold(F.pad(x, pads), kernel, 1, 0, dilation)
+    windows = windows.unflatten(1, (x.shape[1], *kernel))
+    return windows.flip(tuple(range(2, 2 + dims))).flatten(1, 1 + dims)
+
+
 def _padding(
     padding: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -106,5 +170,3 @@ def _tuple(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
         return (value,) * dims
     return tuple(value) * dims if len(value) == 1 else tuple(value)
 
-
-_ = torch
