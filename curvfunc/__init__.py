@@ -2,6 +2,8 @@
 
 from curvfunc import reference
 from curvfunc.compute import compute
+from curvfunc.contractions import Direct, Outer, Rows
+from curvfunc.explain import Explanation, explain
 from curvfunc.model import ModelFunction, functionalize
 from curvfunc.quantities import (
     KFAC,
@@ -26,6 +28,7 @@ from curvfunc.quantities import (
     sum_grad_squared,
     variance,
 )
+from curvfunc.rules import operation, rule
 
 __all__ = [
     "KFAC",
@@ -34,10 +37,14 @@ __all__ = [
     "BatchGrad",
     "BatchL2",
     "DiagGGN",
+    "Direct",
+    "Explanation",
     "Grad",
     "Loss",
     "ModelFunction",
+    "Outer",
     "Output",
+    "Rows",
     "SqrtGGN",
     "SumGradSquared",
     "Variance",
@@ -46,10 +53,13 @@ __all__ = [
     "batch_l2",
     "compute",
     "diag_ggn",
+    "explain",
     "functionalize",
     "kfac",
     "kflr",
+    "operation",
     "reference",
+    "rule",
     "sqrt_ggn",
     "sum_grad_squared",
     "variance",

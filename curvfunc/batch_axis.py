@@ -220,6 +220,12 @@ def _reduce(position: int, default: Any = None) -> Rule:
 # -------------------------------------------------------------------------------------------------------------- shapes
 
 
+def samples_first(args: Args, kwargs: Kwargs, out: Any, axis_of: AxisOf) -> Axes:
+    """An operation that is declared to keep samples apart, as the first axis of its inputs and outputs."""
+    found = {axis_of(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor)} - {None}
+    return (0 if isinstance(out, Tensor) else (0,) * len(out)) if found == {0} else None
+
+
 def _of_self(move: Callable[[int, Tensor, Tensor, Args, Kwargs], int | None]) -> Rule:
     """A rearrangement of the first argument; other tensors (``view_as``, ``type_as``) give a shape or type, no value.
 

@@ -14,13 +14,15 @@ Where vmap cannot run the model either, samples run one after another, all param
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import patch
 
 import optree
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 from torch._C import _functorch
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
@@ -30,7 +32,7 @@ from curvfunc.batch_axis import mutates, propagate
 from curvfunc.contractions import Direct, Form, Through, rows_of, sum_to_shape, transposed
 from curvfunc.rules import DECOMPOSITIONS, EXPANSIONS, ROWS, RULES, TRANSPOSES, Use
 
-__all__ = ["Site", "Trace", "capture"]
+__all__ = ["Layouts", "Site", "Trace", "capture"]
 
 MIXED = -1  # a tensor whose sample axis is not known
 CONSTANT = -2  # a tensor that requires grad and depends on no sample: parameters, and what is made of them alone
@@ -101,11 +103,36 @@ class Trace:
     reasons: dict[int | None, str] = field(default_factory=dict)
 
 
+@dataclass
+class Layouts:
+    """What a forward pass notes on request about the tensors that it passes through, by graph node and output number.
+
+    Attributes:
+        of: Sample axis and shape of each tensor that an operation took.
+        composites: For a call of a function in ``functions``, the edge of its input by the node of its output.
+        functions: Python functions of one tensor that count as one operation.
+    """
+
+    functions: frozenset[Any] = frozenset()
+    of: dict[tuple[Node, int], tuple[int, torch.Size]] = field(default_factory=dict)
+    composites: dict[Node, GradientEdge] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Forget everything, before another forward pass."""
+        self.of.clear()
+        self.composites.clear()
+
+
 class _Capture(TorchFunctionMode):
     """Records sites, generic parameters and the sample axis. ``level`` is the vmap level, None on the plain path."""
 
-    def __init__(self, tracked: dict[int, Tensor], level: int | None, samples: int) -> None:
+    def __init__(
+        self, tracked: dict[int, Tensor], level: int | None, samples: int, layouts: Layouts | None = None
+    ) -> None:
         super().__init__()
+        self.layouts = layouts
+        if layouts is not None:
+            layouts.clear()
         self.index = {id(p): Parameter(p, i) for i, p in tracked.items()}
         self.level = level
         self.samples = samples
@@ -129,7 +156,10 @@ class _Capture(TorchFunctionMode):
         if used and func in RULES and not any(self._sampled(t) for t in _tensors(args, kwargs)):
             args, kwargs = (self._repeated(a) for a in (args, kwargs))
         run = _embedding if func is F.embedding and self.level is not None else func
+        taken = [] if self.layouts is None else self._layouts(args, kwargs)
         out = run(*args, **kwargs)
+        if self.layouts is not None and func in self.layouts.functions and taken and out.requires_grad:
+            self.layouts.composites[get_gradient_edge(self._raw(out)).node] = taken[0]
         if used and _tensor_in(out) and not self._derive(func, args, kwargs, out, used):
             self._use(func, args, kwargs, out, used)
         elif self.level is None:
@@ -216,18 +246,27 @@ class _Capture(TorchFunctionMode):
         axis, raw = self._sample_axis(out)
         if axis is None:
             return self._unproven(used, func)
-        if not raw.requires_grad:
-            return None  # used under no_grad: no gradient flows here
+        if not raw.requires_grad:  # no gradient flows here; reentrant checkpoints only look as if
+            if torch.utils.checkpoint.CheckpointFunction.__module__ == "torch.utils.checkpoint":
+                raise _Opaque
+            return None
         inputs = {k: t for k, t in bound.items() if isinstance(t, Tensor) and k not in roles}
         batched = {k: first for k, t in inputs.items() if (first := self._batch_first(t)) is not None}
         if any(k not in batched and k not in rule.parameters for k in inputs):
             return self._unproven(used, func)
+        alone = rule.samples_first and self.level is not None
+        if alone:  # each sample is a batch of its own: one axis for both
+            if any(t.shape[1:2] != (1,) for t in batched.values()):
+                return self._refuse(used, f"the inputs of {_name(func)} do not have the samples first")
+            batched = {k: t.squeeze(1) for k, t in batched.items()}
         bound |= batched
         if rule.takes_use:
             bound["use"] = Use(axis if self.level is None else None, frozenset(roles), frozenset(batched))
         forms = rule.forms(**bound)
         if forms is NotImplemented or not roles.keys() <= forms.keys():
             return self._refuse(used, f"the rule of {_name(func)} does not cover this use")
+        if alone:
+            forms = {k: replace(f, cotangent=_squeezed(f.cotangent)) for k, f in forms.items()}
         of_leaves = [(i, form) for name, p in roles.items() for i, form in self._leaf_forms(p, forms[name])]
         if len({i for i, _ in of_leaves}) != len(of_leaves):
             return self._refuse(used, f"{_name(func)} takes it in two arguments")
@@ -296,6 +335,18 @@ class _Capture(TorchFunctionMode):
 
     # -- samples
 
+    def _layouts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[GradientEdge]:
+        """Note the layout of the tensors with a gradient; before the call, which may change them in place."""
+        edges = []
+        for t in _tensors(args, kwargs):
+            if t.requires_grad:
+                raw = self._raw(t)
+                axis = _axis_or_none(t) if self.level is None else _functorch.maybe_get_bdim(t) if raw is not t else None
+                edges.append(edge := get_gradient_edge(raw))
+                if axis is not None:
+                    self.layouts.of[edge.node, edge.output_nr] = (axis, raw.shape)  # type: ignore[union-attr]
+        return edges
+
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Mark each tensor of ``out`` with its sample axis."""
         if mutates(func):  # its views keep their marks, so the axis must not change
@@ -357,6 +408,10 @@ def _mark(t: Tensor, axis: int | None) -> None:
         t._curvfunc_axis = axis  # type: ignore[attr-defined]
 
 
+def _squeezed(cotangent: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda g: cotangent(g.squeeze(2))
+
+
 def _pullback(edge: GradientEdge, leaf: Tensor) -> Callable[[Tensor], Tensor]:
     """Takes gradients [v, n, ...] at ``edge`` to gradients [v, n, *shape] of ``leaf``."""
 
@@ -413,8 +468,19 @@ def _refuse_batch_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str,
         )
 
 
+class _Opaque(Exception):
+    """The model runs in a way that hides calls from the mode, and that can be switched off."""
+
+
 def capture(
-    model_fn: Callable[..., Any], leaves: list[Tensor], rebuild: Callable[[Sequence[Tensor]], Any], X: Any, samples: int
+    model_fn: Callable[..., Any],
+    leaves: list[Tensor],
+    rebuild: Callable[[Sequence[Tensor]], Any],
+    X: Any,
+    samples: int,
+    *,
+    generic: Sequence[int] = (),
+    layouts: Layouts | None = None,
 ) -> Trace:
     """Run ``model_fn(rebuild(leaves), X)`` once and find the sites.
 
@@ -424,9 +490,35 @@ def capture(
         rebuild: Makes the params pytree of a list of tensors.
         X: The input, every tensor [N, ...].
         samples: N.
+        generic: Indices of parameters that are to be generic whatever use they have.
+        layouts: Filled with the layouts of intermediate tensors if given.
     """
+    try:
+        return _attempt(model_fn, leaves, rebuild, X, samples, generic, layouts)
+    except Exception as error:
+        if not _hides_calls(error):
+            raise
+    if layouts is not None:
+        layouts.clear()
+    with _nothing_hidden():
+        return _attempt(model_fn, leaves, rebuild, X, samples, generic, layouts)
+
+
+def _attempt(
+    model_fn: Callable[..., Any],
+    leaves: list[Tensor],
+    rebuild: Callable[[Sequence[Tensor]], Any],
+    X: Any,
+    samples: int,
+    generic: Sequence[int],
+    layouts: Layouts | None,
+) -> Trace:
+    """On the whole batch; if that does not hold, under vmap; if that does not run, sample by sample."""
     tracked = dict(enumerate(leaves))
-    mode = _Capture(tracked, None, samples)
+    if generic:
+        reasons: dict[int | None, str] = dict.fromkeys(generic, "on request")
+        return _capture_batched(model_fn, leaves, rebuild, X, samples, reasons, layouts)
+    mode = _Capture(tracked, None, samples, layouts)
     params, X_marked = rebuild(leaves), optree.tree_map(_marked, X)
     with mode:
         out = model_fn(params, X_marked)
@@ -437,10 +529,55 @@ def capture(
         mode.note(_hidden(out, mode.sites, tracked), "it is used where calls cannot be seen")
     if not mode.reasons:
         return Trace(out, mode.sites, "plain")
+    return _capture_batched(model_fn, leaves, rebuild, X, samples, mode.reasons, layouts)
+
+
+def _capture_batched(
+    model_fn: Callable[..., Any],
+    leaves: list[Tensor],
+    rebuild: Callable[[Sequence[Tensor]], Any],
+    X: Any,
+    samples: int,
+    reasons: dict[int | None, str],
+    layouts: Layouts | None,
+) -> Trace:
     try:
-        return _capture_vmapped(model_fn, leaves, rebuild, X, samples, mode.reasons)
+        return _capture_vmapped(model_fn, leaves, rebuild, X, samples, reasons, layouts)
     except (RuntimeError, NotImplementedError) as error:
+        if _hides_calls(error):
+            raise
+        if layouts is not None:
+            layouts.clear()
         return _capture_loop(model_fn, leaves, rebuild, X, samples, error)
+
+
+def _hides_calls(error: Exception) -> bool:
+    """Whether activation checkpointing or compiled code inside the model made the capture fail."""
+    return (
+        isinstance(error, (_Opaque, torch._dynamo.exc.TorchDynamoException))
+        or "saved tensor hooks" in str(error)
+        or "autograd.Function with functorch" in str(error)
+    )
+
+
+@contextmanager
+def _nothing_hidden() -> Iterator[None]:
+    """Run checkpointed parts of a model as they are, and compiled parts eagerly."""
+
+    class Plain:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+            return function(*args)
+
+    def plain(*args: Any, **kwargs: Any) -> Iterator[None]:
+        yield
+
+    with (
+        patch.object(torch.utils.checkpoint, "CheckpointFunction", Plain),
+        patch.object(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", plain),
+        torch.compiler.set_stance("force_eager") if not torch.compiler.is_compiling() else nullcontext(),
+    ):
+        yield
 
 
 def _marked(x: Tensor) -> Tensor:
@@ -456,6 +593,7 @@ def _capture_vmapped(
     X: Any,
     samples: int,
     reasons: dict[int | None, str],
+    layouts: Layouts | None = None,
 ) -> Trace:
     """Run under vmap over samples, generic parameters expanded; again if more of them turn out to be generic."""
     reasons = dict(reasons)
@@ -466,7 +604,7 @@ def _capture_vmapped(
 
         def one(x: Any, own: dict[int, Tensor]) -> Tensor:
             level = _functorch.maybe_get_level(optree.tree_leaves(x)[0])
-            modes.append(_Capture(tracked, level, samples))  # noqa: B023 (called at once, below)
+            modes.append(_Capture(tracked, level, samples, layouts))  # noqa: B023 (called at once, below)
             params = rebuild([own.get(i, p) for i, p in enumerate(leaves)])
             x = optree.tree_map(lambda t: t.unsqueeze(0), x)
             with modes[0]:  # noqa: B023
@@ -547,6 +685,8 @@ def _hidden(out: Tensor, sites: list[Site], tracked: dict[int, Tensor]) -> list[
         if node is None or node in seen:
             continue
         seen.add(node)
+        if type(node).__name__ in ("CheckpointFunctionBackward", "CompiledFunctionBackward"):
+            raise _Opaque
         if node in ends:
             found.add(ends[node])
         elif node in producers:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, ClassVar
 
 import optree
@@ -45,14 +46,17 @@ class Quantity:
 
 
 # Each contraction, and how its parts from several chunks of columns become one.
-CONTRACTIONS: dict[str, tuple[Callable[[Bound], Tensor | None], str]] = {
+CONTRACTIONS: dict[str, tuple[Callable[[Bound], Any], str]] = {
     "per_sample": (contractions.per_sample, "concatenate"),
     "squares": (contractions.squares, "sum"),
     "sample_squares": (contractions.sample_squares, "sum"),
     "sample_norms": (contractions.sample_norms, "sum"),
-    "output_factor": (contractions.output_factor, "sum"),
-    "input_factor": (contractions.input_factor, "first"),
+    "gram": (contractions.gram, "join"),  # products of columns from different chunks: contracted once all are there
 }
+for approximation in (None, "expand", "reduce"):
+    suffix = f"_{approximation}" if approximation else ""
+    CONTRACTIONS["output_factor" + suffix] = (partial(contractions.output_factor, approximation=approximation), "sum")
+    CONTRACTIONS["input_factor" + suffix] = (partial(contractions.input_factor, approximation=approximation), "first")
 
 # A block larger than this many rows is refused: 2**15 rows take 4 GiB in float32.
 LARGEST_BLOCK = 1 << 15
@@ -163,7 +167,8 @@ class _Run:
 
     def _results(self, leaves: list[Tensor], specs: list[Quantity], differentiable: bool) -> tuple[Tensor, list[Any]]:
         trace = self._forward(leaves, any(s.contractions not in ((), ("total",)) for s in specs))
-        with nullcontext() if differentiable else torch.no_grad():
+        device = trace.out.device.type
+        with nullcontext() if differentiable else torch.no_grad(), torch.autocast(device, enabled=False):
             out = trace.out if differentiable else trace.out.detach()
             whole = self.batch.spread(out)
             losses.check(self.loss, whole, self.batch.y)
@@ -222,9 +227,12 @@ class _Run:
                 bound = self._bind(trace, leaves[i], uses, gs, inputs, len(columns))
                 for n in per_site:
                     self._check_block(n, i, bound)
-                    if CONTRACTIONS[n][1] != "first" or start == 0:
-                        found[n][i].append(CONTRACTIONS[n][0](bound))
-        results = {n: [_combine(CONTRACTIONS[n][1], f) for f in found[n]] for n in per_site}
+                    contract, how = CONTRACTIONS[n]
+                    if how != "first" or start == 0:
+                        found[n][i].append(bound if how == "join" else contract(bound))
+        results = {n: [_combine(*CONTRACTIONS[n], f) for f in found[n]] for n in per_site}
+        if "per_sample" in results:  # in low precision, sums of squares stay in single precision
+            results["per_sample"] = [r.to(p.dtype) for r, p in zip(results["per_sample"], leaves, strict=True)]
         return results | ({"total": totals} if "total" in names else {})
 
     def _bind(
@@ -250,7 +258,7 @@ class _Run:
         return contractions.merge([bind(form, gs[j], once) for j, form in uses])
 
     def _check_block(self, contraction: str, i: int, bound: Bound) -> None:
-        if contraction == "output_factor" and isinstance(bound.form, Direct) and bound.form.shape.numel() > LARGEST_BLOCK:
+        if contraction.startswith("output_factor") and isinstance(bound.form, Direct) and bound.form.shape.numel() > LARGEST_BLOCK:
             raise NotImplementedError(
                 f"parameter {self.names[i]!r} of shape {tuple(bound.form.shape)} has no Kronecker structure here, and "
                 f"its exact block would have {bound.form.shape.numel()} rows. Leave it out of params, or use diag_ggn."
@@ -265,7 +273,17 @@ class _Run:
         return self.rebuild([spec.finish(self.batch.size, *p) for p in zip(*lists, strict=True)])
 
 
-def _combine(how: str, parts: list[Any]) -> Any:
+def trace(model_fn: Callable[..., Any], params: Any, X: Any) -> tuple[list[str], Trace]:
+    """Names of the parameters and one forward pass, as `compute` makes it."""
+    names, leaves, rebuild = flatten_params(params)
+    batch = read_batch(X, X, None)
+    with forward_errors(names, leaves, X):
+        return names, capture(model_fn, [_leaf(p) for p in leaves], rebuild, X, batch.size)
+
+
+def _combine(contract: Callable[[Bound], Any], how: str, parts: list[Any]) -> Any:
+    if how == "join":
+        return contract(contractions.join(parts))
     if how == "first" or len(parts) == 1:
         return parts[0]
     return torch.cat(parts) if how == "concatenate" else sum(parts[1:], parts[0])

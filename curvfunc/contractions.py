@@ -13,6 +13,7 @@ Axes: ``n`` sample, ``v`` backpropagated vector, ``q`` group, ``s`` shared posit
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,21 +23,28 @@ __all__ = [
     "Bound",
     "Direct",
     "Form",
+    "InputFactor",
     "Outer",
     "Rows",
     "Through",
+    "arranged",
     "bind",
     "direct",
+    "gram",
     "input_factor",
+    "join",
     "merge",
     "output_factor",
     "per_sample",
     "rows_of",
     "sample_norms",
     "sample_squares",
+    "squared_inputs",
     "squares",
     "sum_to_shape",
     "transposed",
+    "weighted_sample_squares",
+    "weighted_squares",
 ]
 
 # Results that are larger than the cache are formed and reduced in blocks of samples of about this size.
@@ -162,7 +170,7 @@ def _features(b: Bound) -> tuple[object, ...]:
     return (type(b.form),)
 
 
-def _arranged(b: Bound, result: Tensor) -> Tensor:
+def arranged(b: Bound, result: Tensor) -> Tensor:
     """[..., q, o, k] as [..., *shape]."""
     form = b.form
     assert isinstance(form, Outer)
@@ -180,9 +188,9 @@ def per_sample(b: Bound) -> Tensor:
     if isinstance(b.form, Rows):
         return _scatter(b.g, b.x.expand(b.g.shape[:-1]), b.form.shape[0])
     if b.x.shape[2] == 1:
-        return _arranged(b, b.g.mT * b.x)
+        return arranged(b, b.g.mT * b.x)
     v = b.g.shape[0]
-    return _arranged(b, torch.stack([g.mT @ b.x for g in b.g]) if v > 1 else (b.g[0].mT @ b.x)[None])
+    return arranged(b, torch.stack([g.mT @ b.x for g in b.g]) if v > 1 else (b.g[0].mT @ b.x)[None])
 
 
 def squares(b: Bound) -> Tensor:
@@ -194,9 +202,9 @@ def squares(b: Bound) -> Tensor:
         return _scatter(part.flatten(0, 1), b.x.flatten(), b.form.shape[0])
     if b.x.shape[2] == 1:  # (g xᵀ)² = g² (x²)ᵀ, so the sum over samples is one matrix product
         g, x = b.g.square().sum(0)[:, :, 0], b.x.square()[:, :, 0]
-        return _arranged(b, torch.einsum("nqo,nqk->qok", g, x))
+        return arranged(b, torch.einsum("nqo,nqk->qok", g, x))
     parts = [(g.mT @ x).square().sum(0) for g, x in _blocks(b)]
-    return _arranged(b, sum(parts[1:], parts[0]))
+    return arranged(b, sum(parts[1:], parts[0]))
 
 
 def sample_squares(b: Bound) -> Tensor:
@@ -206,11 +214,49 @@ def sample_squares(b: Bound) -> Tensor:
     if isinstance(b.form, Rows):
         return _scatter((b.g * _same_row(b)).sum(0), b.x, b.form.shape[0])
     if b.x.shape[2] == 1:
-        return _arranged(b, b.g.square().sum(0).mT * b.x.square())
+        return arranged(b, b.g.square().sum(0).mT * b.x.square())
     total = (b.g[0].mT @ b.x).square()
     for g in b.g[1:]:
         total = total + (g.mT @ b.x).square()
-    return _arranged(b, total)
+    return arranged(b, total)
+
+
+def weighted_squares(b: Bound, weights: Tensor) -> Tensor:
+    """Squared gradients, each vector of each sample with its weight of any sign: Σ_vn w[v,n] g², [*shape]."""
+    if isinstance(b.form, Direct):
+        return torch.einsum("vn,vnp->p", weights, _vectors(b.g).square()).reshape(b.form.shape)
+    if isinstance(b.form, Rows) or b.x.shape[2] > 1:
+        return weighted_sample_squares(b, weights).sum(0)
+    g = torch.einsum("vn,vnqo->nqo", weights, b.g[:, :, :, 0].square())
+    return arranged(b, torch.einsum("nqo,nqk->qok", g, b.x[:, :, 0].square()))
+
+
+def weighted_sample_squares(b: Bound, weights: Tensor) -> Tensor:
+    """As `weighted_squares` for each sample, Σ_v w[v,n] g²: [n, *shape]."""
+    if isinstance(b.form, Direct):
+        return torch.einsum("vn,vnp->np", weights, _vectors(b.g).square()).reshape(b.g.shape[1:])
+    if isinstance(b.form, Rows):
+        return _scatter(torch.einsum("vn,vnsd->nsd", weights, b.g * _same_row(b)), b.x, b.form.shape[0])
+    if b.x.shape[2] == 1:
+        g = torch.einsum("vn,vnqo->nqo", weights, b.g[:, :, :, 0].square())
+        return arranged(b, g.unsqueeze(-1) * b.x.square())
+    v, n, q, _, o = b.g.shape
+    k = b.x.shape[3]
+    size = max(1, BLOCK_BYTES // max(1, n * q * o * k * b.g.element_size()))
+    parts = []
+    for i in range(0, v, size):  # one matrix product per sample, whose result is reduced while it is in cache
+        g = b.g[i : i + size].permute(1, 2, 0, 4, 3)  # [n, q, v, o, s]
+        squared = (g.flatten(2, 3) @ b.x).square().reshape(n, q, len(b.g[i : i + size]), o * k)
+        parts.append((weights[i : i + size].mT[:, None, None] @ squared).reshape(n, q, o, k))
+    return arranged(b, sum(parts[1:], parts[0]))
+
+
+def squared_inputs(b: Bound, batched: bool) -> Tensor:
+    """Σ_s g x² of one vector, [*shape] or [n, *shape]; for a bias, where `Direct` sums g, Σ_s g."""
+    if not isinstance(b.form, Outer):
+        return b.g[0] if batched else b.g[0].sum(0)
+    equation = "nqso,nqsk->nqok" if batched else "nqso,nqsk->qok"
+    return arranged(b, torch.einsum(equation, b.g[0], b.x.square()))
 
 
 def sample_norms(b: Bound) -> Tensor:
@@ -228,6 +274,54 @@ def sample_norms(b: Bound) -> Tensor:
         return sum(parts[1:], parts[0])
     norms = [(g.mT @ x).square().flatten(1).sum(1) for g, x in _blocks(b)]
     return torch.cat(norms).view(b.g.shape[0], -1).sum(0)
+
+
+def gram(b: Bound) -> Tensor:
+    """Inner products of the gradients, [v, n, v, n]."""
+    v, n = b.g.shape[:2]
+    if isinstance(b.form, Outer):
+        s, o, k = b.x.shape[2], b.g.shape[4], b.x.shape[3]
+        # ⟨Σ_s g xᵀ, Σ_t h yᵀ⟩ = Σ_st (g hᵀ)(x yᵀ) costs v² n² s² o + n² s² k, the gradients themselves v n s o k + v² n² o k
+        if s * s * (v * v * o + k) * n <= (s + v * n) * v * o * k:
+            return _gram_of_positions(b)
+        return _gram_of_gradients(b)
+    flat = _vectors(per_sample(b)).flatten(0, 1)
+    return (flat @ flat.mT).view(v, n, v, n)
+
+
+def _gram_of_positions(b: Bound) -> Tensor:
+    """Inner products at all pairs of positions, in blocks of samples; no gradient is formed."""
+    v, n, q, s, _ = b.g.shape
+    g, x = b.g.permute(2, 0, 1, 3, 4), b.x.transpose(0, 1)  # [q, v, n, s, o], [q, n, s, k]
+    everything, inputs = g.flatten(1, 3), x.flatten(1, 2)
+    size = max(1, BLOCK_BYTES // (v * v * n * q * s * s * b.g.element_size()))
+    rows = []
+    for j in range(0, n, size):
+        m = min(size, n - j)
+        outer = g[:, :, j : j + m].flatten(1, 3) @ everything.mT  # [q, v m s, v n s]
+        inner = x[:, j : j + m].flatten(1, 2) @ inputs.mT  # [q, m s, n s]
+        product = outer.view(q, v, m, s, v, n, s) * inner.view(q, 1, m, s, 1, n, s)
+        rows.append(product.sum((0, 3, 6)))
+    return torch.cat(rows, dim=1)
+
+
+def _gram_of_gradients(b: Bound) -> Tensor:
+    """Inner products of the gradients, formed for one block of output features at a time."""
+    v, n, q, s, o = b.g.shape
+    size = max(1, 8 * BLOCK_BYTES // (v * n * q * b.x.shape[3] * b.g.element_size()))
+    total = None
+    for j in range(0, o, size):
+        g = b.g[..., j : j + size].mT  # [v, n, q, j, s]
+        part = g @ b.x if s > 1 else g * b.x
+        flat = part.flatten(2).flatten(0, 1)
+        total = flat @ flat.mT if total is None else total + flat @ flat.mT
+    assert total is not None
+    return total.view(v, n, v, n)
+
+
+def join(parts: list[Bound]) -> Bound:
+    """Chunks of the same use, with different vectors, as one."""
+    return parts[0] if len(parts) == 1 else replace(parts[0], g=torch.cat([p.g for p in parts]))
 
 
 def _blocks(b: Bound) -> list[tuple[Tensor, Tensor]]:
@@ -254,34 +348,50 @@ def _scatter(values: Tensor, rows: Tensor, size: int) -> Tensor:
     return zeros.scatter_add(-2, rows.unsqueeze(-1).expand(values.shape), values)[..., :size, :]
 
 
-def output_factor(b: Bound) -> Tensor:
+def output_factor(b: Bound, approximation: str | None = None) -> Tensor:
     """The Kronecker factor of the outputs, B [o, o]; for `Direct`, the exact block [numel, numel].
 
-    B = Σ_vn (Σ_s g)(Σ_s g)ᵀ where positions sum first (convolutions), else B = Σ_vns g gᵀ.
+    B = Σ_vns g gᵀ in the expand approximation, B = Σ_vn (Σ_s g)(Σ_s g)ᵀ in the reduce approximation and, if none is
+    given, for convolutions.
     """
-    if isinstance(b.form, Outer):
-        g = b.g.sum(3, keepdim=True) if b.form.sum_positions else b.g
-        g = g.transpose(2, 3).flatten(3).flatten(0, 2)  # [v n s, q o]
-    elif isinstance(b.form, Rows):
-        g = b.g.flatten(0, 2)
-    else:
-        g = _vectors(b.g).flatten(0, 1)
+    if isinstance(b.form, Direct):
+        g = b.g.flatten(2).flatten(0, 1)
+        return g.mT @ g
+    g = b.g.transpose(2, 3).flatten(3) if isinstance(b.form, Outer) else b.g  # [v, n, s, q o]
+    if approximation == "reduce" or (approximation is None and _sums_positions(b)):
+        g = g.sum(2, keepdim=True)
+    g = g.flatten(0, 2)
     return g.mT @ g
 
 
-def input_factor(b: Bound) -> Tensor | None:
-    """The Kronecker factor of the inputs, A [k, k]: the mean over samples of Σ_s x xᵀ; None for `Direct`.
+class InputFactor(NamedTuple):
+    """A Kronecker factor, and whether it comes before the one of the outputs."""
 
-    Where positions do not sum first in the output factor, it is the mean over positions as well, and over groups.
+    factor: Tensor
+    first: bool
+
+
+def input_factor(b: Bound, approximation: str | None = None) -> InputFactor | None:
+    """The Kronecker factor of the inputs, A [k, k]; None for `Direct`. Groups are averaged.
+
+    A = 1/(N S) Σ_ns x xᵀ in the expand approximation, A = 1/N Σ_n (1/S Σ_s x)(1/S Σ_s x)ᵀ in the reduce approximation;
+    if none is given, A = 1/N Σ_ns x xᵀ for convolutions.
     """
     if isinstance(b.form, Direct):
         return None
     if isinstance(b.form, Rows):
-        weight = b.g.new_full((b.x.numel(), 1), 1 / b.x.numel())
-        return _scatter(weight, b.x.flatten(), b.form.shape[0]).flatten().diag()
+        weight = b.g.new_full((*b.x.shape, 1), 1 / b.x.shape[1])
+        x = _scatter(weight, b.x, b.form.shape[0]).squeeze(2)  # [n, rows]: how often each row occurs
+        return InputFactor(x.mT @ x / len(x) if approximation == "reduce" else x.mean(0).diag(), True)
     n, q, s, _ = b.x.shape
-    x = b.x.flatten(0, 2)
-    return x.mT @ x / (n * q if b.form.sum_positions else n * q * s)
+    x = b.x.mean(2, keepdim=True) if approximation == "reduce" else b.x
+    x = x.flatten(0, 2)
+    positions = s if approximation == "expand" or (approximation is None and not _sums_positions(b)) else 1
+    return InputFactor(x.mT @ x / (n * q * positions), b.form.inputs_first)
+
+
+def _sums_positions(b: Bound) -> bool:
+    return isinstance(b.form, Outer) and b.form.sum_positions
 
 
 def transposed(form: Form) -> Form | None:

@@ -164,23 +164,50 @@ class SqrtGGN(_Curvature):
 
 @dataclass(frozen=True)
 class KFAC(_Curvature):
-    """Kronecker factors of each parameter's GGN block, a tuple."""
+    """Kronecker factors of each parameter's GGN block, a tuple; see `kfac`."""
 
     mc_samples: int = 1
-    contractions = ("output_factor", "input_factor")
+    kfac_approx: str | None = None
 
-    def finish(self, samples: int, *parts: Tensor | None) -> tuple[Tensor, ...]:
-        """(B, A), or (B,) for a parameter without input factor."""
-        return tuple(p for p in parts if p is not None)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_approximation(self.kfac_approx)
+
+    @property
+    def contractions(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Both factors, in the chosen approximation."""
+        return _factors(self.kfac_approx)
+
+    def finish(self, samples: int, *parts: Any) -> tuple[Tensor, ...]:
+        """(B, A) in the order of the parameter's axes, or (B,) for a parameter without input factor."""
+        B, A = parts
+        if A is None:
+            return (B,)
+        return (A.factor, B) if A.first else (B, A.factor)
 
 
 @dataclass(frozen=True)
 class KFLR(Quantity):
     """Kronecker factors as `KFAC`, from the exact loss Hessian."""
 
-    contractions = KFAC.contractions
+    kfac_approx: str | None = None
     cotangent = LossRoot(0)
+
+    def __post_init__(self) -> None:
+        _check_approximation(self.kfac_approx)
+
+    contractions = KFAC.contractions
     finish = KFAC.finish
+
+
+def _factors(approximation: str | None) -> tuple[str, ...]:
+    suffix = f"_{approximation}" if approximation else ""
+    return "output_factor" + suffix, "input_factor" + suffix
+
+
+def _check_approximation(approximation: str | None) -> None:
+    if approximation not in (None, "expand", "reduce"):
+        raise ValueError(f'kfac_approx must be "expand", "reduce" or None, got {approximation!r}.')
 
 
 Model = Callable[[Any, Any], Tensor]
@@ -363,18 +390,24 @@ def kfac(
     *,
     loss_fn: LossFunction = F.cross_entropy,
     mc_samples: int = 1,
+    kfac_approx: str | None = None,
     subsampling: Indices | None = None,
     generator: Generator | None = None,
     chunk_size: int | None = None,
 ) -> Any:
     """Kronecker factors whose product approximates each parameter's GGN block, GGN ≈ B ⊗ A.
 
-    With output cotangents g and layer inputs x (k features, o outputs), A averages x xᵀ over samples and B sums g gᵀ:
+    With output cotangents g and layer inputs x (k features, o outputs), and shared positions s (time steps, pixels, or
+    the uses of a tied weight):
 
-    - linear: B = Σ_vn g gᵀ, A = (1/N) Σₙ x xᵀ; with shared axes s, B = Σ_vns g gᵀ and A = 1/(N S) Σ_ns x xᵀ ("expand").
-    - convolution, x the patches: B = Σ_vn (Σ_s g)(Σ_s g)ᵀ, A = (1/N) Σ_ns x xᵀ (BackPACK's convention). With groups,
-      A is the mean of the groups'.
-    - any other parameter: its exact block as one factor.
+    - ``kfac_approx="expand"``: B = Σ_vns g gᵀ, A = 1/(N S) Σ_ns x xᵀ.
+    - ``kfac_approx="reduce"``: B = Σ_vn (Σ_s g)(Σ_s g)ᵀ, A = 1/N Σₙ (1/S Σ_s x)(1/S Σ_s x)ᵀ.
+    - None: BackPACK's convention for convolutions, B = Σ_vn (Σ_s g)(Σ_s g)ᵀ and A = 1/N Σ_ns x xᵀ, with x the patches;
+      expand for all else.
+
+    Without shared positions they all are B = Σ_vn g gᵀ, A = 1/N Σₙ x xᵀ. With groups, A is the mean of the groups'. An
+    embedding has one-hot inputs. Any other parameter has its exact block as its one factor. For a weight whose axes are
+    those of the inputs first, as in x @ W, the order is (A, B).
 
     Returns:
         A tuple per parameter: (B [o, o], A [k, k]) for weights, (B [numel, numel],) for others. Arguments: see
@@ -388,7 +421,7 @@ def kfac(
         Martens and Grosse 2015, eq. 1 ff.; Grosse and Martens 2016, eq. 32; Eschenhagen et al. 2023, eq. 22 (expand).
         BackPACK's ``KFAC`` (``p.kfac``).
     """
-    return _one(KFAC(mc_samples), model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
+    return _one(KFAC(mc_samples, kfac_approx), model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
 
 
 def kflr(
@@ -398,6 +431,7 @@ def kflr(
     y: Any,
     *,
     loss_fn: LossFunction = F.cross_entropy,
+    kfac_approx: str | None = None,
     subsampling: Indices | None = None,
     chunk_size: int | None = None,
 ) -> Any:
@@ -412,7 +446,7 @@ def kflr(
     References:
         Botev, Ritter, Barber 2017, sec. 3.3. BackPACK's ``KFLR`` (``p.kflr``).
     """
-    return _one(KFLR(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+    return _one(KFLR(kfac_approx), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
 
 
 def _one(
