@@ -136,6 +136,7 @@ class _Capture(TorchFunctionMode):
         self.index = {id(p): Parameter(p, i) for i, p in tracked.items()}
         self.level = level
         self.samples = samples
+        self.guesses: bool | None = None  # whether constants were taken for samples; False forbids it
         self.sites: list[Site] = []
         self.reasons: dict[int | None, str] = {}
         if level is None:
@@ -208,13 +209,16 @@ class _Capture(TorchFunctionMode):
                 return t
             if self.level is not None:
                 return _functorch._add_batch_dim(t.expand(self.samples, *t.shape), 0, self.level)
-            return _marked(t) if t.ndim and t.shape[0] == self.samples > 1 else t
+            if self.guesses is False or t.ndim == 0 or not t.shape[0] == self.samples > 1:
+                return t
+            self.guesses = True
+            return _marked(t)
 
         return {k: samples(t) for k, t in args.items()} if isinstance(args, dict) else tuple(map(samples, args))
 
     def _expanded(self, func: Any, out: Any, p: "Parameter") -> Site | None:
         """A parameter that is repeated once per sample: the site at which it meets them."""
-        if self.level is not None or func not in EXPANSIONS or not isinstance(out, Tensor) or p.leaf is None:
+        if self.level is not None or func not in EXPANSIONS or not isinstance(out, Tensor) or self.guesses is False:
             return None
         own = [1] * (out.ndim - p.tensor.ndim) + list(p.tensor.shape)
         if self.samples == 1 or any(a not in (1, b) for a, b in zip(own, out.shape, strict=True)):
@@ -225,7 +229,8 @@ class _Capture(TorchFunctionMode):
         del own[axis]
         lead, shape = torch.Size(own), p.tensor.shape
         form = Direct(lambda g: sum_to_shape(g, lead).reshape(*g.shape[:2], *shape), shape)
-        return Site(_name(func), {p.leaf: form}, get_gradient_edge(out), axis, [], out.shape, [])
+        self.guesses = True
+        return Site(_name(func), dict(self._leaf_forms(p, form)), get_gradient_edge(out), axis, [], out.shape, [])
 
     def _use(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, used: list["Parameter"]
@@ -242,7 +247,7 @@ class _Capture(TorchFunctionMode):
             if name in rule.parameters and (p := self.index.get(id(t))) is not None
         }
         if len(roles) != len(used) or not isinstance(out, Tensor):
-            return self._refuse(used, f"{_name(func)} takes it as an argument that has no rule")
+            return self._decline(used, f"{_name(func)} takes it as an argument that has no rule")
         axis, raw = self._sample_axis(out)
         if axis is None:
             return self._unproven(used, func)
@@ -264,12 +269,12 @@ class _Capture(TorchFunctionMode):
             bound["use"] = Use(axis if self.level is None else None, frozenset(roles), frozenset(batched))
         forms = rule.forms(**bound)
         if forms is NotImplemented or not roles.keys() <= forms.keys():
-            return self._refuse(used, f"the rule of {_name(func)} does not cover this use")
+            return self._decline(used, f"the rule of {_name(func)} does not cover this use")
         if alone:
             forms = {k: replace(f, cotangent=_squeezed(f.cotangent)) for k, f in forms.items()}
         of_leaves = [(i, form) for name, p in roles.items() for i, form in self._leaf_forms(p, forms[name])]
         if len({i for i, _ in of_leaves}) != len(of_leaves):
-            return self._refuse(used, f"{_name(func)} takes it in two arguments")
+            return self._decline(used, f"{_name(func)} takes it in two arguments")
         data = [self._raw(t) for t in _tensors(args, kwargs) if id(t) not in self.index]
         self.sites.append(
             Site(
@@ -303,7 +308,10 @@ class _Capture(TorchFunctionMode):
 
     def _unproven(self, used: list["Parameter"], func: Any) -> None:
         """On the plain path the samples may mix; under vmap the operation sees no sample at all."""
-        why = f"{_name(func)} has no proven sample axis"
+        self._decline(used, f"{_name(func)} has no proven sample axis")
+
+    def _decline(self, used: list["Parameter"], why: str) -> None:
+        """What does not hold on the whole batch may hold for each sample by itself."""
         return self.note([None], why) if self.level is None else self._refuse(used, why)
 
     def note(self, used: Sequence[int | None], why: str) -> None:
@@ -420,7 +428,11 @@ def _pullback(edge: GradientEdge, leaf: Tensor) -> Callable[[Tensor], Tensor]:
         found = torch.autograd.grad(edge, leaf, g, retain_graph=True, create_graph=create, materialize_grads=True)
         return found[0]
 
-    return torch.vmap(torch.vmap(one))
+    def pull(g: Tensor) -> Tensor:
+        with without_fallback_warnings():
+            return torch.vmap(torch.vmap(one))(g)
+
+    return pull
 
 
 def _viewed(t: Tensor) -> Tensor:
@@ -518,17 +530,21 @@ def _attempt(
     if generic:
         reasons: dict[int | None, str] = dict.fromkeys(generic, "on request")
         return _capture_batched(model_fn, leaves, rebuild, X, samples, reasons, layouts)
-    mode = _Capture(tracked, None, samples, layouts)
-    params, X_marked = rebuild(leaves), optree.tree_map(_marked, X)
-    with mode:
-        out = model_fn(params, X_marked)
-    check_output(out, samples)
-    if not mode.reasons and out.requires_grad and _axis(out) != 0:
-        mode.reasons[None] = "the sample axis could not be followed to the output"
-    if not mode.reasons:
-        mode.note(_hidden(out, mode.sites, tracked), "it is used where calls cannot be seen")
-    if not mode.reasons:
-        return Trace(out, mode.sites, "plain")
+    for guesses in (None, False):
+        mode = _Capture(tracked, None, samples, layouts)
+        mode.guesses = guesses
+        params, X_marked = rebuild(leaves), optree.tree_map(_marked, X)
+        with mode:
+            out = model_fn(params, X_marked)
+        check_output(out, samples)
+        if not mode.reasons and out.requires_grad and _axis(out) != 0:
+            mode.reasons[None] = "the sample axis could not be followed to the output"
+        if not mode.reasons:
+            mode.note(_hidden(out, mode.sites, tracked), "it is used where calls cannot be seen")
+        if not mode.reasons:
+            return Trace(out, mode.sites, "plain")
+        if not mode.guesses:
+            break
     return _capture_batched(model_fn, leaves, rebuild, X, samples, mode.reasons, layouts)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -11,14 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch._C import _functorch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from curvfunc import contractions, losses
-from curvfunc.capture import Trace, capture, check_output
+from curvfunc import contractions, hessian, kfra, losses
+from curvfunc.capture import Layouts, Trace, capture, check_output
 from curvfunc.contractions import Bound, Direct, Through, bind, direct
-from curvfunc.cotangents import LossGradient, LossRoot, chunks, pull
+from curvfunc.cotangents import AveragedHessian, FullHessian, LossGradient, LossRoot, chunks, pull
 from curvfunc.inputs import Batch, flatten_params, forward_errors, read_batch
 from curvfunc.model import ModelFunction
+from curvfunc.residuals import Curvature, curvature
+from curvfunc.rules.nonlinear import COMPOSITES
 
 __all__ = ["Quantity", "compute"]
 
@@ -32,7 +35,7 @@ class Quantity:
     whole_batch: ClassVar[bool] = False
 
     @property
-    def cotangent(self) -> LossGradient | LossRoot:
+    def cotangent(self) -> LossGradient | LossRoot | FullHessian | AveragedHessian:
         """What is backpropagated."""
         return LossGradient()
 
@@ -129,11 +132,13 @@ def _results(
         raise ValueError(f"chunk_size must be a positive int or None, got {chunk_size!r}.")
     names, leaves, rebuild = flatten_params(params)
     batch = read_batch(X, y, subsampling)
+    differentiable = _will_be_differentiated([*leaves, *optree.tree_leaves(X)])
     results: list[Any] = [None] * len(specs)
     for whole in (True, False) if batch.index is not None else (None,):
         chosen = [i for i, s in enumerate(specs) if whole is None or s.whole_batch == whole]
         if chosen:
-            run = _Run(model_fn, names, rebuild, batch.whole() if whole else batch, loss, generator, chunk_size)
+            samples = batch.whole() if whole else batch
+            run = _Run(model_fn, names, rebuild, samples, loss, generator, chunk_size, differentiable)
             for i, result in zip(chosen, run.evaluate(leaves, [specs[i] for i in chosen]), strict=True):
                 results[i] = result
     return results
@@ -150,10 +155,11 @@ class _Run:
     loss: losses.Loss
     generator: Generator | None
     chunk_size: int | None
+    differentiable: bool
 
     def evaluate(self, params: list[Tensor], specs: list[Quantity]) -> list[Any]:
         """The results, with a graph of its own level where torch.func transforms are active."""
-        differentiable = _will_be_differentiated([*params, *optree.tree_leaves(self.batch.X)])
+        differentiable = self.differentiable
         if _functorch.peek_interpreter_stack() is None:
             with torch.enable_grad():
                 leaves = [p.view_as(p) if p.requires_grad and differentiable else _leaf(p) for p in params]
@@ -166,7 +172,11 @@ class _Run:
         return results
 
     def _results(self, leaves: list[Tensor], specs: list[Quantity], differentiable: bool) -> tuple[Tensor, list[Any]]:
-        trace = self._forward(leaves, any(s.contractions not in ((), ("total",)) for s in specs))
+        layouts = Layouts(COMPOSITES) if any(isinstance(s.cotangent, FullHessian) for s in specs) else None
+        chain = kfra.Chain() if any(isinstance(s.cotangent, AveragedHessian) for s in specs) else None
+        run = self if chain is None else replace(self, model_fn=chain.recording(self.model_fn))
+        trace = run._forward(leaves, any(s.contractions not in ((), ("total",)) for s in specs), layouts)
+        curved = None if layouts is None else self._curvature(trace, leaves, layouts)
         device = trace.out.device.type
         with nullcontext() if differentiable else torch.no_grad(), torch.autocast(device, enabled=False):
             out = trace.out if differentiable else trace.out.detach()
@@ -177,6 +187,16 @@ class _Run:
             for s in specs:
                 if s.contractions:
                     wanted.setdefault(s.cotangent, {}).update(dict.fromkeys(s.contractions))
+            if curved is not None:  # first, since the graph ends with the last of the others
+                names = wanted.pop(FullHessian())
+                diagonal = self._hessian(*curved, leaves, "sample_squares" in names, differentiable)
+                parts[FullHessian(), "sample_squares"] = diagonal
+                parts[FullHessian(), "squares"] = [d.sum(0) for d in diagonal] if len(names) > 1 else diagonal
+            if chain is not None:
+                wanted.pop(AveragedHessian())
+                root = losses.exact_root(self.loss, whole, self.batch.y)
+                found = kfra.factors(trace, leaves, self.names, chain, root, self.batch.select, differentiable)
+                parts[AveragedHessian(), "factors"] = found
             for i, (cotangent, names) in enumerate(wanted.items()):
                 root = cotangent.root(self.loss, whole, self.batch.y, self.generator)
                 last = i == len(wanted) - 1
@@ -185,14 +205,53 @@ class _Run:
             results = [self._finish(s, out, parts) for s in specs]
         return trace.out, results
 
-    def _forward(self, leaves: list[Tensor], sites: bool) -> Trace:
+    def _forward(
+        self, leaves: list[Tensor], sites: bool, layouts: Layouts | None = None, generic: Sequence[int] = ()
+    ) -> Trace:
         X, samples = self.batch.inputs(), self.batch.size
         with forward_errors(self.names, leaves, X):
-            if sites:
-                return capture(self.model_fn, leaves, self.rebuild, X, samples)
+            if sites:  # fused attention has no second derivative
+                with sdpa_kernel(SDPBackend.MATH) if self.differentiable or layouts is not None else nullcontext():
+                    return capture(self.model_fn, leaves, self.rebuild, X, samples, generic=generic, layouts=layouts)
             out = self.model_fn(self.rebuild(leaves), X)
         check_output(out, samples)
         return Trace(out, [], "plain")
+
+    def _curvature(self, trace: Trace, leaves: list[Tensor], layouts: Layouts) -> tuple[Trace, Curvature]:
+        """What curves; after another forward pass if some parameters' Hessians need copies of them for each sample."""
+        while True:
+            found = curvature(trace, leaves, layouts)
+            generic = [i for i in range(len(leaves)) if found.split >> i & 1]
+            if not generic:
+                return trace, found
+            generic += [i for i in trace.reasons if i is not None]
+            trace = self._forward(leaves, True, layouts, generic)
+
+    def _hessian(
+        self, trace: Trace, curved: Curvature, leaves: list[Tensor], batched: bool, differentiable: bool
+    ) -> list[Tensor]:
+        """The Hessian's diagonal per parameter."""
+        for j in range(len(trace.sites)):
+            _check_unchanged(trace, j)
+        whole = self.batch.spread(trace.out if differentiable else trace.out.detach())
+        root, weights = losses.signed_root(self.loss, whole, self.batch.y)
+        gradient = losses.gradient(self.loss, whole, self.batch.y, create_graph=differentiable)
+        if differentiable and curved.curved and self.batch.has_repeats():
+            raise NotImplementedError("diag_hessian of this model cannot be differentiated with repeated subsampling indices.")
+
+        def columns(start: int, stop: int) -> Tensor:
+            return self.batch.select(root.columns(start, stop)).to(trace.out.dtype)
+
+        return hessian.diagonal(
+            trace,
+            leaves,
+            curved,
+            hessian.Columns(root.num, columns, None if weights is None else self.batch.select(weights)),
+            self.batch.select(gradient[None])[0],
+            batched=batched,
+            chunk_size=self.chunk_size,
+            differentiable=differentiable,
+        )
 
     def _contract(
         self,

@@ -149,15 +149,14 @@ def direct(gradient: Tensor) -> Bound:
 def merge(parts: list[Bound]) -> Bound:
     """Several uses of one parameter as one: gradients add up before anything is squared.
 
-    Uses with the same features join along the shared positions; others add their per-sample gradients. Kronecker
-    factors of joined uses follow the expand convention.
+    Uses with the same features join along the shared positions; others add their per-sample gradients.
     """
     if len(parts) == 1:
         return parts[0]
     form = parts[0].form
     if len({_features(p) for p in parts}) == 1:
         if isinstance(form, Outer) and form.arrange is None:
-            form = replace(form, sum_positions=False)
+            form = replace(form, sum_positions=all(_sums_positions(p) for p in parts))
             return Bound(form, torch.cat([p.g for p in parts], dim=3), torch.cat([p.x for p in parts], dim=2))
         if isinstance(form, Rows):
             return Bound(form, torch.cat([p.g for p in parts], dim=2), torch.cat([p.x for p in parts], dim=1))
@@ -355,7 +354,7 @@ def output_factor(b: Bound, approximation: str | None = None) -> Tensor:
     given, for convolutions.
     """
     if isinstance(b.form, Direct):
-        g = b.g.flatten(2).flatten(0, 1)
+        g = _vectors(b.g).flatten(0, 1)
         return g.mT @ g
     g = b.g.transpose(2, 3).flatten(3) if isinstance(b.form, Outer) else b.g  # [v, n, s, q o]
     if approximation == "reduce" or (approximation is None and _sums_positions(b)):

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from curvfunc import losses
 from curvfunc.capture import Site, Trace, without_fallback_warnings
 
-__all__ = ["LossGradient", "LossRoot", "chunks", "pull"]
+__all__ = ["AveragedHessian", "FullHessian", "LossGradient", "LossRoot", "chunks", "pull"]
 
 # Columns travel together as long as the largest intermediate stays below this many bytes: on CPU, larger tensors come
 # from fresh memory pages at each call, which costs more than a second pass.
@@ -41,6 +41,16 @@ class LossRoot:
         if self.mc_samples:
             return losses.sampled_root(loss, out, y, self.mc_samples, generator)
         return losses.exact_root(loss, out, y)
+
+
+@dataclass(frozen=True)
+class FullHessian:
+    """Weighted columns of the loss Hessian, and those of every operation that curves; see `curvfunc.hessian`."""
+
+
+@dataclass(frozen=True)
+class AveragedHessian:
+    """The loss Hessian, averaged over samples at each step back; see `curvfunc.kfra`."""
 
 
 def chunks(total: int, trace: Trace, chunk_size: int | None) -> list[tuple[int, int]]:

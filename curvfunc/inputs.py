@@ -54,6 +54,10 @@ class Batch:
         place = place.index_put((self.index.to(out.device),), torch.arange(self.size, device=out.device))
         return out[place]
 
+    def has_repeats(self) -> bool:
+        """Whether the subset has a sample twice."""
+        return self.index is not None and len(self.index.unique()) < len(self.index)
+
     def select(self, columns: Tensor) -> Tensor:
         """Columns [v, N, ...] of the whole batch at the subset."""
         return columns if self.index is None else columns[:, self.index.to(columns.device)]

@@ -607,9 +607,12 @@ def _autodiff_factor(loss: Loss, work: Tensor, y: Any) -> Tensor:
     check_separable(loss, work, y)
     # float64: LAPACK may not converge in float32 on Hessians of saturated losses, whose entries have all sizes
     hessian = _autodiff_hessian(loss, work, y).double()
-    constant = hessian.detach()
-    if values_visible(constant) and not constant.isfinite().all():
+    finite = hessian.detach().isfinite().all(2).all(1)
+    if values_visible(finite) and (~finite & _flat(work.detach()).isfinite().all(1)).any():
         raise ValueError(f"{_label(loss)}: its Hessian has infinite or NaN entries. Check the outputs and targets.")
+    finite = finite[:, None, None]
+    hessian = torch.where(finite, hessian, 0.0)  # a sample whose output is not finite gets NaN, the others their root
+    constant = hessian.detach()
     eigenvalues, vectors = torch.linalg.eigh(constant)
     threshold = _tolerance(work.dtype) * eigenvalues.abs().amax()
     if values_visible(eigenvalues) and eigenvalues.min() < -threshold:
@@ -621,7 +624,7 @@ def _autodiff_factor(loss: Loss, work: Tensor, y: Any) -> Tensor:
     factor: Tensor = torch.linalg.solve_triangular(lower, scaled.mT @ hessian, upper=False).mT
     # below the threshold: rounding noise and tiny eigenvalues, kept without a derivative
     rest: Tensor = vectors * torch.where(inside, 0.0, eigenvalues.clamp(min=0)).sqrt().unsqueeze(-2)
-    return (factor + rest).to(work.dtype)
+    return torch.where(finite, factor + rest, torch.nan).to(work.dtype)
 
 
 def _check_indefinite(loss: Loss, work: Tensor, y: Any) -> None:
@@ -630,11 +633,12 @@ def _check_indefinite(loss: Loss, work: Tensor, y: Any) -> None:
     So the Hessian is computed in float64, where a negative eigenvalue must stand out against terms as large as the
     gradient.
     """
-    gradient_size = _autodiff_gradient(loss, work, y).abs().max()
+    gradient_size = _autodiff_gradient(loss, work, y).nan_to_num(0.0, 0.0, 0.0).abs().max()
     try:
         hessian = _autodiff_hessian(loss, work.double(), _cast(y, torch.float64))
     except RuntimeError:  # the loss brings tensors of its own, which fit one dtype only
         hessian = _autodiff_hessian(loss, work, y)
+    hessian = torch.where(hessian.isfinite().all(2).all(1)[:, None, None], hessian, 0.0)
     eigenvalues = torch.linalg.eigvalsh(hessian.double())
     smallest, eps = eigenvalues.min(), torch.finfo(hessian.dtype).eps
     if smallest < -1000 * eps * gradient_size - _tolerance(hessian.dtype) * eigenvalues.abs().max():

@@ -23,8 +23,8 @@ class ModelFunction:
         """Wrap ``module``; see :func:`functionalize`."""
         self.module = module
         self.output_fn = output_fn
-        self.names = frozenset(name for name, _ in module.named_parameters(remove_duplicate=False))
-        self._unique = frozenset(name for name, _ in module.named_parameters())
+        self._parameters, self._buffers = _holders(module, "_parameters"), _holders(module, "_buffers")
+        self._places = _places(module)
 
     def __call__(self, params: dict[str, Tensor], X: Any) -> Tensor:
         """Evaluate the module at ``params``: ``module(X)``, ``module(*X)`` for a tuple, ``module(**X)`` for a dict."""
@@ -33,29 +33,35 @@ class ModelFunction:
     def apply(self, params: dict[str, Tensor], state: dict[str, Tensor], X: Any) -> Tensor:
         """As a call, with the fixed tensors in ``state`` (see :meth:`state`) in place of the module's own."""
         self._check(params)
-        if not state and not self._unique <= params.keys():
+        if not state and not self._parameters.keys() <= params.keys():
             state = self.frozen(params)
         args, kwargs = (X, {}) if isinstance(X, tuple) else ((), X) if isinstance(X, dict) else ((X,), {})
-        out = functional_call(self.module, {**state, **params} if state else params, args, kwargs)
+        values = {place: t for name, t in (state | params).items() for place in self._places[name]}
+        out = functional_call(self.module, values, args, kwargs, tie_weights=False)
         return out if self.output_fn is None else self.output_fn(out)
 
     def frozen(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """The module's parameters that ``params`` does not name, without gradient."""
-        return {k: v.detach() for k, v in self.module.named_parameters() if k not in params}
+        return {name: held[key].detach() for name, (held, key) in self._parameters.items() if name not in params}
 
     def state(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """All tensors besides ``params`` that the output depends on: frozen parameters and buffers."""
-        return {**self.frozen(params), **{k: v for k, v in self.module.named_buffers() if k not in params}}
+        return self.frozen(params) | {name: held[key] for name, (held, key) in self._buffers.items()}
 
     def _check(self, params: dict[str, Tensor]) -> None:
         if not isinstance(params, dict):
             raise TypeError(f"params of a functionalized module is a dict by parameter name, got {type(params).__name__}.")
-        if not params.keys() <= self.names:
-            unknown = sorted(params.keys() - self.names)
+        if not params.keys() <= self._places.keys():
+            unknown = sorted(params.keys() - self._places.keys())
             raise ValueError(
                 f"params has {unknown}, which {type(self.module).__name__} does not have; its parameters are "
-                f"{sorted(self._unique)}. Take params from functionalize(module), or remove these entries."
+                f"{sorted(self._parameters)}. Take params from functionalize(module), or remove these entries."
             )
+
+        first: dict[str, str] = {}
+        for name in params:
+            if (other := first.setdefault(self._places[name][0], name)) != name:
+                raise ValueError(f"{other!r} and {name!r} in params are one parameter. Remove one of them.")
 
     def __eq__(self, other: object) -> bool:
         """Equal when module and output function are the same objects."""
@@ -69,7 +75,39 @@ class ModelFunction:
 
     def __repr__(self) -> str:
         """The wrapped class and its number of parameters."""
-        return f"ModelFunction({type(self.module).__name__}, {len(self._unique)} parameters)"
+        return f"ModelFunction({type(self.module).__name__}, {len(self._parameters)} parameters)"
+
+
+Holders = dict[str, tuple[dict[str, Any], str]]
+
+
+def _holders(module: nn.Module, kind: str) -> Holders:
+    """Where each parameter or buffer is held, under the first of its names: a submodule's dictionary, and the key.
+
+    Reading from there sees replaced tensors and, unlike a walk over the modules, can be traced for all of them.
+    """
+    found: dict[int, tuple[str, dict[str, Any], str]] = {}
+    for prefix, submodule in module.named_modules():
+        held = getattr(submodule, kind)
+        for key, t in held.items():
+            if t is not None:
+                found.setdefault(id(t), (f"{prefix}.{key}" if prefix else key, held, key))
+    return {name: (held, key) for name, held, key in found.values()}
+
+
+def _places(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """For each name of a tensor the names of all places that hold it, each place once.
+
+    ``functional_call`` would find shared tensors by itself, but where a submodule has two names it fills the same place
+    twice, and then cannot put back what was there.
+    """
+    places: dict[int, list[str]] = {}
+    for prefix, submodule in module.named_modules():  # each submodule under one name
+        for key, t in (submodule._parameters | submodule._buffers).items():
+            if t is not None:
+                places.setdefault(id(t), []).append(f"{prefix}.{key}" if prefix else key)
+    names = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {name: tuple(places[id(t)]) for name, t in names}
 
 
 pytree.register_constant(ModelFunction)

@@ -34,15 +34,18 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from curvfunc.compute import Quantity, compute
-from curvfunc.cotangents import LossRoot
+from curvfunc.cotangents import AveragedHessian, FullHessian, LossRoot
 
 __all__ = [
     "KFAC",
     "KFLR",
+    "KFRA",
     "BatchDiagGGN",
+    "BatchDiagHessian",
     "BatchGrad",
     "BatchL2",
     "DiagGGN",
+    "DiagHessian",
     "Grad",
     "Loss",
     "Output",
@@ -50,11 +53,14 @@ __all__ = [
     "SumGradSquared",
     "Variance",
     "batch_diag_ggn",
+    "batch_diag_hessian",
     "batch_grad",
     "batch_l2",
     "diag_ggn",
+    "diag_hessian",
     "kfac",
     "kflr",
+    "kfra",
     "sqrt_ggn",
     "sum_grad_squared",
     "variance",
@@ -156,6 +162,22 @@ class BatchDiagGGN(_Curvature):
 
 
 @dataclass(frozen=True)
+class DiagHessian(Quantity):
+    """Diagonal of the Hessian, [*shape]."""
+
+    contractions = ("squares",)
+    cotangent = FullHessian()
+
+
+@dataclass(frozen=True)
+class BatchDiagHessian(Quantity):
+    """Each sample's part of the diagonal of the Hessian, [N, *shape]."""
+
+    contractions = ("sample_squares",)
+    cotangent = FullHessian()
+
+
+@dataclass(frozen=True)
 class SqrtGGN(_Curvature):
     """Root of the generalized Gauss-Newton matrix, [V, N, *shape]."""
 
@@ -198,6 +220,14 @@ class KFLR(Quantity):
 
     contractions = KFAC.contractions
     finish = KFAC.finish
+
+
+@dataclass(frozen=True)
+class KFRA(Quantity):
+    """Kronecker factors from the loss Hessian, averaged over samples at each step back, a tuple; see `kfra`."""
+
+    contractions = ("factors",)
+    cotangent = AveragedHessian()
 
 
 def _factors(approximation: str | None) -> tuple[str, ...]:
@@ -355,6 +385,66 @@ def batch_diag_ggn(
     return _one(BatchDiagGGN(mc_samples), model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
 
 
+def diag_hessian(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    subsampling: Indices | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Diagonal of the Hessian of the loss, diag(∇²L), exact for every model and every twice differentiable loss.
+
+    With Jₙ the Jacobian of the output, and for each operation m that is not linear by pieces, Jₙₘ that of its input and Rₙₘ
+    its second derivative contracted with the loss gradient at its output,
+
+        ∇²L = R Σₙ Jₙᵀ ∇²ℓₙ Jₙ + Σₙₘ Jₙₘᵀ Rₙₘ Jₙₘ.
+
+    The first term costs as much as `diag_ggn`, and for models that are linear by pieces there is no other. Each smooth
+    elementwise operation (an activation, ``exp``, ``z ** 2``) adds one column to backpropagate for each entry of z, of
+    one sample, but none to the layer directly before it. Parameters before any other operation (softmax, attention, norms,
+    products of activations) take one Hessian-vector product for each entry of their layer's output or of the parameter;
+    parameters that are used again on what they produced (recurrent layers, tied embeddings) one for each entry of theirs.
+
+    Returns:
+        [*shape] per parameter. Arguments: see `curvfunc.quantities`.
+
+    Raises:
+        RuntimeError: If an operation has no second derivative in PyTorch, for instance cuDNN's recurrent layers.
+
+    References:
+        BackPACK's ``DiagHessian``; Dangel, Harmeling, Hennig 2020, "Modular block-diagonal curvature approximations for
+        feedforward architectures", eq. 4.
+    """
+    return _one(DiagHessian(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+
+
+def batch_diag_hessian(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    subsampling: Indices | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Each sample's part of the Hessian's diagonal, diag(R ∇²ℓₙ); over n they add up to `diag_hessian`.
+
+    Returns:
+        [N, *shape] per parameter. Arguments: see `curvfunc.quantities`.
+
+    Raises:
+        RuntimeError: As `diag_hessian`.
+
+    References:
+        BackPACK's ``BatchDiagHessian``.
+    """
+    return _one(BatchDiagHessian(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+
+
 def sqrt_ggn(
     model_fn: Model,
     params: Any,
@@ -447,6 +537,46 @@ def kflr(
         Botev, Ritter, Barber 2017, sec. 3.3. BackPACK's ``KFLR`` (``p.kflr``).
     """
     return _one(KFLR(kfac_approx), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+
+
+def kfra(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    subsampling: Indices | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Kronecker factors whose output factor comes from one matrix, averaged over samples at each step back.
+
+    The matrix G over the entries of one sample's activation starts as the loss Hessian with respect to the output, summed
+    over samples, and goes back through each operation with Jacobians Jₙ by
+
+        G ← (1/N) Σₙ Jₙᵀ G Jₙ.
+
+    At a layer z = W x + b the factors are B = G for W and b, and A = (1/N) Σₙ x xᵀ for W. With shared positions s, G has
+    blocks G_st: convolutions sum them, B = Σ_st G_st and A = (1/N) Σₙₛ x xᵀ (BackPACK's convention); linear layers have
+    B = Σ_s G_ss and A = 1/(N S) Σₙₛ x xᵀ. For N = 1 and no shared positions, B ⊗ A is the exact block of the GGN.
+
+    The model must be a chain of linear layers, convolutions, also transposed, elementwise operations, max, average and
+    adaptive pooling, padding, reshapes, dropout, batch norm in evaluation mode, and other operations that are linear with
+    constant coefficients. G has as many rows as one sample's activation has entries, at each operation after the first layer
+    with parameters; two such matrices are held at once, for max pooling a third one. ``chunk_size`` has no effect.
+
+    Returns:
+        A tuple per parameter, as `kfac`. Arguments: see `curvfunc.quantities`.
+
+    Raises:
+        ValueError: As `diag_ggn`.
+        NotImplementedError: If the graph branches, or for an operation without a rule; the message names it.
+
+    References:
+        Botev, Ritter, Barber 2017, "Practical Gauss-Newton optimisation for deep learning", sec. 3.2, eqs. 19 ff.; Grosse and
+        Martens 2016, eq. 32, for convolutions. BackPACK's ``KFRA`` (``p.kfra``).
+    """
+    return _one(KFRA(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
 
 
 def _one(

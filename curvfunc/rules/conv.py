@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvfunc.contractions import Direct, Form, Outer
-from curvfunc.rules import rule
+from curvfunc.rules import Use, rule
 
 
 @rule(
@@ -25,9 +25,11 @@ def conv(
     padding: str | int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    *,
+    use: Use,
 ) -> dict[str, Form]:
     """x [n, *b, c, *space], g [v, n, *b, o, *space]; a batch axis b inside one sample joins the shared positions."""
-    dims = weight.ndim - 2
+    dims = weight.ndim - 2 - ("weight" in use.sampled)  # a weight that is data has its samples first
 
     def inputs() -> Tensor:
         x = input.reshape(-1, *input.shape[-dims - 1 :])
@@ -61,9 +63,11 @@ def conv_transpose(
     output_padding: int | Sequence[int] = 0,
     groups: int = 1,
     dilation: int | Sequence[int] = 1,
+    *,
+    use: Use,
 ) -> dict[str, Form]:
     """As `conv`, with the patches of the input that each position of the output sees; weight [c, o, *kernel]."""
-    dims, kernel = weight.ndim - 2, weight.shape[2:]
+    dims, kernel = weight.ndim - 2 - ("weight" in use.sampled), weight.shape[2:]
 
     def inputs() -> Tensor:
         x = input.reshape(-1, *input.shape[-dims - 1 :])

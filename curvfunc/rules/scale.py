@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvfunc.contractions import Direct, Form, sum_to_shape
-from curvfunc.rules import Use, rule
+from curvfunc.rules import DECOMPOSITIONS, Use, rule
 
 
 def _spellings(*names: str) -> list[Any]:
@@ -97,16 +97,11 @@ def div(input: Any, other: Any, rounding_mode: str | None = None, *, use: Use) -
     return _both(input, other, use, lambda g, x: g / x, lambda g, x: g)
 
 
-@rule(torch.prelu, F.prelu, arguments="input weight", parameters="weight")
-def prelu(input: Tensor, weight: Tensor, *, use: Use) -> dict[str, Form]:
-    """Z = x where x > 0, else w x: dw = Σ g min(x, 0); w [c] or [1], channels after the operation's own batch axis."""
-    channel = 1 if use.axis is not None else 2
+def prelu(input: Tensor, weight: Tensor) -> Tensor:
+    """Z = x where x > 0, else w x, written out: torch's own cannot be differentiated under nested vmap."""
+    if weight.numel() > 1:
+        weight = weight.reshape(-1, *[1] * (input.ndim - 2))
+    return torch.where(input > 0, input, weight * input)
 
-    def cotangent(g: Tensor) -> Tensor:
-        h = g * input.clamp_max(0)
-        keep = channel + 1 if weight.numel() > 1 else None
-        others = [d for d in range(2, h.ndim) if d != keep]
-        h = h.sum(others) if others else h
-        return h.reshape(*h.shape[:2], *weight.shape)
 
-    return {"weight": Direct(cotangent, weight.shape)}
+DECOMPOSITIONS[torch.prelu] = DECOMPOSITIONS[F.prelu] = DECOMPOSITIONS[Tensor.prelu] = prelu

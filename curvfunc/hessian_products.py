@@ -1,0 +1,164 @@
+"""Diagonals by Hessian-vector products with respect to the outputs of sites.
+
+With z the outputs of all sites of a parameter p, and J = dz/dp at fixed inputs, the Hessian of p is Jᵀ H_zz J. Samples do not
+interact, so that one product serves all of them at once. Two families of columns give the diagonal:
+
+- one for each entry i of p: hᵢᵢ = (J eᵢ)ᵀ H_zz (J eᵢ);
+- for a single site with z[s,o] = Σ_k W[o,k] x[s,k], one for each entry of z, where these are fewer:
+  h[o,k] = Σ_st x[s,k] H[(s,o),(t,o)] x[t,k]. They serve its bias as well.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvfunc.capture import Trace, without_fallback_warnings
+from curvfunc.contractions import Outer, arranged, bind, per_sample
+from curvfunc.residuals import is_affine
+
+__all__ = ["HessianProducts"]
+
+
+@dataclass
+class HessianProducts:
+    """Products with the Hessian of Σₙ δₙᵀ fₙ(z), where fₙ is the model's output and δ the loss gradient.
+
+    Attributes:
+        trace: The forward pass.
+        gradient: δ, [n, ...]. If it has a graph, the Hessian is that of the loss.
+        inputs: What a form takes from the forward pass.
+        chunks: Ranges of columns that go together.
+        differentiable: Whether the results will be differentiated.
+    """
+
+    trace: Trace
+    gradient: Tensor
+    inputs: Callable[[Any], Tensor]
+    chunks: Callable[[int, int], list[tuple[int, int]]]
+    differentiable: bool
+    _cotangents: dict[int, Tensor] = field(default_factory=dict)
+
+    def diagonals(self, uses: dict[int, list[int]]) -> Iterator[tuple[int, Tensor]]:
+        """The diagonals [n, *shape] for ``{parameter: its sites}``."""
+        self._prepare(sorted({j for sites in uses.values() for j in sites}))
+        rest = dict(uses)
+        for j, site in enumerate(self.trace.sites):
+            mine = [i for i in site.forms if uses.get(i) == [j]]
+            weights = [i for i in mine if isinstance(site.forms[i], Outer)]
+            if len(weights) == 1 and is_affine(site):
+                i = weights[0]
+                numel = site.shape.numel() // site.shape[site.axis]
+                if numel <= sum(site.forms[k].shape.numel() for k in mine):
+                    yield from self._by_output(j, i, [k for k in mine if k != i])
+                    for k in mine:
+                        del rest[k]
+        for i, sites in rest.items():
+            yield i, self._by_entry(i, sites)
+
+    def _prepare(self, sites: Sequence[int]) -> None:
+        """The gradient at each site's output, with a graph."""
+        with torch.enable_grad():
+            grads = torch.autograd.grad(
+                [self.trace.out],
+                [self.trace.sites[j].edge for j in sites],
+                [self.gradient],
+                create_graph=True,
+                allow_unused=True,
+            )
+        self._cotangents = {
+            j: g for j, g in zip(sites, grads, strict=True) if g is not None and g.requires_grad
+        }
+
+    def _product(self, sites: Sequence[int], vectors: Sequence[Tensor]) -> list[Tensor]:
+        """H v for v [v, n, ...] at each site's output."""
+        used = [j for j in sites if j in self._cotangents]
+        if not used:
+            return [torch.zeros_like(v) for v in vectors]
+        edges = [self.trace.sites[j].edge for j in sites]
+        none: list[bool] = []
+
+        def backward(*raw: Tensor) -> tuple[Tensor, ...]:
+            grads = torch.autograd.grad(
+                [self._cotangents[j] for j in used],
+                edges,
+                raw,
+                retain_graph=True,
+                create_graph=self.differentiable,
+                allow_unused=True,
+            )
+            none[:] = [g is None for g in grads]
+            return tuple(g for g in grads if g is not None)
+
+        raw = [self._to_edge(j, v) for j, v in zip(sites, vectors, strict=True) if j in self._cotangents]
+        with without_fallback_warnings():
+            found = iter(torch.vmap(backward)(*raw))
+        return [
+            torch.zeros_like(v) if missing else self._from_edge(j, next(found))
+            for j, v, missing in zip(sites, vectors, none, strict=True)
+        ]
+
+    def _to_edge(self, j: int, v: Tensor) -> Tensor:
+        return v.movedim(1, self.trace.sites[j].axis + 1).reshape(len(v), *self._cotangents[j].shape)
+
+    def _from_edge(self, j: int, g: Tensor) -> Tensor:
+        site = self.trace.sites[j]
+        return g.reshape(len(g), *site.shape).movedim(site.axis + 1, 1)
+
+    def _zeros(self, j: int, columns: int) -> Tensor:
+        """[v, n, ...] of the shape of a site's output."""
+        shape = list(self.trace.sites[j].shape)
+        shape.insert(0, shape.pop(self.trace.sites[j].axis))
+        return self.trace.out.new_zeros(columns, *shape)
+
+    def _by_entry(self, i: int, sites: list[int]) -> Tensor:
+        """One column for each entry of the parameter."""
+        shape = self.trace.sites[sites[0]].forms[i].shape
+        numel, samples = shape.numel(), len(self.trace.out)
+        parts = []
+        for start, stop in self.chunks(numel, 1):
+            entries = _units(start, stop, numel, self.trace.out).reshape(-1, 1, *shape)
+            entries = entries.expand(-1, samples, *shape)
+            moves = [self._transpose(j, lambda g, j=j: per_sample(self._bind(j, i, g)), entries) for j in sites]
+            products = self._product(sites, moves)
+            parts.append(sum((m * h).flatten(2).sum(2) for m, h in zip(moves, products, strict=True)))
+        return torch.cat(parts).mT.reshape(samples, *shape)
+
+    def _by_output(self, j: int, i: int, biases: list[int]) -> Iterator[tuple[int, Tensor]]:
+        """One column for each entry of one sample's z, for a weight and biases at a single site."""
+        form = self.trace.sites[j].forms[i]
+        b = self._bind(j, i, self._zeros(j, 1))
+        _, n, q, s, o = b.g.shape
+        weight, bias = b.g.new_zeros(q * o, n, b.x.shape[3]), b.g.new_zeros(q * o, n)
+        for start, stop in self.chunks(q * o * s, 1):
+            place = torch.arange(start, stop, device=b.g.device)
+            feature, position = place // s, place % s  # features count through groups
+            units = _units(start, stop, q * o * s, b.g).reshape(-1, q, o, s).mT
+            units = units.unsqueeze(1).expand(-1, n, -1, -1, -1)
+            moves = self._transpose(j, form.cotangent, units)
+            h = form.cotangent(self._product([j], [moves])[0]).movedim(3, 4).flatten(2, 3)  # [v, n, q o, s]
+            rows = h[torch.arange(len(h), device=h.device), :, feature]  # H[(s,o),(t,o)] as [v, n, t]
+            x = b.x[:, feature // o].movedim(1, 0)  # [v, n, t, k]
+            here = b.x[:, feature // o, position].movedim(1, 0)  # [v, n, k]
+            weight = weight.index_add(0, feature, (rows.unsqueeze(2) @ x).squeeze(2) * here)
+            bias = bias.index_add(0, feature, rows.sum(2))
+        yield i, arranged(b, weight.movedim(0, 1).reshape(n, q, o, -1))
+        for k in biases:
+            yield k, bias.mT.reshape(n, *self.trace.sites[j].forms[k].shape)
+
+    def _bind(self, j: int, i: int, g: Tensor) -> Any:
+        return bind(self.trace.sites[j].forms[i], g, self.inputs)
+
+    def _transpose(self, j: int, linear: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+        """The transpose of a linear map of cotangents [v, n, ...] of site j, applied to v."""
+        _, pullback = torch.func.vjp(linear, self._zeros(j, len(v)))  # type: ignore[misc]
+        moved: Tensor = pullback(v)[0]
+        return moved
+
+
+def _units(start: int, stop: int, total: int, like: Tensor) -> Tensor:
+    """Unit vectors, [stop - start, total]."""
+    places = torch.arange(start, stop, device=like.device)
+    return (places.unsqueeze(1) == torch.arange(total, device=like.device)).to(like.dtype)

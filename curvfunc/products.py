@@ -1,0 +1,433 @@
+"""Products with the model's Jacobian and with curvature matrices, none of which is ever formed.
+
+Two kinds of functions:
+
+- `hmp`, `ggnmp`, `pchmp` linearize once and return one function per parameter, the product with the parameter's
+  diagonal block, which can be called again and again without another forward pass. (`curvfunc.operators` does the same
+  for the whole matrix.)
+- `hessian_vp`, `ggn_vp`, `fisher_vp`, `jvp`, `vjp` are pure functions of everything, for use under ``torch.func.vmap``,
+  ``torch.func.grad`` and ``torch.compile``.
+
+Shared by all functions below:
+
+Args:
+    model_fn: ``(params, X) -> output [N, ...]``, from `curvfunc.functionalize` or any function.
+    params: Pytree of real floating-point tensors, usually ``{name: tensor}``; what is not in it stays fixed.
+    X: Input, a tensor or a pytree of tensors with leading sample axis N.
+    y: Targets, likewise.
+    loss_fn: ``(output, y) -> scalar`` that sums or averages over samples, L = R Σₙ ℓ(fₙ, yₙ). Results follow its scale.
+    subsampling: Indices I of samples (a sequence or a tensor, repeats allowed): the matrix becomes the part R Σ_{n∈I}
+        of these samples, R stays that of the whole batch, and the cost is that of the subset.
+    mc_samples: 0 for the exact loss Hessian, else the number of Monte-Carlo draws per sample.
+    generator: Source of the draws; the default generator if None. Cannot be used inside ``torch.compile``.
+    chunk_size: Number of vectors that are multiplied together; by default chosen by memory.
+
+Attention runs by its mathematical definition (``SDPBackend.MATH``), since the fused kernels have no second derivative.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, Literal
+
+import optree
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+from torch._C import _functorch
+
+from curvfunc import losses
+from curvfunc.compute import _leaf, _Static, _will_be_differentiated
+from curvfunc.inputs import flatten_params, read_batch
+from curvfunc.linearization import (
+    EmpiricalFisher,
+    GaussNewton,
+    Hessian,
+    Jacobian,
+    Problem,
+    batched,
+    check_vector,
+    differentiate,
+    linearize,
+    read_vector,
+)
+from curvfunc.model import ModelFunction
+from curvfunc.positive_curvature import PositiveCurvature
+
+__all__ = ["fisher_vp", "ggn_vp", "ggnmp", "hessian_vp", "hmp", "jvp", "pchmp", "vjp"]
+
+Model = Callable[[Any, Any], Tensor]
+LossFunction = Callable[[Tensor, Any], Tensor]
+Indices = Sequence[int] | Tensor
+
+
+# -- diagonal blocks, linearized once
+
+
+def hmp(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    subsampling: Indices | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Products with the diagonal blocks of the Hessian, v ↦ (∂²L / ∂p²) v for each parameter p.
+
+    The model runs once, here. The functions hold on to its graph, about the memory of two backward passes, until the
+    last of them is gone; they refuse to work (as autograd does) once a parameter that the graph needs was changed in
+    place.
+
+    Returns:
+        One function per parameter, which maps [V, *shape] to [V, *shape]. Arguments: see `curvfunc.products`.
+
+    Raises:
+        TypeError, ValueError: For input that has no answer, here or when a function gets the wrong shape or dtype.
+        NotImplementedError: Inside ``torch.func`` transforms and ``torch.compile``, which no function can leave.
+
+    References:
+        Pearlmutter 1994, "Fast exact multiplication by the Hessian". BackPACK's ``HMP`` (``p.hmp``).
+
+    Example:
+        >>> import curvfunc
+        >>> model_fn, params = curvfunc.functionalize(torch.nn.Linear(4, 3))
+        >>> products = hmp(model_fn, params, torch.randn(8, 4), torch.arange(8) % 3)
+        >>> products["weight"](torch.randn(5, 3, 4)).shape
+        torch.Size([5, 3, 4])
+    """
+    return _blocks("hmp", Hessian(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+
+
+def ggnmp(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    mc_samples: int = 0,
+    subsampling: Indices | None = None,
+    generator: Generator | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Products with the diagonal blocks of the generalized Gauss-Newton matrix, v ↦ R Σₙ Jₙᵀ ∇²ℓₙ Jₙ v per parameter.
+
+    Draws are made once, here. A loss need not be convex. Memory and lifetime: see `hmp`.
+
+    Returns:
+        One function per parameter, which maps [V, *shape] to [V, *shape]. Arguments: see `curvfunc.products`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: As `hmp`.
+
+    References:
+        Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent". BackPACK's
+        ``GGNMP``.
+    """
+    matrix = GaussNewton(_mc("ggnmp", mc_samples))
+    return _blocks("ggnmp", matrix, model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
+
+
+def pchmp(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    modify: Literal["clip", "abs"] = "clip",
+    loss_fn: LossFunction = F.cross_entropy,
+    subsampling: Indices | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Products with the diagonal blocks of the positive-curvature Hessian, a positive semi-definite Hessian.
+
+    On a network of (piecewise) linear and elementwise operations a diagonal block of the Hessian is
+
+        H = R Σₙ Jₙᵀ ∇²ℓₙ Jₙ + Σ_m J_mᵀ diag(r_m) J_m,    r_m = φ_m''(z_m) ⊙ δ_m,
+
+    m running over the elementwise operations, z_m their input, J_m its Jacobian, and δ_m the gradient of the loss with
+    respect to their output. The positive-curvature Hessian has max(r_m, 0) ("clip") or |r_m| ("abs") in place of r_m.
+    Skip connections and other branches are covered. Every elementwise operation that autograd records counts on its
+    own.
+
+    Returns:
+        One function per parameter, which maps [V, *shape] to [V, *shape]. Arguments: see `curvfunc.products`.
+
+    Raises:
+        ValueError: If the loss is not convex, besides the common errors.
+        NotImplementedError: If the graph has another non-linear operation (softmax, a norm, a product of activations)
+            or a parameter enters twice, so that the blocks have terms of no definite sign; the message names it.
+
+    References:
+        Chen, Chou, Chang 2018, "BDA-PCH", arXiv:1802.06502, eqs. 7 and 8. BackPACK's ``PCHMP``; release 1.7.1
+        multiplies r_m by δ_m once more, so that its values agree where r_m = 0 only.
+    """
+    if modify not in ("clip", "abs"):
+        raise ValueError(f'pchmp: modify must be "clip" or "abs", got {modify!r}.')
+    matrix = PositiveCurvature(modify)
+    return _blocks("pchmp", matrix, model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+
+
+def _blocks(
+    caller: str,
+    matrix: Any,
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    loss_fn: LossFunction,
+    subsampling: Indices | None,
+    generator: Generator | None,
+    chunk_size: int | None,
+) -> Any:
+    names, leaves, rebuild, product = linearize(
+        caller, matrix, model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size
+    )
+
+    def block(i: int) -> Callable[[Tensor], Tensor]:
+        def multiply(v: Tensor) -> Tensor:
+            """Multiply [V, *shape] with the block."""
+            check_vector(f"v of parameter {names[i]!r}", v, leaves[i], batched=True)
+            return batched(product, leaves, [i], [v], chunk_size)[0]
+
+        return multiply
+
+    return rebuild([block(i) for i in range(len(leaves))])
+
+
+# -- pure functions
+
+
+def hessian_vp(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    v: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    subsampling: Indices | None = None,
+) -> Any:
+    """Product of the Hessian with a vector, ∇²L v. For many products at the same point use `hessian_operator`.
+
+    ``v`` is a pytree like ``params``. Other arguments: see `curvfunc.products`.
+
+    Returns:
+        Pytree like ``params``.
+
+    References:
+        Pearlmutter 1994, "Fast exact multiplication by the Hessian".
+    """
+    return _product(Hessian(), model_fn, params, X, y, v, loss_fn, subsampling, None)
+
+
+def ggn_vp(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    v: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    mc_samples: int = 0,
+    subsampling: Indices | None = None,
+    generator: Generator | None = None,
+) -> Any:
+    """Product of the generalized Gauss-Newton matrix with a vector, R Σₙ Jₙᵀ ∇²ℓₙ Jₙ v.
+
+    ``v`` is a pytree like ``params``. With ``mc_samples`` each call draws anew, while `ggn_operator` draws once. Other
+    arguments: see `curvfunc.products`.
+
+    Returns:
+        Pytree like ``params``.
+
+    References:
+        Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent".
+    """
+    matrix = GaussNewton(_mc("ggn_vp", mc_samples))
+    return _product(matrix, model_fn, params, X, y, v, loss_fn, subsampling, generator)
+
+
+def fisher_vp(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    v: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    empirical: bool = False,
+    mc_samples: int = 0,
+    subsampling: Indices | None = None,
+    generator: Generator | None = None,
+) -> Any:
+    """Product of the Fisher information with a vector.
+
+    - Fisher, of the likelihood that cross-entropy, squared error or BCE with logits implies: R Σₙ E[∇ℓ(fₙ, ŷ) ∇ℓ(fₙ,
+      ŷ)ᵀ] with ŷ from the model; equal to the GGN. With ``mc_samples`` the mean over that many draws is the
+      expectation.
+    - empirical Fisher, of the targets themselves: Σₙ gₙ gₙᵀ with gₙ = R ∇ℓₙ as in `curvfunc.batch_grad`. Its diagonal
+      is `curvfunc.sum_grad_squared`. For a mean over N samples, N times this is (1/N) Σₙ ∇ℓₙ ∇ℓₙᵀ.
+
+    ``v`` is a pytree like ``params``. Other arguments: see `curvfunc.products`.
+
+    Returns:
+        Pytree like ``params``.
+
+    Raises:
+        NotImplementedError: If a custom loss implies no likelihood.
+
+    References:
+        Martens 2020, "New insights and perspectives on the natural gradient method", secs. 5, 9 and 11.
+    """
+    matrix = fisher_matrix("fisher_vp", loss_fn, empirical, mc_samples)
+    return _product(matrix, model_fn, params, X, y, v, loss_fn, subsampling, generator)
+
+
+def jvp(model_fn: Model, params: Any, X: Any, v: Any, *, subsampling: Indices | None = None) -> Tensor:
+    """Jacobian-vector product of the model by its parameters, J v: the output's directional derivative.
+
+    ``v`` is a pytree like ``params``. Other arguments: see `curvfunc.products`.
+
+    Returns:
+        [N, ...] like the output.
+    """
+    result: Tensor = _product(Jacobian(), model_fn, params, X, None, v, None, subsampling, None)
+    return result
+
+
+def vjp(model_fn: Model, params: Any, X: Any, u: Tensor, *, subsampling: Indices | None = None) -> Any:
+    """Vector-Jacobian product of the model by its parameters, Jᵀ u.
+
+    ``u`` is [N, ...] like the output (with ``subsampling``, that of the subset). Other arguments: see
+    `curvfunc.products`.
+
+    Returns:
+        Pytree like ``params``.
+    """
+    return _product("transposed jacobian", model_fn, params, X, None, u, None, subsampling, None)
+
+
+def fisher_matrix(caller: str, loss_fn: Any, empirical: bool, mc_samples: int) -> GaussNewton | EmpiricalFisher:
+    """The matrix that the options of `fisher_vp` mean."""
+    if empirical:
+        if _mc(caller, mc_samples):
+            raise ValueError(f"{caller}: the empirical Fisher has no draws; leave mc_samples at 0.")
+        return EmpiricalFisher()
+    if losses.normalize(loss_fn).name is None:
+        raise NotImplementedError(
+            f"{caller}: a custom loss implies no likelihood, so there is no Fisher information but the empirical one. "
+            "Use a cross-entropy, squared error or BCE-with-logits loss, empirical=True, or the GGN."
+        )
+    return GaussNewton(_mc(caller, mc_samples))
+
+
+def _mc(caller: str, mc_samples: int) -> int:
+    if isinstance(mc_samples, bool) or not isinstance(mc_samples, int):
+        raise TypeError(f"{caller}: mc_samples must be an int, got {mc_samples!r} of type {type(mc_samples).__name__}.")
+    if mc_samples < 0:
+        raise ValueError(f"{caller}: mc_samples must be 0 (exact) or positive, got {mc_samples}.")
+    return mc_samples
+
+
+def _product(
+    matrix: Any,
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    v: Any,
+    loss_fn: Any,
+    subsampling: Indices | None,
+    generator: Generator | None,
+) -> Any:
+    loss = losses.Loss(None, _no_loss) if loss_fn is None else losses.normalize(loss_fn)
+    if torch.compiler.is_compiling():
+        return _compiled(matrix, model_fn, params, X, y, v, loss, subsampling, generator)
+    return _evaluate(matrix, model_fn, params, X, y, v, loss, subsampling, generator)
+
+
+def _no_loss(out: Tensor, y: Any) -> Tensor:
+    raise AssertionError("products with the Jacobian have no loss")
+
+
+def _evaluate(
+    matrix: Any,
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    v: Any,
+    loss: losses.Loss,
+    subsampling: Indices | None,
+    generator: Generator | None,
+) -> Any:
+    """One product, with a graph of its own level where torch.func transforms are active."""
+    names, tensors, rebuild = flatten_params(params)
+    batch = read_batch(X, X if y is None else y, subsampling)
+    problem = Problem(model_fn, names, rebuild, batch, loss, generator)
+    transposed = isinstance(matrix, str)
+    vector = [v] if transposed else read_vector("v", v, names, tensors, batched=False)
+    create_graph = _will_be_differentiated([*tensors, *optree.tree_leaves(batch.X), *vector])
+
+    def forward(*leaves: Tensor) -> tuple[Tensor, list[Tensor]]:
+        out = problem.forward(leaves)
+        if transposed:
+            check_vector("u", v, out, batched=False)
+            return out, differentiate([out], leaves, [v], create_graph=create_graph)
+        product = matrix.linearize(problem, leaves, out)
+        return out, product(range(len(leaves)), vector, create_graph)
+
+    if _functorch.peek_interpreter_stack() is None:
+        with torch.enable_grad():
+            leaves = [p.view_as(p) if p.requires_grad and create_graph else _leaf(p) for p in tensors]
+            result = forward(*leaves)[1]
+    else:
+        result = torch.func.vjp(forward, *tensors, has_aux=True)[2]
+    return result[0] if isinstance(matrix, Jacobian) else rebuild(result)
+
+
+def _compiled(
+    matrix: Any,
+    model_fn: Any,
+    params: Any,
+    X: Any,
+    y: Any,
+    v: Any,
+    loss: losses.Loss,
+    subsampling: Indices | None,
+    generator: Generator | None,
+) -> Any:
+    """The call as dynamo sees it: tensors as arguments, everything else a constant."""
+    if generator is not None:
+        raise ValueError(
+            "a torch.Generator cannot enter torch.compile: draws inside compiled code come from the default generator "
+            "(torch.manual_seed), fresh at each call. Pass generator=None."
+        )
+    state = model_fn.state(params) if isinstance(model_fn, ModelFunction) else {}
+    chosen = {"subsampling": subsampling} if isinstance(subsampling, Tensor) else {}
+    constants = None if subsampling is None or chosen else tuple(subsampling)
+    matrix_args = (matrix,) if isinstance(matrix, str) else tuple([getattr(matrix, f.name) for f in fields(matrix)])
+    static = _Static(type(matrix), matrix_args, model_fn, loss.name, loss.fn, loss.options, constants)
+    return _traced(static, params, state, X, y, v, loss.tensors, chosen)
+
+
+@torch._dynamo.nonstrict_trace
+def _traced(
+    static: _Static,
+    params: Any,
+    state: dict[str, Tensor],
+    X: Any,
+    y: Any,
+    v: Any,
+    loss_tensors: dict[str, Tensor],
+    chosen: dict[str, Tensor],
+) -> Any:
+    cls, matrix_args, model_fn, name, fn, options, constants = static.items
+    loss = losses.rebuild(name, fn, options, loss_tensors)
+
+    def model(p: Any, x: Any) -> Any:
+        return model_fn.apply(p, state, x) if isinstance(model_fn, ModelFunction) else model_fn(p, x)
+
+    return _evaluate(cls(*matrix_args), model, params, X, y, v, loss, chosen.get("subsampling", constants), None)

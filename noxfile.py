@@ -1,0 +1,45 @@
+"""Developer sessions: ``nox`` runs them all, ``nox -s tests -- -k conv`` one of them with arguments."""
+
+import nox
+
+nox.options.default_venv_backend = "venv"
+CONSTRAINTS = ("-c", "constraints.txt")
+# What the results are compared with; without dependencies, for it asks for torchvision and does without
+PEERS = ("backpack-for-pytorch==1.7.1", "unfoldNd==0.2.3")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and formatting."""
+    session.install(*CONSTRAINTS, "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Static types of the package."""
+    session.install(*CONSTRAINTS, "-e", ".", "mypy")
+    session.run("mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests that need no peer."""
+    session.install(*CONSTRAINTS, "-e", ".[test]")
+    session.run("pytest", *(session.posargs or ("-n", "auto")))
+
+
+@nox.session
+def parity(session: nox.Session) -> None:
+    """All tests, those against peers included."""
+    session.install(*CONSTRAINTS, "-e", ".[test]")
+    session.install(*CONSTRAINTS, "--no-deps", *PEERS)
+    session.run("pytest", *(session.posargs or ("-n", "auto")))
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """The example of the README."""
+    session.install(*CONSTRAINTS, "-e", ".[examples]")
+    session.run("python", "examples/digits.py", *session.posargs)
