@@ -252,7 +252,7 @@ class _Capture(TorchFunctionMode):
         if axis is None:
             return self._unproven(used, func)
         if not raw.requires_grad:  # no gradient flows here; reentrant checkpoints only look as if
-            if torch.utils.checkpoint.CheckpointFunction.__module__ == "torch.utils.checkpoint":
+            if _calls_may_hide():
                 raise _Opaque
             return None
         inputs = {k: t for k, t in bound.items() if isinstance(t, Tensor) and k not in roles}
@@ -271,7 +271,7 @@ class _Capture(TorchFunctionMode):
         if forms is NotImplemented or not roles.keys() <= forms.keys():
             return self._decline(used, f"the rule of {_name(func)} does not cover this use")
         if alone:
-            forms = {k: replace(f, cotangent=_squeezed(f.cotangent)) for k, f in forms.items()}
+            forms = {k: _squeezed(f) for k, f in forms.items()}
         of_leaves = [(i, form) for name, p in roles.items() for i, form in self._leaf_forms(p, forms[name])]
         if len({i for i, _ in of_leaves}) != len(of_leaves):
             return self._decline(used, f"{_name(func)} takes it in two arguments")
@@ -394,8 +394,8 @@ def _propagated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: A
     if mixed or (unknown and not sampled):
         return MIXED
     if sampled:
-        axis = propagate(func, args, kwargs, out, _axis_or_none)
-        return MIXED if axis is None else axis
+        found = propagate(func, args, kwargs, out, _axis_or_none)
+        return MIXED if found is None else found
     return CONSTANT if constant_with_grad else None
 
 
@@ -416,8 +416,12 @@ def _mark(t: Tensor, axis: int | None) -> None:
         t._curvfunc_axis = axis  # type: ignore[attr-defined]
 
 
-def _squeezed(cotangent: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda g: cotangent(g.squeeze(2))
+def _squeezed(form: Form) -> Form:
+    """The form for cotangents with an axis of their own for each sample's batch of one."""
+    if isinstance(form, Through):
+        return replace(form, form=_squeezed(form.form))
+    inner = form.cotangent
+    return replace(form, cotangent=lambda g: inner(g.squeeze(2)))
 
 
 def _pullback(edge: GradientEdge, leaf: Tensor) -> Callable[[Tensor], Tensor]:
@@ -567,9 +571,14 @@ def _capture_batched(
         return _capture_loop(model_fn, leaves, rebuild, X, samples, error)
 
 
+def _calls_may_hide() -> bool:
+    """Whether this is not yet the attempt with nothing hidden."""
+    return torch.utils.checkpoint.CheckpointFunction.__module__ == "torch.utils.checkpoint"
+
+
 def _hides_calls(error: Exception) -> bool:
     """Whether activation checkpointing or compiled code inside the model made the capture fail."""
-    return (
+    return _calls_may_hide() and (
         isinstance(error, (_Opaque, torch._dynamo.exc.TorchDynamoException))
         or "saved tensor hooks" in str(error)
         or "autograd.Function with functorch" in str(error)
@@ -649,8 +658,9 @@ def _capture_loop(
     generic = {i: _copies(p, samples) for i, p in enumerate(leaves)}
     outs = []
     for n in range(samples):
+        x = optree.tree_map(lambda t, n=n: t[n : n + 1], X)
         with _Capture({}, None, 1):
-            out = model_fn(rebuild([p[n] for p in generic.values()]), optree.tree_map(lambda t: t[n : n + 1], X))
+            out = model_fn(rebuild([p[n] for p in generic.values()]), x)
         check_output(out, 1)
         outs.append(out)
     why = f"vmap cannot run the model: {str(error).splitlines()[0]}"
@@ -701,14 +711,14 @@ def _hidden(out: Tensor, sites: list[Site], tracked: dict[int, Tensor]) -> list[
         if node is None or node in seen:
             continue
         seen.add(node)
-        if type(node).__name__ in ("CheckpointFunctionBackward", "CompiledFunctionBackward"):
+        if type(node).__name__ in ("CheckpointFunctionBackward", "CompiledFunctionBackward") and _calls_may_hide():
             raise _Opaque
         if node in ends:
             found.add(ends[node])
         elif node in producers:
             stack.extend(producers[node])
         else:
-            stack.extend([n for n, _ in node.next_functions])
+            stack.extend([n for n, _ in node.next_functions if n is not None])
     return sorted(found)
 
 

@@ -106,6 +106,11 @@ def compute(
     """
     if torch.compiler.is_compiling():
         return _compiled(model_fn, params, X, y, specs, loss_fn, subsampling, generator, chunk_size)
+    if torch.is_inference_mode_enabled():  # it forbids graphs; tensors that were made in it are copied out of it
+        with torch.inference_mode(False):
+            params, X, y = optree.tree_map(_out_of_inference, (params, X, y))
+            options = {"loss_fn": loss_fn, "subsampling": subsampling, "generator": generator, "chunk_size": chunk_size}
+            return compute(model_fn, params, X, y, specs, **options)
     leaves, tree = optree.tree_flatten(specs, is_leaf=lambda s: isinstance(s, Quantity))
     results = _results(
         model_fn, params, X, y, leaves, losses.normalize(loss_fn), subsampling, generator, chunk_size
@@ -168,8 +173,8 @@ class _Run:
         def forward(*leaves: Tensor) -> tuple[Tensor, list[Any]]:
             return self._results(list(leaves), specs, differentiable)
 
-        results: list[Any] = torch.func.vjp(forward, *params, has_aux=True)[2]
-        return results
+        found: tuple[Any, ...] = torch.func.vjp(forward, *params, has_aux=True)
+        return found[-1]
 
     def _results(self, leaves: list[Tensor], specs: list[Quantity], differentiable: bool) -> tuple[Tensor, list[Any]]:
         layouts = Layouts(COMPOSITES) if any(isinstance(s.cotangent, FullHessian) for s in specs) else None
@@ -317,10 +322,12 @@ class _Run:
         return contractions.merge([bind(form, gs[j], once) for j, form in uses])
 
     def _check_block(self, contraction: str, i: int, bound: Bound) -> None:
-        if contraction.startswith("output_factor") and isinstance(bound.form, Direct) and bound.form.shape.numel() > LARGEST_BLOCK:
+        if not contraction.startswith("output_factor") or not isinstance(bound.form, Direct):
+            return
+        if (rows := bound.form.shape.numel()) > LARGEST_BLOCK:
             raise NotImplementedError(
                 f"parameter {self.names[i]!r} of shape {tuple(bound.form.shape)} has no Kronecker structure here, and "
-                f"its exact block would have {bound.form.shape.numel()} rows. Leave it out of params, or use diag_ggn."
+                f"its exact block would have {rows} rows. Leave it out of params, or use diag_ggn."
             )
 
     def _finish(self, spec: Quantity, out: Tensor, parts: dict[tuple[Any, str], list[Any]]) -> Any:
@@ -346,6 +353,12 @@ def _combine(contract: Callable[[Bound], Any], how: str, parts: list[Any]) -> An
     if how == "first" or len(parts) == 1:
         return parts[0]
     return torch.cat(parts) if how == "concatenate" else sum(parts[1:], parts[0])
+
+
+def _out_of_inference(t: Any) -> Any:
+    if not isinstance(t, Tensor):
+        return t
+    return t.clone() if t.is_inference() else t.detach()  # either way results have no graph
 
 
 def _leaf(p: Tensor) -> Tensor:
@@ -392,6 +405,7 @@ def _compiled(
     leaves, tree = pytree.tree_flatten(specs, is_leaf=lambda s: isinstance(s, Quantity))
     keys = tuple([(type(s), s.key()) for s in leaves])
     loss = losses.normalize(loss_fn)
+    losses.check_traceable(loss)
     state = model_fn.state(params) if isinstance(model_fn, ModelFunction) else {}
     if isinstance(subsampling, Tensor):
         constants, tensors = None, {"subsampling": subsampling}

@@ -382,6 +382,7 @@ def input_factor(b: Bound, approximation: str | None = None) -> InputFactor | No
         weight = b.g.new_full((*b.x.shape, 1), 1 / b.x.shape[1])
         x = _scatter(weight, b.x, b.form.shape[0]).squeeze(2)  # [n, rows]: how often each row occurs
         return InputFactor(x.mT @ x / len(x) if approximation == "reduce" else x.mean(0).diag(), True)
+    assert isinstance(b.form, Outer)
     n, q, s, _ = b.x.shape
     x = b.x.mean(2, keepdim=True) if approximation == "reduce" else b.x
     x = x.flatten(0, 2)
@@ -396,7 +397,7 @@ def _sums_positions(b: Bound) -> bool:
 def transposed(form: Form) -> Form | None:
     """The form of the use of a matrix's transpose; None if it has to be formed."""
     if isinstance(form, Outer) and form.arrange is None and len(form.shape) == 2:
-        return replace(form, inputs_first=not form.inputs_first, shape=form.shape[::-1])
+        return replace(form, inputs_first=not form.inputs_first, shape=torch.Size(form.shape[::-1]))
     return None
 
 

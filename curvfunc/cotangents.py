@@ -6,6 +6,7 @@ exact or sampled. One backward pass carries a chunk of columns to every site at 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -77,7 +78,7 @@ def pull(
         Per site the cotangent of its output [v, n, ...], and per leaf the gradient. Zeros where the output does not
         depend on it.
     """
-    targets = [s.edge for s in trace.sites] + list(leaves)
+    targets: list[Any] = [s.edge for s in trace.sites] + list(leaves)
     if not targets or not trace.out.requires_grad:
         return [_zeros(s, trace, columns) for s in trace.sites], [torch.zeros_like(p) for p in leaves]
 

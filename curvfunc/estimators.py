@@ -47,7 +47,8 @@ def hutchpp_trace(operator: Any, num_products: int, *, generator: Generator | No
 
     Args:
         operator: Symmetric, [P, P].
-        num_products: Number of products, at least 3; rounded down to a multiple of 3. From 3 P on, the result is exact.
+        num_products: Number of products, at least 3; rounded down to a multiple of 3. Exact if
+            the rank is at most a third of it (and the random vectors are in general position).
         generator: Source of randomness.
 
     Returns:
@@ -94,7 +95,7 @@ def xdiag(operator: Any, num_products: int, *, generator: Generator | None = Non
 
         diag(A) ≈ (1/K) Σ_k diag(Q₋ₖ Q₋ₖᵀ A) + zₖ ⊙ (I - Q₋ₖ Q₋ₖᵀ) A zₖ.
 
-    Unbiased, and far more precise than `hutchinson_diag` where few eigenvalues dominate.
+    Unbiased, and far more precise than `hutchinson_diag` where few eigenvalues dominate; exact below rank K.
 
     Args:
         operator: Symmetric, [P, P].
@@ -105,7 +106,7 @@ def xdiag(operator: Any, num_products: int, *, generator: Generator | None = Non
         [P]; a `LinearOperator`'s ``unflatten`` gives it the shape of the parameters.
 
     References:
-        Epperly, Tropp, Webber 2024, "XTrace: making the most of every sample in stochastic trace estimation", sec. 2.4.
+        Epperly, Tropp, Webber 2024, "XTrace: making the most of every sample in stochastic trace estimation".
     """
     size = _size(operator)
     if not 4 <= num_products <= 2 * size:
@@ -117,7 +118,7 @@ def xdiag(operator: Any, num_products: int, *, generator: Generator | None = Non
     S = _inverse_transposed(R)
     S = S / S.norm(dim=0)
     B = _times(operator, Q)
-    low_rank = (Q * B).sum(1) - ((Q @ S) * (B @ S)).sum(1) / count
+    low_rank: Tensor = (Q * B).sum(1) - ((Q @ S) * (B @ S)).sum(1) / count
     # (I - Q₋ₖ Q₋ₖᵀ) A zₖ = Q sₖ sₖᵀ R[:, k], since A zₖ = Q R[:, k] lies in the range of Q
     rest = (Z * (Q @ (S * (S * R).sum(0)))).mean(1)
     return low_rank + rest
@@ -177,7 +178,7 @@ def spectral_density(
         The density as a `Spectrum`.
 
     References:
-        Lin, Saad, Yang 2016, "Approximating spectral densities of large matrices", sec. 3.2; Ghorbani, Krishnan, Xiao
+        Lin, Saad, Yang 2016, "Approximating spectral densities of large matrices"; Ghorbani, Krishnan, Xiao
         2019, "An investigation into neural net optimization via Hessian eigenvalue density".
 
     Example:

@@ -60,9 +60,6 @@ def batch_dot(
 
     Returns:
         [N, N] per parameter. Arguments: see `curvfunc.quantities`.
-
-    References:
-        The pairwise products of BackPACK's ``BatchGrad`` (as an extension in its examples, "batch_dot_grad").
     """
     return compute(model_fn, params, X, y, BatchDot(), loss_fn=loss_fn, subsampling=subsampling, chunk_size=chunk_size)
 
@@ -111,7 +108,7 @@ def ggn_gram(
 
     References:
         Dangel, Tatzel, Hennig 2022, "ViViT: Curvature access through the generalized Gauss-Newton's low-rank
-        structure", sec. 3.
+        structure".
     """
     return compute(
         model_fn,

@@ -67,7 +67,7 @@ def flatten_params(params: Any) -> tuple[list[str], list[Tensor], Callable[[Sequ
     """Names, tensors, and the function that puts values in the tensors' places."""
     if type(params) is dict and all(type(k) is str and isinstance(v, Tensor) for k, v in params.items()):
         names, leaves = list(params), list(params.values())
-        rebuild = lambda values: dict(zip(names, values, strict=True))  # noqa: E731
+        rebuild: Callable[[Sequence[Any]], Any] = lambda values: dict(zip(names, values, strict=True))
     else:
         paths, leaves, tree = optree.tree_flatten_with_path(params)
         names = [".".join(map(str, path)) for path in paths]

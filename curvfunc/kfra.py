@@ -15,7 +15,7 @@ This needs a chain of operations. Three kinds of them have rules:
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,11 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from curvfunc import contractions
-from curvfunc.capture import Trace, _axis_or_none, _tensors, _viewed
-from curvfunc.contractions import Outer, Rows, bind, per_sample
+from curvfunc.capture import Site, Trace, _axis_or_none, _tensors, _viewed
+from curvfunc.contractions import Direct, Outer, Rows, bind, per_sample
 from curvfunc.cotangents import CHUNK_BYTES
 from curvfunc.losses import Root
+from curvfunc.residuals import is_affine
 from curvfunc.rules.nonlinear import is_diagonal, is_linear, is_reshape
 
 __all__ = ["Chain", "factors"]
@@ -93,6 +94,8 @@ class _Recorder(TorchFunctionMode):
         for t in (out,) if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ():
             if isinstance(t, Tensor) and t.requires_grad and _axis_or_none(t) is not None:
                 edge, whole = get_gradient_edge(t), get_gradient_edge(_viewed(t))
+                if any(edge.node is e.node and edge.output_nr == e.output_nr for _, e, _ in data):
+                    continue  # nothing happened: dropout in evaluation mode, x.contiguous()
                 if (whole.node, whole.output_nr) in self.calls:  # a view of another operation's output
                     whole = edge
                 call = _Call(func, args, kwargs, edge, whole, t.shape, _axis_or_none(t), data, sampled)
@@ -136,16 +139,19 @@ def factors(
             raise NotImplementedError(f"kfra cannot see the operation behind {edge.node.name()}. Use kflr or kfac.")
         if call.axis != 0:
             raise NotImplementedError(f"kfra: the samples of the output of {call.name} are not its first axis.")
-        site = sites.pop((call.whole.node, call.whole.output_nr), None)
-        if site is not None:
+        for key in [key for key in sites if key in _inside(call)]:
+            site = sites.pop(key)
+            at_site = G
+            if key != (call.whole.node, call.whole.output_nr):  # the operation is made of others, as F.prelu
+                at_site = _through_diagonal(call, site.edge, site.shape, G, differentiable)
             for i, form in site.forms.items():
                 if i in found:
                     raise NotImplementedError(f"kfra: parameter {names[i]!r} is used more than once. Use kflr or kfac.")
-                found[i] = _parameter_factors(form, G, len(trace.out), call.shape)
+                found[i] = _parameter_factors(form, at_site, site)
         if sites and len(call.data) != 1:
             raise NotImplementedError(
                 f"kfra needs a chain of operations, and {call.name} takes {len(call.data)} tensors that depend on "
-                "parameters: the graph branches. Use kflr or kfac." + str([(s.name,s.edge) for s in sites.values()])
+                "parameters: the graph branches. Use kflr or kfac."
             )
         edge = call.data[0][1] if sites else None
         if edge is not None:
@@ -167,13 +173,16 @@ def _loss_hessian(root: Root, select: Callable[[Tensor], Tensor], trace: Trace) 
 # -- factors of a parameter
 
 
-def _parameter_factors(form: Any, G: Tensor, samples: int, shape: torch.Size) -> tuple[Tensor, ...]:
+def _parameter_factors(form: Any, G: Tensor, site: Site) -> tuple[Tensor, ...]:
     """The factors of a use z = f(x; p), from G at z."""
     prepared: dict[int, Tensor] = {}
+    samples, shape = site.shape[0], site.shape
 
     def inputs(form: Any) -> Tensor:
         return prepared.setdefault(id(form), form.inputs())
 
+    if isinstance(form, Direct) and is_affine(site):  # a bias, for which all samples are alike
+        return (_block(form.cotangent, G, 1, shape),)
     if not isinstance(form, (Outer, Rows)):
         return (_block(lambda g: per_sample(bind(form, g, inputs)), G, samples, shape),)
     A = contractions.input_factor(bind(form, G.new_zeros(1, samples, *shape[1:]), inputs))
@@ -197,10 +206,14 @@ def _block(gradient: Callable[[Tensor], Tensor], G: Tensor, samples: int, shape:
     half = []
     for rows in G.split(max(1, CHUNK_BYTES["cpu"] // max(1, G.element_size() * samples * len(G)))):
         g = rows.reshape(-1, 1, *shape[1:]).expand(-1, samples, *shape[1:])
-        half.append(gradient(g).flatten(2) if shape else g)
+        half.append(_flat(gradient(g)))
     columns = torch.cat(half).permute(2, 1, 0)  # [p, n, z]
-    block = gradient(columns.reshape(*columns.shape[:2], *shape[1:])).flatten(2)
-    return block.mean(1)
+    return _flat(gradient(columns.reshape(*columns.shape[:2], *shape[1:]))).mean(1)
+
+
+def _flat(g: Tensor) -> Tensor:
+    """[v, n, *shape] as [v, n, numel]."""
+    return g.reshape(*g.shape[:2], g.shape[2:].numel())
 
 
 # -- one step back
@@ -214,16 +227,40 @@ def _step_back(call: _Call, G: Tensor, samples: int, differentiable: bool) -> Te
         if all(map(is_reshape, nodes)):
             return G
         if all(map(is_diagonal, nodes)) and shape.numel() == call.shape.numel():
-            ones = torch.ones(call.shape, dtype=G.dtype, device=G.device)
-            d = torch.autograd.grad([call.output], [edge], [ones], retain_graph=True, create_graph=differentiable)[0]
-            d = d.reshape(samples, -1)
-            return G * (d.mT @ d / samples)
+            return _through_diagonal(call, edge, shape, G, differentiable)
         if all(map(is_linear, nodes)) and call.sampled == 1:
             return _shared(call, x, shape, G)
         chosen = [node for node in nodes if node.name() in _SELECTIONS]
         if len(chosen) == 1 and all(is_reshape(node) for node in nodes if node is not chosen[0]):
             return _selected(chosen[0]._saved_result1, shape, G)  # type: ignore[attr-defined]
+    return _refuse(call)
+
+
+def _refuse(call: _Call) -> NoReturn:
     raise NotImplementedError(f"kfra has no rule for {call.name}. Use kflr or kfac.")
+
+
+def _through_diagonal(call: _Call, edge: GradientEdge, shape: torch.Size, G: Tensor, differentiable: bool) -> Tensor:
+    """G ∘ (1/N) Σₙ dₙ dₙᵀ, from the operation's output to a tensor of that shape before it."""
+    if shape.numel() != call.shape.numel() or not all(map(is_diagonal, _between(call.output.node, edge.node))):
+        _refuse(call)
+    ones = torch.ones(call.shape, dtype=G.dtype, device=G.device)
+    d = torch.autograd.grad([call.output], [edge], [ones], retain_graph=True, create_graph=differentiable)[0]
+    d = d.reshape(shape[0], -1)
+    return G * (d.mT @ d / shape[0])
+
+
+def _inside(call: _Call) -> set[tuple[Node, int]]:
+    """The outputs of the nodes that an operation is made of."""
+    ends = {edge.node for _, edge, _ in call.data}
+    found: set[tuple[Node, int]] = set()
+    stack = [(call.output.node, call.output.output_nr), (call.whole.node, call.whole.output_nr)]
+    while stack:
+        place = stack.pop()
+        if place not in found and place[0] not in ends:
+            found.add(place)
+            stack.extend((node, number) for node, number in place[0].next_functions if node is not None)
+    return found
 
 
 def _between(output: Node, source: Node) -> list[Node]:

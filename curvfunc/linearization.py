@@ -158,9 +158,7 @@ class Jacobian:
     def linearize(self, problem: Problem, leaves: Sequence[Tensor], out: Tensor) -> Product:
         """J v = ∂⟨Jᵀ u, v⟩ / ∂u."""
         (u,), pulled = pullback_graph(leaves, [out], [out])
-        return lambda which, v, create_graph: differentiate(
-            [pulled[i] for i in which], [u], v, create_graph=create_graph
-        )
+        return lambda which, v, create_graph: differentiate([pulled[i] for i in which], [u], v, create_graph=create_graph)
 
 
 Matrix = Hessian | GaussNewton | EmpiricalFisher | Jacobian

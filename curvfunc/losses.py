@@ -19,6 +19,7 @@ least and returned in the output's dtype.
 
 import functools
 import math
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -49,7 +50,8 @@ class Loss:
     Attributes:
         name: ``"cross_entropy"``, ``"mse_loss"``, ``"bce_with_logits"``, or None for a custom loss.
         fn: The callable, ``fn(out, y, **options, **tensors)``.
-        options: Pairs (key, value) of the options that are no tensors: all of a named loss, none of a custom one.
+        options: Pairs (key, value) of the options that are no tensors: all of a named loss, for a custom
+            one those of a partial.
         tensors: The options that are tensors, without those that are None.
     """
 
@@ -128,11 +130,12 @@ def normalize(loss_fn: Callable[..., Tensor]) -> Loss:
             "reduction": loss_fn.reduction,
         }  # fmt: skip
     name = _name(fn)
-    if name is None:
-        return Loss(None, loss_fn)
-    given = {key: value for key, value in keywords.items() if value is not None}
+    given = {key: value for key, value in keywords.items() if value is not None or name is None}
     tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
     options = {key: value for key, value in given.items() if not isinstance(value, Tensor)}
+    if name is None:
+        plain = isinstance(fn, types.FunctionType)
+        return Loss(None, fn, tuple(options.items()), tensors) if plain else Loss(None, loss_fn)
     if any(key not in TENSORS[name] for key in tensors) or any(key not in DEFAULTS[name] for key in options):
         return Loss(None, loss_fn)
     return Loss(name, fn, tuple({**DEFAULTS[name], **options}.items()), tensors)
@@ -144,6 +147,16 @@ def rebuild(name: str | None, fn: Callable[..., Tensor], options: Constants, ten
     Across a compile boundary the first three travel as constants and the last as tensors.
     """
     return Loss(name, fn, options, tensors)
+
+
+def check_traceable(loss: Loss) -> None:
+    """Refuse what ``torch.compile`` cannot take for a constant: a custom loss that is a module or another object."""
+    if isinstance(loss.fn, types.FunctionType | types.BuiltinFunctionType):
+        return
+    raise TypeError(
+        f"the loss {_label(loss)} cannot enter torch.compile: a loss of one's own must be a function there. Outside of "
+        "the compiled code define one that calls it, and pass tensors it needs by functools.partial(function, name=tensor)."
+    )
 
 
 def values_visible(*tensors: Any) -> bool:

@@ -74,14 +74,14 @@ class LinearOperator:
         vectors = [t.reshape(len(rows), *p.shape) for t, p in zip(split, self._leaves, strict=True)]
         for name, t, p in zip(self.names, vectors, self._leaves, strict=True):
             check_vector(f"v at {name!r}", t, p, batched=True)
-        result = torch.cat([t.flatten(1) for t in self._multiply(vectors)], dim=1)
+        result = _rows(self._multiply(vectors))
         return result.mT if v.ndim == 2 else result[0]
 
     def flatten(self, v: Any) -> Tensor:
         """A pytree like ``params`` as a vector [P], or with leading axes [K, *shape] as a matrix [P, K]."""
         values = self._read(v)
         if values[0].ndim > self._leaves[0].ndim:
-            return torch.cat([t.flatten(1) for t in values], dim=1).mT
+            return _rows(values).mT
         return torch.cat([t.flatten() for t in values])
 
     def unflatten(self, v: Tensor) -> Any:
@@ -89,7 +89,7 @@ class LinearOperator:
         if v.ndim not in (1, 2) or v.shape[0] != self.shape[1]:
             raise ValueError(f"v has shape {tuple(v.shape)}; [P] or [P, K] with P = {self.shape[1]} is needed.")
         split = torch.split(v.mT if v.ndim == 2 else v, [p.numel() for p in self._leaves], dim=-1)
-        return self._rebuild([t.reshape(*v.shape[1:], *p.shape) for t, p in zip(split, self._leaves, strict=True)])
+        return self._rebuild([t.reshape((*v.shape[1:], *p.shape)) for t, p in zip(split, self._leaves, strict=True)])
 
     def dense(self) -> Tensor:
         """The matrix itself, [P, P]: P products, for small problems."""
@@ -126,6 +126,11 @@ class LinearOperator:
 
     def _multiply(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         return batched(self._product, self._leaves, range(len(self._leaves)), vectors, self._chunk_size)
+
+
+def _rows(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors [K, *shape] side by side, [K, P]; a parameter without axes has one entry."""
+    return torch.cat([t.reshape(len(t), t.shape[1:].numel()) for t in tensors], dim=1)
 
 
 def scipy_linalg() -> Any:
@@ -241,6 +246,4 @@ def _operator(
     if len(kinds) > 1:
         raise ValueError(f"{caller}: parameters are {', '.join(kinds)}; an operator needs one dtype and one device.")
     size = sum(p.numel() for p in leaves)
-    return LinearOperator(
-        tuple(names), (size, size), leaves[0].dtype, leaves[0].device, leaves, rebuild, product, chunk_size
-    )
+    return LinearOperator(tuple(names), (size, size), leaves[0].dtype, leaves[0].device, leaves, rebuild, product, chunk_size)

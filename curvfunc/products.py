@@ -160,7 +160,7 @@ def pchmp(
             or a parameter enters twice, so that the blocks have terms of no definite sign; the message names it.
 
     References:
-        Chen, Chou, Chang 2018, "BDA-PCH", arXiv:1802.06502, eqs. 7 and 8. BackPACK's ``PCHMP``; release 1.7.1
+        Chen, Chou, Chang 2018, "BDA-PCH", arXiv:1802.06502. BackPACK's ``PCHMP``; release 1.7.1
         multiplies r_m by δ_m once more, so that its values agree where r_m = 0 only.
     """
     if modify not in ("clip", "abs"):
@@ -279,7 +279,7 @@ def fisher_vp(
         NotImplementedError: If a custom loss implies no likelihood.
 
     References:
-        Martens 2020, "New insights and perspectives on the natural gradient method", secs. 5, 9 and 11.
+        Martens 2020, "New insights and perspectives on the natural gradient method".
     """
     matrix = fisher_matrix("fisher_vp", loss_fn, empirical, mc_samples)
     return _product(matrix, model_fn, params, X, y, v, loss_fn, subsampling, generator)
@@ -384,7 +384,7 @@ def _evaluate(
             leaves = [p.view_as(p) if p.requires_grad and create_graph else _leaf(p) for p in tensors]
             result = forward(*leaves)[1]
     else:
-        result = torch.func.vjp(forward, *tensors, has_aux=True)[2]
+        result = torch.func.vjp(forward, *tensors, has_aux=True)[2]  # type: ignore[misc]
     return result[0] if isinstance(matrix, Jacobian) else rebuild(result)
 
 
@@ -410,7 +410,7 @@ def _compiled(
     constants = None if subsampling is None or chosen else tuple(subsampling)
     matrix_args = (matrix,) if isinstance(matrix, str) else tuple([getattr(matrix, f.name) for f in fields(matrix)])
     static = _Static(type(matrix), matrix_args, model_fn, loss.name, loss.fn, loss.options, constants)
-    return _traced(static, params, state, X, y, v, loss.tensors, chosen)
+    return _traced(static, params, state, X, X if y is None else y, v, loss.tensors, chosen)  # None cannot cross
 
 
 @torch._dynamo.nonstrict_trace

@@ -32,34 +32,33 @@ class Layer:
 def layers(model_fn: Callable[[Any, Any], Tensor], params: Any, x: Any) -> list[Layer | None]:
     """The layer of each leaf of params for a batch of one; None if it is anything but its weight."""
     leaves, treespec = optree.tree_flatten(params)
-    leaves = [p.detach().requires_grad_() for p in leaves]
-    with torch.enable_grad(), _Calls(leaves) as calls:
-        out = model_fn(optree.tree_unflatten(treespec, leaves), x)
+    leaves = [p.view_as(p) for p in leaves]  # told apart by identity, also where two names share a tensor
 
-    def jacobian(z: Tensor, axis: int) -> Tensor:
-        rows = [torch.autograd.grad(f, z, retain_graph=True, materialize_grads=True)[0] for f in out.flatten()]
-        return torch.stack(rows).movedim(axis, -1).reshape(len(rows), -1, z.shape[axis])
+    def run(probes: list[Tensor] | None) -> tuple[Tensor, _Calls]:
+        with _Calls(leaves, probes) as calls:
+            return model_fn(optree.tree_unflatten(treespec, leaves), x).flatten(), calls
+
+    def from_probes(probes: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        out, calls = run(probes)
+        return out, calls.inputs
+
+    _, calls = run(None)
+    if calls.probes:
+        out, pullback, inputs = torch.func.vjp(from_probes, calls.probes, has_aux=True)
+        rows = [pullback(row)[0] for row in torch.eye(len(out), dtype=out.dtype)]
+        jacobians = [torch.stack(row) for row in zip(*rows, strict=True)]
+
+    def jacobian(k: int, axis: int) -> Tensor:
+        return jacobians[k].movedim(axis, -1).reshape(len(jacobians[k]), -1, calls.probes[k].shape[axis])
 
     def layer(i: int) -> Layer | None:
-        uses, axis = (
-            calls.as_weight[i],
-            1 - leaves[i].ndim,
-        )  # features are last for linear, before space for convolution
-        if i in calls.otherwise or len({len(use.x) for use in uses}) != 1:  # no use, or different groups
+        uses, axis = calls.as_weight[i], 1 - leaves[i].ndim  # features are last for linear, before space for convolution
+        if i in calls.otherwise or len({len(inputs[k]) for k in uses}) != 1:  # no use, or different groups
             return None
-        x, D = torch.cat([use.x for use in uses], dim=1), torch.cat([jacobian(use.probe, axis) for use in uses], dim=1)
-        return Layer(uses[0].op, x, D)
+        x, D = torch.cat([inputs[k] for k in uses], dim=1), torch.cat([jacobian(k, axis) for k in uses], dim=1)
+        return Layer(calls.ops[uses[0]], x, D)
 
     return [layer(i) for i in range(len(leaves))]
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A call of a layer: the operation, its inputs ``x [g, s, k]``, and the zero added to its output."""
-
-    op: Callable[..., Tensor]
-    x: Tensor
-    probe: Tensor
 
 
 class _Calls(TorchFunctionMode):
@@ -69,10 +68,14 @@ class _Calls(TorchFunctionMode):
     respect to the probe, whatever is done to the output in place afterwards.
     """
 
-    def __init__(self, leaves: list[Tensor]) -> None:
+    def __init__(self, leaves: list[Tensor], probes: list[Tensor] | None) -> None:
         super().__init__()
         self.number = {id(leaf): i for i, leaf in enumerate(leaves)}
-        self.as_weight: list[list[_Call]] = [[] for _ in leaves]
+        self.given = probes
+        self.probes: list[Tensor] = []
+        self.ops: list[Callable[..., Tensor]] = []
+        self.inputs: list[Tensor] = []
+        self.as_weight: list[list[int]] = [[] for _ in leaves]
         self.otherwise: set[int] = set()
 
     def __torch_function__(
@@ -87,9 +90,12 @@ class _Calls(TorchFunctionMode):
             weight = self.number.get(id(kwargs["weight"] if "weight" in kwargs else args[1]))
             if weight is not None:
                 used.remove(weight)
-                call = _Call(func, _INPUTS[func](*args, **kwargs).detach(), torch.zeros_like(out, requires_grad=True))
-                self.as_weight[weight].append(call)
-                out = out + call.probe
+                k = len(self.probes)
+                self.as_weight[weight].append(k)
+                self.ops.append(func)
+                self.inputs.append(_INPUTS[func](*args, **kwargs))
+                self.probes.append(torch.zeros_like(out) if self.given is None else self.given[k])
+                out = out + self.probes[k]
         self.otherwise.update(used)
         return out
 

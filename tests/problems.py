@@ -25,8 +25,8 @@ from architectures import (
     LastState,
     LowRank,
     Odd,
-    PositionsLast,
     Pooled,
+    PositionsLast,
     Recurrent,
     ResNet,
     Scaled,
@@ -185,6 +185,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         uniform(N, C),
     ),
     "custom, Poisson": (nn.PoissonNLLLoss, lambda: torch.poisson(torch.ones(N, C))),
+    "custom, partial": (lambda: partial(_huber, weight=torch.rand(C), delta=2.0), normal(N, C)),
     "custom, deficient rank": (lambda: _square_of_sum, normal(N)),
     "custom, targets in a dict": (
         lambda: _weighted_error,
@@ -196,6 +197,10 @@ OTHERS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
 def _square_of_sum(out: Tensor, y: Tensor) -> Tensor:
     """Its Hessian has rank one."""
     return (out.sum(1) - y).pow(4).mean()
+
+
+def _huber(out: Tensor, y: Tensor, weight: Tensor, delta: float = 1.0) -> Tensor:
+    return (weight * ((out - y) / delta).cosh().log()).sum() * delta
 
 
 def _weighted_error(out: Tensor, y: dict[str, Tensor]) -> Tensor:

@@ -474,12 +474,12 @@ def test_exact_quantities_draw_nothing() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["two blocks of convolutions", "layer norm"])
 def test_lower_precision(name: str, dtype: torch.dtype) -> None:
-    """Results have the parameters' type and are right to its precision."""
+    """Sums of squares are in single precision at least, and right to the parameters' precision."""
     problem = PROBLEMS[name].make()
     want = evaluate("diag_ggn", problem)
     cast = optree.tree_map(lambda t: t.to(dtype), problem.params)
     got = evaluate("diag_ggn", problem._replace(params=cast, X=problem.X.to(dtype)))
-    assert all(g.dtype == dtype for g in got.values())
+    assert all(g.dtype == torch.float32 for g in got.values())
     rtol = 1e-5 if dtype == torch.float32 else 0.1
     assert_close({k: v.double() for k, v in got.items()}, want, rtol)
 

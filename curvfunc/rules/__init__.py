@@ -48,7 +48,7 @@ RULES: dict[Any, Rule] = {}
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
 
 # How parameters are commonly transposed, split by rows, and repeated.
-TRANSPOSES = {torch.t, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__}
+TRANSPOSES = {torch.t, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__}  # type: ignore[attr-defined]
 ROWS = {torch.chunk, Tensor.chunk, torch.split, Tensor.split, torch.functional.split}
 EXPANSIONS = {Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to, torch.tile}
 

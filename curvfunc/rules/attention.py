@@ -68,7 +68,7 @@ def multi_head_attention(
         attended = weights @ heads[2]
     else:
         weights = None
-        attended = F.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=p)
+        attended = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], attn_mask=mask, dropout_p=p)
     out = F.linear(attended.permute(2, 0, 1, 3).reshape(t, n, e), out_proj_weight, out_proj_bias)
     if weights is not None and average_attn_weights:
         weights = weights.mean(1)

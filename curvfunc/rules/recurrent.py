@@ -9,20 +9,21 @@ from torch import Tensor
 
 from curvfunc.rules import DECOMPOSITIONS
 
-Cell = Callable[[Tensor, tuple[Tensor, ...], Sequence[Tensor | None]], tuple[Tensor, ...]]
+Weights = Sequence[Any]  # W of the input, W of the state, their biases or None, and an optional projection
+Cell = Callable[[Tensor, tuple[Tensor, ...], Weights], tuple[Tensor, ...]]
 
 
-def _tanh(z: Tensor, state: tuple[Tensor, ...], w: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+def _tanh(z: Tensor, state: tuple[Tensor, ...], w: Weights) -> tuple[Tensor, ...]:
     """h' = tanh(z + W h + b), z the projected input."""
     return (torch.tanh(z + F.linear(state[0], w[1], w[3])),)
 
 
-def _relu(z: Tensor, state: tuple[Tensor, ...], w: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+def _relu(z: Tensor, state: tuple[Tensor, ...], w: Weights) -> tuple[Tensor, ...]:
     """h' = relu(z + W h + b)."""
     return (torch.relu(z + F.linear(state[0], w[1], w[3])),)
 
 
-def _lstm(z: Tensor, state: tuple[Tensor, ...], w: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+def _lstm(z: Tensor, state: tuple[Tensor, ...], w: Weights) -> tuple[Tensor, ...]:
     """Input, forget, cell and output gates; an optional projection of h'."""
     h, c = state
     i, f, g, o = (z + F.linear(h, w[1], w[3])).chunk(4, -1)
@@ -31,7 +32,7 @@ def _lstm(z: Tensor, state: tuple[Tensor, ...], w: Sequence[Tensor | None]) -> t
     return (h if len(w) < 5 else F.linear(h, w[4])), c
 
 
-def _gru(z: Tensor, state: tuple[Tensor, ...], w: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+def _gru(z: Tensor, state: tuple[Tensor, ...], w: Weights) -> tuple[Tensor, ...]:
     """Reset, update and new gates; the reset gate acts after the hidden product."""
     h = state[0]
     zr, zu, zn = z.chunk(3, -1)
@@ -41,10 +42,10 @@ def _gru(z: Tensor, state: tuple[Tensor, ...], w: Sequence[Tensor | None]) -> tu
 
 
 def _layer(
-    cell: Cell, x: Tensor, state: tuple[Tensor, ...], w: Sequence[Tensor | None], reverse: bool
+    cell: Cell, x: Tensor, state: tuple[Tensor, ...], w: Weights, reverse: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """One direction of one layer; x [t, *n, i]."""
-    steps = F.linear(x, w[0], w[2]).unbind(0)  # type: ignore[arg-type]
+    steps = F.linear(x, w[0], w[2]).unbind(0)
     outputs = []
     for z in reversed(steps) if reverse else steps:
         state = cell(z, state, w)

@@ -23,9 +23,8 @@ def _broadcast(p: Tensor, other: Tensor, use: Use, gradient: Callable[[Tensor, T
     """
     own = other.ndim - (use.axis is None)
     shape = [1] * (own - p.ndim) + list(p.shape)
-    if use.axis is not None:
-        if p.ndim > own or shape.pop(use.axis) != 1:
-            return None
+    if use.axis is not None and (p.ndim > own or shape.pop(use.axis) != 1):
+        return None
     lead = torch.Size(shape)
 
     def cotangent(g: Tensor) -> Tensor:
