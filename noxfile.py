@@ -39,6 +39,13 @@ def parity(session: nox.Session) -> None:
 
 
 @nox.session
+def transformers(session: nox.Session) -> None:
+    """Models of Hugging Face transformers, random and small."""
+    session.install(*CONSTRAINTS, "-e", ".[test]", "transformers")
+    session.run("pytest", "tests/test_transformers.py", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """The example of the README."""
     session.install(*CONSTRAINTS, "-e", ".[examples]")

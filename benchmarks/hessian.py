@@ -29,11 +29,11 @@ Step = Callable[[], object]
 def problem(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     """A net, its input and targets."""
     torch.manual_seed(0)
-    if name == "mlp":
+    if name.startswith("mlp"):
         net = nn.Sequential(
             nn.Linear(784, 256), nn.Sigmoid(), nn.Linear(256, 256), nn.Sigmoid(), nn.Linear(256, 10)
         )  # fmt: skip
-        X = torch.randn(32, 784)
+        X = torch.randn(128 if name == "mlp128" else 32, 784)
     else:
         net = nn.Sequential(
             nn.Conv2d(3, 8, 5, stride=2), nn.Sigmoid(), nn.Conv2d(8, 12, 3, stride=2), nn.Sigmoid(),
@@ -43,7 +43,7 @@ def problem(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     return net, X, torch.randint(0, 10, (len(X),))
 
 
-CASES = {"diag_hessian/mlp": "mlp", "diag_hessian/cnn": "cnn", "kfra/mlp": "mlp"}
+CASES = {"diag_hessian/mlp": "mlp", "diag_hessian/cnn": "cnn", "kfra/mlp": "mlp", "kfra/mlp128": "mlp128"}
 
 
 def contenders(case: str) -> dict[str, Step]:

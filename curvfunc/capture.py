@@ -111,9 +111,11 @@ class Layouts:
         of: Sample axis and shape of each tensor that an operation took.
         composites: For a call of a function in ``functions``, the edge of its input by the node of its output.
         functions: Python functions of one tensor that count as one operation.
+        substitutes: Functions that run in place of others.
     """
 
     functions: frozenset[Any] = frozenset()
+    substitutes: dict[Any, Callable[..., Any]] = field(default_factory=dict)
     of: dict[tuple[Node, int], tuple[int, torch.Size]] = field(default_factory=dict)
     composites: dict[Node, GradientEdge] = field(default_factory=dict)
 
@@ -158,11 +160,14 @@ class _Capture(TorchFunctionMode):
             args, kwargs = (self._repeated(a) for a in (args, kwargs))
         run = _embedding if func is F.embedding and self.level is not None else func
         taken = [] if self.layouts is None else self._layouts(args, kwargs)
+        if self.layouts is not None:
+            run = self.layouts.substitutes.get(func, run)
         out = run(*args, **kwargs)
         if self.layouts is not None and func in self.layouts.functions and taken and out.requires_grad:
             self.layouts.composites[get_gradient_edge(self._raw(out)).node] = taken[0]
-        if used and _tensor_in(out) and not self._derive(func, args, kwargs, out, used):
-            self._use(func, args, kwargs, out, used)
+        if used and _tensor_in(out):
+            if not self._derive(func, args, kwargs, out, used):
+                self._use(func, args, kwargs, out, used)
         elif self.level is None:
             self._follow(func, args, kwargs, out)
         return out

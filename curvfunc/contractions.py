@@ -387,7 +387,7 @@ def input_factor(b: Bound, approximation: str | None = None) -> InputFactor | No
     x = b.x.mean(2, keepdim=True) if approximation == "reduce" else b.x
     x = x.flatten(0, 2)
     positions = s if approximation == "expand" or (approximation is None and not _sums_positions(b)) else 1
-    return InputFactor(x.mT @ x / (n * q * positions), b.form.inputs_first)
+    return InputFactor(x.mT @ (x / (n * q * positions)), b.form.inputs_first)
 
 
 def _sums_positions(b: Bound) -> bool:

@@ -84,13 +84,16 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         """Run ``func`` and write it down if gradients flow through it."""
         kwargs = kwargs or {}
-        data = [  # before the call, which may change them in place
-            (t, get_gradient_edge(t), t.shape)
-            for t in _tensors(args, kwargs)
-            if t.requires_grad and _axis_or_none(t) is not None
-        ]
-        sampled = sum(_axis_or_none(t) is not None for t in _tensors(args, kwargs))
+        with torch._C.DisableTorchFunction():  # the capture need not see the questions asked here
+            sampled = [t for t in _tensors(args, kwargs) if _axis_or_none(t) is not None]
+            # before the call, which may change them in place
+            data = [(t, get_gradient_edge(t), t.shape) for t in sampled if t.requires_grad]
         out = func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            self._write(func, args, kwargs, out, data, len(sampled))
+        return out
+
+    def _write(self, func: Any, args: Any, kwargs: Any, out: Any, data: list[Any], sampled: int) -> None:
         for t in (out,) if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ():
             if isinstance(t, Tensor) and t.requires_grad and _axis_or_none(t) is not None:
                 edge, whole = get_gradient_edge(t), get_gradient_edge(_viewed(t))
@@ -100,7 +103,6 @@ class _Recorder(TorchFunctionMode):
                     whole = edge
                 call = _Call(func, args, kwargs, edge, whole, t.shape, _axis_or_none(t), data, sampled)
                 self.calls[edge.node, edge.output_nr] = call
-        return out
 
 
 def factors(
@@ -182,17 +184,23 @@ def _parameter_factors(form: Any, G: Tensor, site: Site) -> tuple[Tensor, ...]:
         return prepared.setdefault(id(form), form.inputs())
 
     if isinstance(form, Direct) and is_affine(site):  # a bias, for which all samples are alike
-        return (_block(form.cotangent, G, 1, shape),)
+        return (G.clone() if len(G) == form.shape.numel() else _block(form.cotangent, G, 1, shape),)
     if not isinstance(form, (Outer, Rows)):
         return (_block(lambda g: per_sample(bind(form, g, inputs)), G, samples, shape),)
-    A = contractions.input_factor(bind(form, G.new_zeros(1, samples, *shape[1:]), inputs))
+    b = bind(form, G.new_zeros(1, samples, *shape[1:]), inputs)
+    A = contractions.input_factor(b)
+    assert A is not None
+    B = G if isinstance(form, Outer) and b.x.shape[1:3] == (1, 1) else _output_factor(form, G, shape)
+    return (A.factor, B) if A.first else (B, A.factor)
+
+
+def _output_factor(form: Outer | Rows, G: Tensor, shape: torch.Size) -> Tensor:
+    """G with the positions summed, both or on the diagonal only."""
     rows = _features(form.cotangent(G.reshape(len(G), 1, *shape[1:])))  # [z, s, o]
     G = _features(form.cotangent(rows.movedim(0, -1).flatten(0, 1).reshape(-1, 1, *shape[1:])))
     G = G.reshape(*rows.shape[1:], *rows.shape[1:])  # [s, o, s, o]
     summed = isinstance(form, Outer) and form.sum_positions
-    B = G.sum((0, 2)) if summed else G.diagonal(dim1=0, dim2=2).sum(-1)
-    assert A is not None
-    return (A.factor, B) if A.first else (B, A.factor)
+    return G.sum((0, 2)) if summed else G.diagonal(dim1=0, dim2=2).sum(-1)
 
 
 def _features(g: Tensor) -> Tensor:
@@ -247,7 +255,7 @@ def _through_diagonal(call: _Call, edge: GradientEdge, shape: torch.Size, G: Ten
     ones = torch.ones(call.shape, dtype=G.dtype, device=G.device)
     d = torch.autograd.grad([call.output], [edge], [ones], retain_graph=True, create_graph=differentiable)[0]
     d = d.reshape(shape[0], -1)
-    return G * (d.mT @ d / shape[0])
+    return G * (d.mT @ (d / shape[0]))
 
 
 def _inside(call: _Call) -> set[tuple[Node, int]]:

@@ -699,9 +699,7 @@ def _check_classes(loss: Loss, out: Tensor, y: Tensor) -> None:
     num_classes, indices = out.shape[1], (out.shape[0], *out.shape[2:])
     weight = loss.tensors.get("weight")
     if weight is not None and weight.shape != (num_classes,):
-        raise ValueError(
-            f"{what}: weight of shape {tuple(weight.shape)} for C = {num_classes} classes. Pass shape (C,)."
-        )
+        raise ValueError(f"{what}: weight of shape {tuple(weight.shape)} for C = {num_classes} classes. Pass shape (C,).")
     if y.shape == out.shape and y.is_floating_point():
         if dict(loss.options)["ignore_index"] >= 0:
             raise ValueError(f"{what}: class probabilities have no ignore_index. Leave it out, or pass class indices.")

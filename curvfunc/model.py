@@ -65,9 +65,7 @@ class ModelFunction:
 
     def __eq__(self, other: object) -> bool:
         """Equal when module and output function are the same objects."""
-        return (
-            isinstance(other, ModelFunction) and self.module is other.module and self.output_fn is other.output_fn
-        )
+        return isinstance(other, ModelFunction) and self.module is other.module and self.output_fn is other.output_fn
 
     def __hash__(self) -> int:
         """Hash of the wrapped objects' identities."""

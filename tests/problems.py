@@ -277,7 +277,7 @@ add(
 
 # --- other layers, and architectures ----------------------------------------------------------------------------------
 
-add("layer norm", lambda: nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, C)), normal(N, 5))  # fmt: skip
+add("layer norm", lambda: nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, C)), normal(N, 5))
 add("group norm and transposed convolution",
     lambda: nn.Sequential(nn.ConvTranspose2d(2, 4, 2), nn.GroupNorm(2, 4), nn.PReLU(), nn.Flatten(), nn.Linear(36, C)),
     normal(N, 2, 2, 2))  # fmt: skip

@@ -270,9 +270,7 @@ def test_output_fn_chooses() -> None:
         (lambda out: out.to(torch.complex64), TypeError, ("torch.complex64", "floating-point")),
     ],
 )
-def test_outputs_that_do_not_fit(
-    output: Callable[[Tensor], Any], error: type[Exception], fragments: tuple[str, ...]
-) -> None:
+def test_outputs_that_do_not_fit(output: Callable[[Tensor], Any], error: type[Exception], fragments: tuple[str, ...]) -> None:
     model_fn, params, X, y = problem()
     with refused(error, *fragments):
         curvfunc.batch_grad(lambda p, X: output(model_fn(p, X)), params, X, y)
@@ -368,9 +366,7 @@ def test_specs(specs: Any) -> None:
 def test_generator_in_compiled_code() -> None:
     model_fn, params, X, y = problem()
     generator = torch.Generator()
-    compiled = torch.compile(
-        lambda p: curvfunc.kfac(model_fn, p, X, y, generator=generator), backend="eager", fullgraph=True
-    )
+    compiled = torch.compile(lambda p: curvfunc.kfac(model_fn, p, X, y, generator=generator), backend="eager", fullgraph=True)
     with refused(Exception, "Generator"):
         compiled(params)
 

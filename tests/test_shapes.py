@@ -26,9 +26,7 @@ def compare(model_fn: Any, params: dict[str, Tensor], X: Tensor, factors: bool =
     for result, name in zip(results, ("batch_grad", "batch_l2", "diag_ggn"), strict=True):
         assert_close(result, getattr(reference, name)(model_fn, params, X, y, **kwargs))
     if factors:
-        assert_close(
-            curvfunc.kflr(model_fn, params, X, y, **kwargs), reference.kflr(model_fn, params, X, y, **kwargs)
-        )
+        assert_close(curvfunc.kflr(model_fn, params, X, y, **kwargs), reference.kflr(model_fn, params, X, y, **kwargs))
 
 
 def per_dimension(draw: st.DrawFn, dims: int, low: int, high: int) -> Any:

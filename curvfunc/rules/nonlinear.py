@@ -7,9 +7,10 @@ that really ran, so that none can hide in a composite. What is not listed here c
 from dataclasses import dataclass
 
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.graph import Node
 
-__all__ = ["COMPOSITES", "Curve", "curve", "is_diagonal", "is_linear", "is_reshape"]
+__all__ = ["COMPOSITES", "SUBSTITUTES", "Curve", "curve", "is_diagonal", "is_linear", "is_reshape"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,15 @@ SMOOTH = Curve(elementwise=(0,))
 
 # Python functions that are elementwise as a whole, though made of operations that are not.
 COMPOSITES = frozenset({F.softsign})
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    out = F.relu6(input + 3) / 6
+    return input.copy_(out) if inplace else out
+
+
+# Functions whose kernels cannot be differentiated twice (torch 2.13), and others for the same.
+SUBSTITUTES = {F.hardsigmoid: _hardsigmoid}
 
 _LINEAR = """
     Add Sub Rsub Neg Sum Mean Cumsum Cat Stack Select Slice Split SplitWithSizes Unbind Index IndexSelect Gather Diagonal

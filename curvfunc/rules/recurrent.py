@@ -67,7 +67,7 @@ def _stack(cell: Cell, states: int) -> Callable[..., Any]:
         bidirectional: bool,
         batch_first: bool = False,
     ) -> tuple[Tensor, ...]:
-        if not isinstance(params, (list, tuple)):
+        if isinstance(hx, Tensor) and not hx.is_floating_point():  # these are the batch sizes of packed sequences
             raise NotImplementedError(
                 "packed sequences have no sample axis, so per-sample quantities of a recurrent layer cannot be taken "
                 "through them. Pass padded sequences and mask the loss, or sort samples of equal length into batches."
