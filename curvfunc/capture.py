@@ -128,9 +128,7 @@ class Layouts:
 class _Capture(TorchFunctionMode):
     """Records sites, generic parameters and the sample axis. ``level`` is the vmap level, None on the plain path."""
 
-    def __init__(
-        self, tracked: dict[int, Tensor], level: int | None, samples: int, layouts: Layouts | None = None
-    ) -> None:
+    def __init__(self, tracked: dict[int, Tensor], level: int | None, samples: int, layouts: Layouts | None = None) -> None:
         super().__init__()
         self.layouts = layouts
         if layouts is not None:
@@ -174,9 +172,7 @@ class _Capture(TorchFunctionMode):
 
     # -- parameters
 
-    def _derive(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, used: list["Parameter"]
-    ) -> bool:
+    def _derive(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, used: list["Parameter"]) -> bool:
         """Keep what is made of parameters and constants alone, as a parameter of its own."""
         if mutates(func) or any(self._sampled(t) for t in _tensors(args, kwargs)):
             return False
@@ -237,20 +233,14 @@ class _Capture(TorchFunctionMode):
         self.guesses = True
         return Site(_name(func), dict(self._leaf_forms(p, form)), get_gradient_edge(out), axis, [], out.shape, [])
 
-    def _use(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, used: list["Parameter"]
-    ) -> None:
+    def _use(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, used: list["Parameter"]) -> None:
         if self.level is None:
             self._follow(func, args, kwargs, out)
         rule = RULES.get(func)
         if rule is None:
             return self._refuse(used, f"{_name(func)} has no rule")
         bound = {**dict(zip(rule.arguments, args, strict=False)), **kwargs}
-        roles = {
-            name: p
-            for name, t in bound.items()
-            if name in rule.parameters and (p := self.index.get(id(t))) is not None
-        }
+        roles = {name: p for name, t in bound.items() if name in rule.parameters and (p := self.index.get(id(t))) is not None}
         if len(roles) != len(used) or not isinstance(out, Tensor):
             return self._decline(used, f"{_name(func)} takes it as an argument that has no rule")
         axis, raw = self._sample_axis(out)
@@ -680,9 +670,7 @@ def without_fallback_warnings() -> Iterator[None]:
         yield
 
 
-def _embedding(
-    input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
-) -> Tensor:
+def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
     """F.embedding whose row of padding gets no gradient under vmap either: torch 2.13 ignores ``padding_idx`` there."""
     out = F.embedding(input, weight, None, *args, **kwargs)
     if padding_idx is None:

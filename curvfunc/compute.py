@@ -108,13 +108,11 @@ def compute(
         return _compiled(model_fn, params, X, y, specs, loss_fn, subsampling, generator, chunk_size)
     if torch.is_inference_mode_enabled():  # it forbids graphs; tensors that were made in it are copied out of it
         with torch.inference_mode(False):
-            params, X, y = optree.tree_map(_out_of_inference, (params, X, y))
-            options = {"loss_fn": loss_fn, "subsampling": subsampling, "generator": generator, "chunk_size": chunk_size}
-            return compute(model_fn, params, X, y, specs, **options)
+            params, X, y = (optree.tree_map(_out_of_inference, tree) for tree in (params, X, y))
+            given: dict[str, Any] = {"loss_fn": loss_fn, "generator": generator, "chunk_size": chunk_size}
+            return compute(model_fn, params, X, y, specs, subsampling=subsampling, **given)
     leaves, tree = optree.tree_flatten(specs, is_leaf=lambda s: isinstance(s, Quantity))
-    results = _results(
-        model_fn, params, X, y, leaves, losses.normalize(loss_fn), subsampling, generator, chunk_size
-    )
+    results = _results(model_fn, params, X, y, leaves, losses.normalize(loss_fn), subsampling, generator, chunk_size)
     return optree.tree_unflatten(tree, results)
 
 
@@ -210,9 +208,7 @@ class _Run:
             results = [self._finish(s, out, parts) for s in specs]
         return trace.out, results
 
-    def _forward(
-        self, leaves: list[Tensor], sites: bool, layouts: Layouts | None = None, generic: Sequence[int] = ()
-    ) -> Trace:
+    def _forward(self, leaves: list[Tensor], sites: bool, layouts: Layouts | None = None, generic: Sequence[int] = ()) -> Trace:
         X, samples = self.batch.inputs(), self.batch.size
         with forward_errors(self.names, leaves, X):
             if sites:  # fused attention has no second derivative

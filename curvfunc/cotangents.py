@@ -105,9 +105,7 @@ def pull(
         _zeros(s, trace, columns) if g is None else g.reshape(len(g), *s.shape).movedim(s.axis + 1, 1)
         for s, g in zip(trace.sites, grads, strict=False)
     ]
-    totals = [
-        torch.zeros_like(p) if g is None else g[0] for p, g in zip(leaves, grads[len(sites) :], strict=True)
-    ]
+    totals = [torch.zeros_like(p) if g is None else g[0] for p, g in zip(leaves, grads[len(sites) :], strict=True)]
     return sites, totals
 
 

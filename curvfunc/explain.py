@@ -73,4 +73,3 @@ def _row(name: str, i: int, found: Trace) -> Row:
     rule = " + ".join(f"{label} x{n}" if n > 1 else label for label, n in zip(labels, counts, strict=True))
     why = found.reasons.get(i) or (found.reasons.get(None, "another parameter is generic") if found.reasons else "")
     return Row(name, found.mode, rule or "unused", why)
-

@@ -112,10 +112,7 @@ class _Diagonal:
     def results(self) -> list[Tensor]:
         """What has been summed up."""
         lead = (len(self.trace.out),) if self.batched else ()
-        return [
-            self.sums[i].to(p.dtype) if i in self.sums else p.new_zeros(*lead, *p.shape)
-            for i, p in enumerate(self.leaves)
-        ]
+        return [self.sums[i].to(p.dtype) if i in self.sums else p.new_zeros(*lead, *p.shape) for i, p in enumerate(self.leaves)]
 
     def inputs(self, form: Any) -> Tensor:
         """What a form takes from the forward pass, prepared once."""
@@ -178,12 +175,13 @@ class _Diagonal:
 
     def pull(self, source: Tensor | GradientEdge, columns: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
         """Cotangents [v, n, ...] of those sites' outputs that ``source`` depends on."""
-        edges = [self.trace.sites[j].edge for j in wanted]
+        edges: list[Any] = [self.trace.sites[j].edge for j in wanted]
         reached: list[int] = []
 
         def backward(column: Tensor) -> tuple[Tensor, ...]:
+            sources: Any = [source]
             grads = torch.autograd.grad(
-                [source], edges, [column], retain_graph=True, create_graph=self.differentiable, allow_unused=True
+                sources, edges, [column], retain_graph=True, create_graph=self.differentiable, allow_unused=True
             )
             reached[:] = [j for j, g in zip(wanted, grads, strict=True) if g is not None]
             return tuple(g for g in grads if g is not None)
@@ -246,7 +244,7 @@ class _Diagonal:
             )
             self.own(source, r_x, flat, targets)
             targets &= ~_union(flat.own.values())
-            rows: Callable[[int, int], Tensor] = lambda a, b: weight[a:b, None].expand(-1, *x_shape)  # noqa: E731
+            rows: Callable[[int, int], Tensor] = lambda a, b: weight[a:b, None].expand(-1, *x_shape)
             self.contract(source, rows, len(weight), r.mT, targets, x_shape.numel())
             return
         self.contract(residual.input, _units(r, residual.axis), *_by_sample(r, residual.axis), targets, r.numel())
@@ -261,9 +259,7 @@ class _Diagonal:
         if len(edges) == 1 and _same(edges[0], source):
             scales: Sequence[Tensor] = [ones]
         else:
-            scales = torch.autograd.grad(
-                [source], edges, [ones], retain_graph=True, create_graph=self.differentiable
-            )
+            scales = torch.autograd.grad([source], edges, [ones], retain_graph=True, create_graph=self.differentiable)
         for (j, mask), scale in zip(wanted.items(), scales, strict=True):
             site = self.trace.sites[j]
             at_site = r.reshape(scale.shape) * scale.square()

@@ -10,13 +10,14 @@ interact, so that one product serves all of them at once. Two families of column
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvfunc.capture import Trace, without_fallback_warnings
-from curvfunc.contractions import Outer, arranged, bind, per_sample
+from curvfunc.contractions import Outer, Through, arranged, bind, per_sample
 from curvfunc.residuals import is_affine
 
 __all__ = ["HessianProducts"]
@@ -68,9 +69,7 @@ class HessianProducts:
                 create_graph=True,
                 allow_unused=True,
             )
-        self._cotangents = {
-            j: g for j, g in zip(sites, grads, strict=True) if g is not None and g.requires_grad
-        }
+        self._cotangents = {j: g for j, g in zip(sites, grads, strict=True) if g is not None and g.requires_grad}
 
     def _product(self, sites: Sequence[int], vectors: Sequence[Tensor]) -> list[Tensor]:
         """H v for v [v, n, ...] at each site's output."""
@@ -121,14 +120,19 @@ class HessianProducts:
         for start, stop in self.chunks(numel, 1):
             entries = _units(start, stop, numel, self.trace.out).reshape(-1, 1, *shape)
             entries = entries.expand(-1, samples, *shape)
-            moves = [self._transpose(j, lambda g, j=j: per_sample(self._bind(j, i, g)), entries) for j in sites]
+            moves = [self._transpose(j, partial(self._gradient, j, i), entries) for j in sites]
             products = self._product(sites, moves)
-            parts.append(sum((m * h).flatten(2).sum(2) for m, h in zip(moves, products, strict=True)))
+            diagonals = [(m * h).flatten(2).sum(2) for m, h in zip(moves, products, strict=True)]
+            parts.append(sum(diagonals[1:], diagonals[0]))
         return torch.cat(parts).mT.reshape(samples, *shape)
+
+    def _gradient(self, j: int, i: int, g: Tensor) -> Tensor:
+        return per_sample(self._bind(j, i, g))
 
     def _by_output(self, j: int, i: int, biases: list[int]) -> Iterator[tuple[int, Tensor]]:
         """One column for each entry of one sample's z, for a weight and biases at a single site."""
         form = self.trace.sites[j].forms[i]
+        assert not isinstance(form, Through)
         b = self._bind(j, i, self._zeros(j, 1))
         _, n, q, s, o = b.g.shape
         weight, bias = b.g.new_zeros(q * o, n, b.x.shape[3]), b.g.new_zeros(q * o, n)

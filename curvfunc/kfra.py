@@ -40,7 +40,7 @@ _SELECTIONS = {
 
 @dataclass(frozen=True)
 class _Call:
-    """One operation: how it was called, its output, and its tensors that depend on samples: those with a gradient, and how many."""
+    """One operation: its call, its output, and its tensors that depend on samples: those with a gradient, and how many."""
 
     func: Any
     args: tuple[Any, ...]
@@ -300,7 +300,7 @@ def _shared(call: _Call, x: Tensor, shape: torch.Size, G: Tensor) -> Tensor:
         widest = max(shape.numel(), call.shape.numel()) // shape[0]
         for part in rows.split(max(1, CHUNK_BYTES.get(G.device.type, 1 << 28) // (widest * G.element_size()))):
             zeros = G.new_zeros(len(part), *shape[1:])
-            run = lambda z: call.func(*_replaced(call.args, x, z), **_replaced(call.kwargs, x, z))  # noqa: E731
+            run = lambda z: call.func(*_replaced(call.args, x, z), **_replaced(call.kwargs, x, z))
             _, pullback = torch.func.vjp(run, zeros)  # type: ignore[misc]
             parts.append(pullback(part.reshape(-1, *call.shape[1:]))[0].flatten(1))
         return torch.cat(parts)

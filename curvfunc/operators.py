@@ -136,7 +136,7 @@ def _rows(tensors: Sequence[Tensor]) -> Tensor:
 def scipy_linalg() -> Any:
     """``scipy.sparse.linalg``."""
     try:
-        import scipy.sparse.linalg  # type: ignore[import-untyped]
+        import scipy.sparse.linalg
     except ImportError as error:
         raise ImportError(
             "this needs scipy, which is not installed: pip install 'curvfunc[scipy]', or pip install scipy."

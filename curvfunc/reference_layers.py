@@ -44,7 +44,8 @@ def layers(model_fn: Callable[[Any, Any], Tensor], params: Any, x: Any) -> list[
 
     _, calls = run(None)
     if calls.probes:
-        out, pullback, inputs = torch.func.vjp(from_probes, calls.probes, has_aux=True)
+        found: tuple[Any, ...] = torch.func.vjp(from_probes, calls.probes, has_aux=True)
+        out, pullback, inputs = found
         rows = [pullback(row)[0] for row in torch.eye(len(out), dtype=out.dtype)]
         jacobians = [torch.stack(row) for row in zip(*rows, strict=True)]
 

@@ -138,9 +138,7 @@ def curvature(trace: Trace, leaves: Sequence[Tensor], layouts: Layouts) -> Curva
                     bends[node] |= own[k]
                     smooth.append((residual, own[k]))
     curved = _union(kinks.values())
-    residuals = [
-        Residual(r.output, r.input, r.axis, r.shape, mask & ~curved) for r, mask in smooth if mask & ~curved
-    ]
+    residuals = [Residual(r.output, r.input, r.axis, r.shape, mask & ~curved) for r, mask in smooth if mask & ~curved]
     sites = {(s.edge.node, s.edge.output_nr): j for j, s in enumerate(trace.sites)}
     split = _split(trace, curved, masks, {n: kinks[n] | bends[n] for n in kinks}, layouts)
     return Curvature(residuals, curved, split, masks, sites, trace, layouts)
@@ -149,7 +147,7 @@ def curvature(trace: Trace, leaves: Sequence[Tensor], layouts: Layouts) -> Curva
 def _inputs(node: Node, layouts: Layouts) -> list[GradientEdge]:
     if node in layouts.composites:
         return [layouts.composites[node]]
-    return [GradientEdge(*e) for e in node.next_functions if e[0] is not None]
+    return [GradientEdge(child, k) for child, k in node.next_functions if child is not None]
 
 
 def _from_below(top: Node, ends: dict[Node, int], layouts: Layouts) -> Iterator[Node]:
@@ -171,7 +169,7 @@ def _elementwise(node: Node, layouts: Layouts) -> tuple[int, ...]:
     """Positions among all inputs that require grad."""
     if node in layouts.composites:
         return (0,)
-    position = {}
+    position: dict[int, int] = {}
     for k, (child, _) in enumerate(node.next_functions):
         if child is not None:
             position[k] = len(position)
@@ -198,7 +196,7 @@ def _kinks(node: Node, own: Sequence[int], layouts: Layouts) -> int:
 def _residual(node: Node, source: GradientEdge, layouts: Layouts) -> Residual | None:
     """The residual of an operation in one input, if the layout of that is known and nothing is broadcast."""
     layout = layouts.of.get((source.node, source.output_nr))
-    if layout is None or torch.Size(node._input_metadata[0].shape) != layout[1]:  # type: ignore[attr-defined]
+    if layout is None or torch.Size(node._input_metadata[0].shape) != layout[1]:
         return None
     return Residual(GradientEdge(node, 0), source, *layout, 0)
 

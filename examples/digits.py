@@ -259,10 +259,7 @@ def main() -> None:
         with torch.no_grad():
             accuracy = (model_fn(run.params, X_held_out).argmax(1) == y_held_out).float().mean().item()
         milliseconds = 1000 * run.seconds / args.iterations
-        print(
-            f"{name:10}{LEARNING_RATES[name]:>15g}{running_mean(run.loss)[-1]:>15.3f}"
-            f"{accuracy:>19.1%} {milliseconds:>17.1f}"
-        )
+        print(f"{name:10}{LEARNING_RATES[name]:>15g}{running_mean(run.loss)[-1]:>15.3f}{accuracy:>19.1%} {milliseconds:>17.1f}")
 
     args.out.mkdir(parents=True, exist_ok=True)
     draw_training(runs, args.out / "training.png")

@@ -352,18 +352,12 @@ for name, fn, want in [
 
 for name, fn in [
     *((f"conv{k}d", lambda a, k=k: getattr(F, f"conv{k}d")(a, c(2, N, *[2] * k), c(2))) for k in (1, 2, 3)),
-    *(
-        (f"conv_transpose{k}d", lambda a, k=k: getattr(F, f"conv_transpose{k}d")(a, c(N, 2, *[2] * k)))
-        for k in (1, 2, 3)
-    ),
+    *((f"conv_transpose{k}d", lambda a, k=k: getattr(F, f"conv_transpose{k}d")(a, c(N, 2, *[2] * k))) for k in (1, 2, 3)),
     *((f"avg_pool{k}d", lambda a, k=k: getattr(F, f"avg_pool{k}d")(a, 2)) for k in (1, 2, 3)),
     *((f"adaptive_avg_pool{k}d", lambda a, k=k: getattr(F, f"adaptive_avg_pool{k}d")(a, 2)) for k in (1, 2, 3)),
     *((f"lp_pool{k}d", lambda a, k=k: getattr(F, f"lp_pool{k}d")(a, 2.0, 2)) for k in (1, 2, 3)),
     *((f"max_pool{k}d", lambda a, k=k: getattr(F, f"max_pool{k}d")(a, 2)) for k in (1, 2, 3)),
-    *(
-        (f"max_pool{k}d-indices", lambda a, k=k: getattr(F, f"max_pool{k}d")(a, 2, return_indices=True))
-        for k in (1, 2, 3)
-    ),
+    *((f"max_pool{k}d-indices", lambda a, k=k: getattr(F, f"max_pool{k}d")(a, 2, return_indices=True)) for k in (1, 2, 3)),
     *((f"adaptive_max_pool{k}d", lambda a, k=k: getattr(F, f"adaptive_max_pool{k}d")(a, 2)) for k in (1, 2, 3)),
     *(
         (

@@ -188,9 +188,7 @@ BINARY: dict[str, Callable[[Shape, nn.Module, nn.Module], nn.Module]] = {
         lambda x, f, g, join: join(torch.cat([f(x), g(x)], dim=2)), f, g, nn.Linear(2 * s.d, s.d)
     ),
     "multiply": lambda s, f, g: Map(lambda x, f, g: f(x) * torch.sigmoid(g(x)), f, g),
-    "half_each": lambda s, f, g: Map(
-        lambda x, f, g: torch.where(torch.arange(x.shape[1])[:, None] % 2 == 0, f(x), g(x)), f, g
-    ),
+    "half_each": lambda s, f, g: Map(lambda x, f, g: torch.where(torch.arange(x.shape[1])[:, None] % 2 == 0, f(x), g(x)), f, g),
 }
 
 

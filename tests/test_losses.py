@@ -198,9 +198,7 @@ def test_cross_entropy_with_all_positions_ignored(weight: Tensor | None) -> None
 @pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 3), (3, 2, 2)])
 def test_squared_error(shape: tuple[int, ...], weighted: bool, reduction: str) -> None:
     out, y = torch.randn(shape), torch.randn(shape)
-    check_against_torch(
-        partial(F.mse_loss, weight=torch.rand(shape) if weighted else None, reduction=reduction), out, y
-    )
+    check_against_torch(partial(F.mse_loss, weight=torch.rand(shape) if weighted else None, reduction=reduction), out, y)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -350,9 +348,7 @@ def test_draws_survive_uniform_noise_of_zero(monkeypatch: pytest.MonkeyPatch) ->
     assert not losses.draw_bits(torch.tensor([-1e4]), 1, None).any()
 
 
-@pytest.mark.parametrize(
-    "fn", [F.cross_entropy, F.mse_loss, F.binary_cross_entropy_with_logits, lambda f, y: F.mse_loss(f, y)]
-)
+@pytest.mark.parametrize("fn", [F.cross_entropy, F.mse_loss, F.binary_cross_entropy_with_logits, lambda f, y: F.mse_loss(f, y)])
 def test_generator(fn: Callable[..., Tensor]) -> None:
     out, y = torch.randn(4, 3), torch.rand(4, 3)
     loss = losses.normalize(fn)
@@ -605,9 +601,7 @@ def test_vmap_over_an_ensemble(fn: Callable[..., Tensor]) -> None:
     close(torch.vmap(exact)(outs), torch.stack([exact(out) for out in outs]))
     gradients = torch.stack([losses.gradient(loss, out, y) for out in outs])
     close(torch.vmap(lambda out: losses.gradient(loss, out, y))(outs), gradients)
-    level = torch.vmap(
-        lambda out: torch.func.vjp(lambda f: (f.sum(), losses.gradient(loss, f, y)), out, has_aux=True)[2]
-    )
+    level = torch.vmap(lambda out: torch.func.vjp(lambda f: (f.sum(), losses.gradient(loss, f, y)), out, has_aux=True)[2])
     close(level(outs), gradients)
 
     def sample(out: Tensor) -> Tensor:
@@ -685,9 +679,7 @@ def test_no_reduction(fn: Callable[..., Tensor]) -> None:
     loss = losses.normalize(partial(fn, reduction="none"))
     out, y = torch.randn(4, 3), torch.rand(4, 3)
     for use in (loss, partial(losses.check, loss)):
-        with pytest.raises(
-            ValueError, match=rf"{fn.__name__} with reduction='none' gives no scalar. Use reduction='mean'"
-        ):
+        with pytest.raises(ValueError, match=rf"{fn.__name__} with reduction='none' gives no scalar. Use reduction='mean'"):
             use(out, y)
 
 

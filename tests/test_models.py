@@ -78,9 +78,7 @@ def test_embedding_has_one_hot_inputs(approximation: str) -> None:
     torch.manual_seed(0)
     weight, tokens, y = torch.randn(7, 5), torch.randint(7, (N, 6)), torch.randint(5, (N,))
     one_hot = F.one_hot(tokens, 7).double()
-    looked_up = kflr(
-        lambda p, x: F.embedding(x, p["w"]).mean(1), {"w": weight}, tokens, y, kfac_approx=approximation
-    )
+    looked_up = kflr(lambda p, x: F.embedding(x, p["w"]).mean(1), {"w": weight}, tokens, y, kfac_approx=approximation)
     multiplied = kflr(lambda p, x: (x @ p["w"]).mean(1), {"w": weight}, one_hot, y, kfac_approx=approximation)
     assert_close(looked_up, multiplied)
     assert [f.shape[0] for f in looked_up["w"]] == [7, 5]
@@ -192,7 +190,7 @@ def test_one_dropout_mask_for_all() -> None:
     """Gradients of a single sample's masked linear map tell the mask; all quantities see the same one."""
     torch.manual_seed(0)
     params, X, y = {"w": torch.randn(5, 50)}, torch.ones(N, 50), torch.randint(5, (N,))
-    model_fn = lambda p, x: F.linear(F.dropout(x, 0.5), p["w"])  # noqa: E731
+    model_fn = lambda p, x: F.linear(F.dropout(x, 0.5), p["w"])
     out, grads, norms = compute(model_fn, params, X, y, (curvfunc.Output(), BatchGrad(), BatchL2()))
     masks = grads["w"].abs().sum(1) > 0
     assert_close({"w": out}, {"w": 2 * masks.double() @ params["w"].T})
@@ -257,7 +255,7 @@ def test_parameters_outside_of_a_module() -> None:
     module, X, y = small()
     inner, params = functionalize(module)
     both = {"net": params, "rest": [torch.tensor(2.0)]}
-    model_fn = lambda p, x: inner(p["net"], x) / p["rest"][0].exp()  # noqa: E731
+    model_fn = lambda p, x: inner(p["net"], x) / p["rest"][0].exp()
     got, want = (f(model_fn, both, X, y) for f in (curvfunc.diag_ggn, reference.diag_ggn))
     assert_close(got, want)
 
@@ -323,7 +321,7 @@ def test_a_rule_of_ones_own() -> None:
     assert explain(gated, params, X).rows[0][:3] == ("gate", "plain", "gate")
     for name, quantity in QUANTITIES.items():
         assert_close(quantity(gated, params, X, y), want[name])
-    flipped = lambda p, x: gated(p, x).flip(0).flip(0)  # noqa: E731
+    flipped = lambda p, x: gated(p, x).flip(0).flip(0)
     assert explain(flipped, params, X).rows[0][:3] == ("gate", "vmap", "gate")
     assert_close(curvfunc.diag_ggn(flipped, params, X, y), want["diag_ggn"])
 

@@ -86,9 +86,7 @@ SMOOTH: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "odd": (Odd, (5,)),
     "norms": (lambda: nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.Linear(4, C)), (5,)),
     "attention": (
-        lambda: nn.Sequential(
-            nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True), nn.Flatten(), nn.Linear(12, C)
-        ),
+        lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True), nn.Flatten(), nn.Linear(12, C)),
         (3, 4),
     ),
 }
@@ -255,9 +253,7 @@ def test_monte_carlo_quantities_agree_on_one_draw() -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_kflr_is_exact_for_one_sample(loss: str) -> None:
     loss_fn, targets = LOSSES[loss]
-    net = nn.Sequential(
-        nn.Linear(5, 4), nn.ReLU(), nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, 4), nn.Flatten(), nn.Linear(2, C)
-    )
+    net = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, 4), nn.Flatten(), nn.Linear(2, C))
     model_fn, params = functional(net)
     X, y = torch.randn(1, 5), targets()[:1]
     blocks = hessian_blocks(model_fn, params, X, lambda out: loss_fn(out, y))
@@ -279,9 +275,7 @@ def test_what_has_no_kronecker_structure_gets_its_exact_block(model: str) -> Non
     blocks = hessian_blocks(model_fn, params, X, lambda out: loss_fn(out, y))
     factors = reference.kflr(model_fn, params, X, y)
     single = {name: f[0] for name, f in factors.items() if len(f) == 1}
-    assert set(single) == {name for name, p in params.items() if p.ndim == 1} | (
-        set(params) if model == "odd" else set()
-    )
+    assert set(single) == {name for name, p in params.items() if p.ndim == 1} | (set(params) if model == "odd" else set())
     assert_close(single, {name: blocks[name] for name in single})
 
 
@@ -295,9 +289,7 @@ def test_conventions_for_shared_positions() -> None:
     out = F.linear(z.relu().flatten(1), params["3.weight"], params["3.bias"])
     p = out.softmax(1)
     H = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]) / N
-    D = torch.stack(
-        [torch.autograd.grad(out[:, c].sum(), z, retain_graph=True)[0] for c in range(C)]
-    ).mT  # [c, n, s, o]
+    D = torch.stack([torch.autograd.grad(out[:, c].sum(), z, retain_graph=True)[0] for c in range(C)]).mT  # [c, n, s, o]
 
     A = sum(x.T @ x for x in patches) / N
     total = D.sum(2)
@@ -320,9 +312,7 @@ def test_calls_of_one_weight_are_positions() -> None:
     once = {"first": params["shared.weight"], "second": params["shared.weight"]}
 
     def untied(weights: dict[str, Tensor], X: Tensor) -> Tensor:
-        z = F.linear(
-            F.linear(X, weights["first"], params["shared.bias"]).relu(), weights["second"], params["shared.bias"]
-        )
+        z = F.linear(F.linear(X, weights["first"], params["shared.bias"]).relu(), weights["second"], params["shared.bias"])
         return F.linear(z, params["head.weight"], params["head.bias"])
 
     factors = reference.kflr(untied, once, X, y)
@@ -357,9 +347,7 @@ def test_patches_make_convolution_a_matrix_product(data: st.DataObject) -> None:
     conv = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
     patches = _conv_inputs(x, weight, None, stride, padding, dilation, groups)
     got = torch.einsum("gsk,gok->sgo", patches, weight.reshape(groups, 3, -1)).flatten(1)
-    assert_close(
-        got, conv(x, weight, None, stride, padding, dilation, groups).movedim(1, -1).flatten(0, -2), rtol=1e-12
-    )
+    assert_close(got, conv(x, weight, None, stride, padding, dilation, groups).movedim(1, -1).flatten(0, -2), rtol=1e-12)
 
 
 def test_in_place_activations_do_not_disturb_the_layers() -> None:
@@ -380,9 +368,7 @@ def test_in_place_activations_do_not_disturb_the_layers() -> None:
 @pytest.mark.parametrize("picked", [[2], [3, 0], [1, 1, 2], torch.tensor([-1, 0])], ids=str)
 def test_subsampling(picked: Any) -> None:
     model_fn, params, X, y, _ = problem(PIECEWISE_LINEAR, "conv1d", "cross-entropy")
-    full = {
-        name: getattr(reference, name)(model_fn, params, X, y) for name in ("batch_grad", "batch_l2", "batch_diag_ggn")
-    }
+    full = {name: getattr(reference, name)(model_fn, params, X, y) for name in ("batch_grad", "batch_l2", "batch_diag_ggn")}
     some = {name: getattr(reference, name)(model_fn, params, X, y, subsampling=picked) for name in full}
     assert_close(some, {q: {name: t[picked] for name, t in result.items()} for q, result in full.items()})
     g, d = some["batch_grad"], some["batch_diag_ggn"]

@@ -39,9 +39,7 @@ def conv(
     def cotangent(g: Tensor) -> Tensor:
         return _grouped(g.reshape(*g.shape[:2], -1, g.shape[-dims - 1], math.prod(g.shape[-dims:])), groups)
 
-    forms: dict[str, Form] = {
-        "weight": Outer(inputs=inputs, cotangent=cotangent, shape=weight.shape, sum_positions=True)
-    }
+    forms: dict[str, Form] = {"weight": Outer(inputs=inputs, cotangent=cotangent, shape=weight.shape, sum_positions=True)}
     if bias is not None:
         forms["bias"] = Direct(cotangent=lambda g: _sum_positions(g, dims), shape=bias.shape)
     return forms
@@ -173,4 +171,3 @@ def _tuple(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
     if isinstance(value, int):
         return (value,) * dims
     return tuple(value) * dims if len(value) == 1 else tuple(value)
-

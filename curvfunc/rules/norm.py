@@ -121,4 +121,3 @@ def _channels(
     if bias is not None:
         forms["bias"] = Direct(total, bias.shape)
     return forms
-

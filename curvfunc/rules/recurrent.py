@@ -41,9 +41,7 @@ def _gru(z: Tensor, state: tuple[Tensor, ...], w: Weights) -> tuple[Tensor, ...]
     return ((1 - u) * torch.tanh(zn + torch.sigmoid(zr + hr) * hn) + u * h,)
 
 
-def _layer(
-    cell: Cell, x: Tensor, state: tuple[Tensor, ...], w: Weights, reverse: bool
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _layer(cell: Cell, x: Tensor, state: tuple[Tensor, ...], w: Weights, reverse: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     """One direction of one layer; x [t, *n, i]."""
     steps = F.linear(x, w[0], w[2]).unbind(0)
     outputs = []
@@ -100,9 +98,7 @@ def _stack(cell: Cell, states: int) -> Callable[..., Any]:
 def _one_step(cell: Cell, states: int) -> Callable[..., Any]:
     """The call that ``nn.RNNCell``, ``nn.LSTMCell`` and ``nn.GRUCell`` make."""
 
-    def run(
-        input: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
-    ) -> Any:
+    def run(input: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None) -> Any:
         state = tuple(hx) if states == 2 else (hx,)
         new = cell(F.linear(input, w_ih, b_ih), state, [w_ih, w_hh, b_ih, b_hh])
         return new if states == 2 else new[0]

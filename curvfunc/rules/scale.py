@@ -43,9 +43,7 @@ def _both(
     second: Callable[[Tensor, Tensor], Tensor],
 ) -> Any:
     """The form for whichever argument is the parameter, given its gradient in terms of g and the other argument."""
-    name, p, x, gradient = (
-        ("input", input, other, first) if "input" in use.parameters else ("other", other, input, second)
-    )
+    name, p, x, gradient = ("input", input, other, first) if "input" in use.parameters else ("other", other, input, second)
     if not isinstance(x, Tensor) or len(use.parameters) > 1 or not use.sampled:
         return NotImplemented
     form = _broadcast(p, x, use, gradient)

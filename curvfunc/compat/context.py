@@ -1,0 +1,180 @@
+"""The state that BackPACK keeps globally: which extensions are active, and whether forward passes are recorded."""
+
+from collections.abc import Callable, Iterable
+from inspect import isclass
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from curvfunc.compat.extensions import BackpropExtension
+
+__all__ = ["CTX", "backpack", "disable"]
+
+Hook = Callable[[nn.Module], Any]
+
+# How many of curvfunc's own calls run now, which are neither recorded nor reacted to (`curvfunc.compat.recording.paused`).
+PAUSED = [0]
+
+# Backward passes that run now, by autograd's own number (`curvfunc.compat.delivery.Pass`).
+RUNNING: dict[int, Any] = {}
+
+
+def no_op(module: nn.Module) -> None:
+    """The extension hook that is active when none was given."""
+
+
+class CTX:
+    """What is active in the backward pass. One for the whole process, as in BackPACK."""
+
+    active_exts: tuple[BackpropExtension, ...] = ()
+    debug: bool = False
+    extension_hook: Hook = staticmethod(no_op)
+    hook_handles: list[Any] = []  # noqa: RUF012 (its public form)
+    retain_graph: bool = False
+
+    @staticmethod
+    def set_active_exts(active_exts: Iterable[BackpropExtension]) -> None:
+        """Activate these extensions and no others."""
+        CTX.active_exts = tuple(active_exts)
+
+    @staticmethod
+    def get_active_exts() -> tuple[BackpropExtension, ...]:
+        """The active extensions."""
+        return CTX.active_exts
+
+    @staticmethod
+    def is_active() -> bool:
+        """Whether any extension is active."""
+        return bool(CTX.active_exts)
+
+    @staticmethod
+    def is_extension_active(*extension_classes: type[BackpropExtension]) -> bool:
+        """Whether an extension of one of these classes is active."""
+        return any(isinstance(e, extension_classes) for e in CTX.active_exts)
+
+    @staticmethod
+    def add_hook_handle(hook_handle: Any) -> None:
+        """Remember a handle for `remove_hooks`. Those of modules that are gone are forgotten."""
+        CTX.hook_handles = [h for h in CTX.hook_handles if getattr(h, "alive", True)] + [hook_handle]
+
+    @staticmethod
+    def remove_hooks() -> None:
+        """Undo every `extend` of this process."""
+        for handle in CTX.hook_handles:
+            handle.remove()
+        CTX.hook_handles = []
+
+    @staticmethod
+    def get_debug() -> bool:
+        """Whether messages are printed."""
+        return CTX.debug
+
+    @staticmethod
+    def set_debug(debug: bool) -> None:
+        """Choose whether messages are printed."""
+        CTX.debug = debug
+
+    @staticmethod
+    def get_extension_hook() -> Hook:
+        """The function that is called on each module in the backward pass."""
+        return CTX.extension_hook
+
+    @staticmethod
+    def set_extension_hook(extension_hook: Hook) -> None:
+        """Set the function that is called on each module in the backward pass."""
+        CTX.extension_hook = staticmethod(extension_hook)
+
+    @staticmethod
+    def get_retain_graph() -> bool:
+        """The flag that `backpack` was given."""
+        return CTX.retain_graph
+
+    @staticmethod
+    def set_retain_graph(retain_graph: bool) -> None:
+        """Set the flag. It has no effect: what is recorded lives as long as the graph that ``backward`` keeps."""
+        CTX.retain_graph = retain_graph
+
+
+class backpack:
+    """Activate extensions: every backward pass inside the ``with`` block stores their results on the parameters.
+
+    The forward pass of the extended modules may run inside the block or before it.
+
+    Args:
+        exts: Instances of the classes in `curvfunc.compat.extensions`.
+        extension_hook: Called during the backward pass on each module when its parameters have their results. It may
+            delete them, so that memory stays flat.
+        debug: Print what runs.
+        retain_graph: Accepted. Whether a second backward pass can follow is decided by ``backward(retain_graph=...)``.
+
+    Raises:
+        ValueError: If one of ``exts`` is not an instance of an extension.
+
+    Example:
+        >>> import torch
+        >>> from curvfunc.compat import backpack, extend, extensions
+        >>> model, loss_fn = extend(torch.nn.Linear(4, 3)), extend(torch.nn.CrossEntropyLoss())
+        >>> loss = loss_fn(model(torch.randn(8, 4)), torch.arange(8) % 3)
+        >>> with backpack(extensions.BatchGrad(), extensions.KFLR()):
+        ...     loss.backward()
+        >>> model.weight.grad_batch.shape, [f.shape for f in model.weight.kflr]
+        (torch.Size([8, 3, 4]), [torch.Size([3, 3]), torch.Size([4, 4])])
+    """
+
+    def __init__(
+        self,
+        *exts: BackpropExtension,
+        extension_hook: Hook | None = None,
+        debug: bool = False,
+        retain_graph: bool = False,
+    ) -> None:
+        for ext in exts:
+            if isclass(ext) and issubclass(ext, BackpropExtension):
+                raise ValueError(
+                    f"backpack takes instances of extensions, got the class {ext.__name__}: write {ext.__name__}()."
+                )
+            if not isinstance(ext, BackpropExtension):
+                raise ValueError(
+                    f"backpack takes instances of extensions such as BatchGrad(), got {ext!r} of type {type(ext).__name__}."
+                )
+        self.exts = exts
+        self.extension_hook = no_op if extension_hook is None else extension_hook
+        self.debug = debug
+        self.retain_graph = retain_graph
+
+    def __enter__(self) -> None:
+        self._before = CTX.active_exts, CTX.debug, CTX.get_extension_hook(), CTX.retain_graph
+        self._set(self.exts, self.debug, self.extension_hook, self.retain_graph)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._set(*self._before)
+        RUNNING.clear()  # what passes that failed have left
+
+    @staticmethod
+    def _set(exts: tuple[BackpropExtension, ...], debug: bool, hook: Hook, retain_graph: bool) -> None:
+        CTX.set_active_exts(exts)
+        CTX.set_debug(debug)
+        CTX.set_extension_hook(hook)
+        CTX.set_retain_graph(retain_graph)
+
+
+class disable:
+    """Do not record the forward passes of extended modules inside the ``with`` block.
+
+    They then run as if they were not extended; a backward pass through them under active extensions raises.
+    """
+
+    store_io: bool = True
+
+    def __enter__(self) -> None:
+        self._before = disable.store_io
+        disable.store_io = False
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        disable.store_io = self._before
+
+    @staticmethod
+    def should_store_io() -> bool:
+        """Whether forward passes are recorded."""
+        return disable.store_io

@@ -1,0 +1,254 @@
+"""Second-order quantities, evaluated when a backward pass reaches an extended loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from curvfunc import losses
+from curvfunc.capture import Layouts, Site, Trace
+from curvfunc.compat.delivery import _FREED, check_repeated, repeat, select
+from curvfunc.compat.extensions import BackpropExtension, MatrixProduct
+from curvfunc.compat.recording import LossCall, ModuleUse, RegionOutput, notes, paused
+from curvfunc.compute import CONTRACTIONS, LARGEST_BLOCK, Quantity, _combine, compute
+from curvfunc.contractions import Bound, Direct, Form, Outer, bind, join, merge
+from curvfunc.cotangents import FullHessian, LossRoot, chunks, pull
+from curvfunc.residuals import curvature
+
+__all__ = ["evaluate"]
+
+
+def evaluate(call: LossCall, exts: Sequence[BackpropExtension]) -> None:
+    """Compute second-order quantities and put them on the parameters."""
+    create_graph = torch.is_grad_enabled()
+    if call.out is None:
+        raise RuntimeError(_FREED)
+    losses.check(call.loss, call.out, call.y)
+    if not call.out.requires_grad:
+        return
+    pulled: dict[LossRoot, list[tuple[BackpropExtension, Quantity]]] = {}
+    others: list[BackpropExtension] = []
+    with paused():
+        graph = _Graph.upstream(call, create_graph)
+        for ext in exts:
+            spec = None if isinstance(ext, MatrixProduct) else ext.quantity()
+            cotangent = None if spec is None else spec.cotangent
+            if cotangent == FullHessian() and graph.hessian_is_ggn(call):
+                cotangent = LossRoot(0)
+            if spec is not None and isinstance(cotangent, LossRoot):
+                pulled.setdefault(cotangent, []).append((ext, spec))
+            else:
+                others.append(ext)
+        for cotangent, group in pulled.items():
+            _pulled(call, graph, cotangent, group, create_graph)
+        if others:
+            _rerun(call, others)
+
+
+# -- on the graph of the forward pass
+
+
+@dataclass
+class _Graph:
+    """The uses of parameters before a loss.
+
+    Attributes:
+        trace: The recorded operations, and the outputs of calls that have to be repeated.
+        repeated: By the position of such an output, the repeated call.
+        params: By identity.
+    """
+
+    trace: Trace
+    repeated: dict[int, tuple[Trace, list[Tensor]]]
+    params: dict[int, Tensor]
+
+    @classmethod
+    def upstream(cls, call: LossCall, create_graph: bool) -> _Graph:
+        """Find what was noted before the output."""
+        graph = cls(Trace(call.out, [], "plain"), {}, {})
+        for node, note in _noted(call.out):
+            region = note.region
+            if region.samples != len(call.out):
+                raise ValueError(
+                    f"{region.name} ran on {region.samples} samples, but the loss has {len(call.out)}. Second-order "
+                    "quantities need one output per sample."
+                )
+            edge = GradientEdge(node, note.output)
+            if isinstance(note, ModuleUse):
+                if note.site is None:
+                    raise RuntimeError(_FREED)
+                site = note.site
+                graph.trace.sites.append(
+                    Site(site.name, _by_identity(site.forms, region.params), edge, site.axis, site.inputs, site.shape, [])
+                )
+            elif region.refusal is not None or region.reason is not None:
+                graph.repeated[len(graph.trace.sites)] = (repeat(note, create_graph)[0], region.params)
+                graph.trace.sites.append(Site(region.name, {}, edge, 0, [], note.value.shape, []))
+            else:
+                continue
+            graph.params.update({id(p): p for p in region.params})
+        return graph
+
+    def hessian_is_ggn(self, call: LossCall) -> bool:
+        """Whether all operations are linear by pieces, and the loss is convex."""
+        if self.repeated or call.loss.name is None:
+            return False
+        found = curvature(Trace(self.trace.out, [], "plain"), list(self.params.values()), Layouts())
+        convex = losses.signed_root(call.loss, self.trace.out.detach(), call.y)[1] is None
+        return convex and not found.curved and not found.residuals
+
+    def pull(self, columns: Tensor, create_graph: bool) -> Iterator[tuple[int, Form, Tensor]]:
+        """Parameter, form and cotangent for each use."""
+        gs, _ = pull(self.trace, columns, create_graph=create_graph, retain_graph=True)
+        for j, (site, g) in enumerate(zip(self.trace.sites, gs, strict=True)):
+            if j in self.repeated:
+                trace, params = self.repeated[j]
+                inner, _ = pull(trace, g, create_graph=create_graph, retain_graph=True)
+                for inner_site, h in zip(trace.sites, inner, strict=True):
+                    yield from ((i, f, h) for i, f in _by_identity(inner_site.forms, params).items())
+            else:
+                yield from ((i, form, g) for i, form in site.forms.items())
+
+
+def _by_identity(forms: dict[int, Form], params: list[Tensor]) -> dict[int, Form]:
+    return {id(params[i]): form for i, form in forms.items()}
+
+
+def _noted(out: Tensor) -> Iterator[tuple[Node, Any]]:
+    """The notes on the graph before ``out``."""
+    seen: set[Node] = set()
+    stack: list[Node | None] = [get_gradient_edge(out).node]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield from ((node, note) for note in notes(node))
+        stack.extend([n for n, _ in node.next_functions])
+
+
+def _pulled(
+    call: LossCall,
+    graph: _Graph,
+    cotangent: LossRoot,
+    group: list[tuple[BackpropExtension, Quantity]],
+    create_graph: bool,
+) -> None:
+    """All extensions that share columns of the loss Hessian's root."""
+    out = call.out if create_graph else call.out.detach()
+    root = cotangent.root(call.loss, out, call.y, None)
+    found: dict[tuple[int, int, str], list[Any]] = {}  # by parameter, extension and contraction
+    inputs: dict[int, Tensor] = {}
+
+    def once(form: Any) -> Tensor:
+        if id(form) not in inputs:
+            inputs[id(form)] = form.inputs()
+        return inputs[id(form)]
+
+    ranges = chunks(root.num, graph.trace, None)
+    for start, stop in ranges:
+        uses: dict[int, list[tuple[Form, Tensor]]] = {}
+        for i, form, g in graph.pull(root.columns(start, stop).to(call.out.dtype), create_graph):
+            uses.setdefault(i, []).append((form, g))
+        for i in list(uses):
+            bound = merge([bind(form, g, once) for form, g in uses.pop(i)])
+            for k, (ext, spec) in enumerate(group):
+                _check_block(ext, spec, bound)
+                selected = select(bound, ext.get_subsampling())
+                for name in spec.contractions:
+                    _add(found.setdefault((i, k, name), []), name, selected, len(ranges) == 1, create_graph)
+    for i, p in graph.params.items():
+        for k, (ext, spec) in enumerate(group):
+            if (i, k, spec.contractions[0]) in found:
+                parts = [_whole(n, found.pop((i, k, n))) for n in spec.contractions]
+                subset = ext.get_subsampling()
+                result = spec.finish(len(out) if subset is None else len(subset), *parts)
+                setattr(p, ext.savefield, list(result) if isinstance(result, tuple) else result)
+
+
+def _check_block(ext: BackpropExtension, spec: Quantity, bound: Bound) -> None:
+    kronecker = any(name.startswith("output_factor") for name in spec.contractions)
+    if kronecker and isinstance(bound.form, Direct) and bound.form.shape.numel() > LARGEST_BLOCK:
+        raise NotImplementedError(
+            f"{type(ext).__name__}: a parameter of shape {tuple(bound.form.shape)} has no Kronecker structure, and its exact "
+            f"block would have {bound.form.shape.numel()} rows. Freeze it, or use DiagGGNExact."
+        )
+
+
+def _add(parts: list[Any], name: str, bound: Bound, only: bool, create_graph: bool) -> None:
+    """Contract one chunk of columns, or keep it where one contraction of all chunks is cheaper."""
+    contract, how = CONTRACTIONS[name]
+    if only:
+        parts.append(bound if how == "join" else contract(bound))
+    elif how in ("join", "concatenate"):  # results are larger than what they are made of
+        parts.append(bound)
+    elif name in ("squares", "sample_squares") and _positionless(bound) and not create_graph:
+        parts.append(replace(bound, g=bound.g.square().sum(0, keepdim=True).sqrt()))  # (g xᵀ)² needs Σ_v g² only
+    elif how == "first":
+        if not parts:
+            parts.append(contract(bound))
+    elif parts and not create_graph:
+        parts[0] += contract(bound)
+    else:
+        parts.append(contract(bound))
+
+
+def _positionless(bound: Bound) -> bool:
+    return isinstance(bound.form, Outer) and bound.x.shape[2] == 1
+
+
+def _whole(name: str, parts: list[Any]) -> Any:
+    """The contraction of all chunks."""
+    contract, how = CONTRACTIONS[name]
+    return contract(join(parts)) if isinstance(parts[0], Bound) else _combine(contract, how, parts)
+
+
+# -- by the functions, with a forward pass of their own
+
+
+def _rerun(call: LossCall, exts: list[BackpropExtension]) -> None:
+    """Run the functions that bear the extensions' names on the module whose output went into the loss."""
+    region = _whole_model(call, exts)
+    if region.refusal is not None:
+        raise NotImplementedError(region.refusal)
+    if region.inputs is None:
+        raise RuntimeError(_FREED)
+    params = dict(zip(region.names, region.params, strict=True))
+    data = params if torch.is_grad_enabled() else {k: p.detach() for k, p in params.items()}
+    inputs, outputs = region.inputs, []
+
+    def model_fn(values: dict[str, Tensor], X: list[Tensor]) -> Any:
+        outputs.append(inputs.model_fn(values, X))
+        return outputs[-1]
+
+    specs = {e.savefield: e.quantity() for e in exts if not isinstance(e, MatrixProduct)}
+    results = compute(model_fn, data, inputs.X, call.y, specs, loss_fn=call.loss) if specs else {}
+    for ext in exts:
+        if isinstance(ext, MatrixProduct):
+            with torch.enable_grad():
+                results[ext.savefield] = ext.products(model_fn, data, inputs.X, call.y, call.loss)
+    for out in outputs:
+        if not torch._C._functorch.is_functorch_wrapped_tensor(out):
+            check_repeated(region, out, call.out.detach(), call.out._version)
+    outputs.clear()
+    for savefield, values in results.items():
+        for name, p in params.items():
+            value = values[name]
+            setattr(p, savefield, list(value) if isinstance(value, tuple) else value)
+
+
+def _whole_model(call: LossCall, exts: list[BackpropExtension]) -> Any:
+    edge = get_gradient_edge(call.out)
+    for note in notes(edge.node):
+        if isinstance(note, RegionOutput) and note.output == edge.output_nr:
+            return note.region
+    names = ", ".join(type(e).__name__ for e in exts)
+    raise NotImplementedError(
+        f"{names} needs the whole model as one extended module whose output goes straight into the extended loss. Extend "
+        "a module that holds all of it, or use curvfunc.diag_hessian, kfra, hmp, ggnmp or pchmp on curvfunc.functionalize."
+    )

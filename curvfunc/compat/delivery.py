@@ -1,0 +1,335 @@
+"""The backward pass of extended modules: hooks on the graph turn cotangents into results on the parameters.
+
+Three kinds of nodes carry hooks (`curvfunc.compat.recording` puts them there):
+
+- operations that use parameters: the user's own backward pass brings the cotangent, and first-order quantities are
+  contracted on the spot, as soon as every use of the parameter has been reached;
+- outputs of modules for which the plain path does not hold: the functional core runs on the recorded input, with the
+  cotangent that arrived;
+- extended losses: columns of a root of the loss Hessian are pulled through the graph, which the user's backward pass has
+  not freed yet, and second-order quantities are contracted (`curvfunc.compat.curvature`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+from curvfunc.capture import Trace, capture
+from curvfunc.compat.context import CTX, PAUSED, RUNNING, no_op
+from curvfunc.compute import CONTRACTIONS, Quantity
+from curvfunc.contractions import Bound, Direct, Outer, Rows, bind, merge, per_sample
+from curvfunc.cotangents import pull
+
+if TYPE_CHECKING:
+    from curvfunc.compat.recording import LossCall, ModuleUse, Region, RegionOutput
+
+Grads = tuple[Tensor | None, ...]
+
+# Calls whose graph may still be used: a parameter in two of them waits for the end of the backward pass.
+REGIONS: weakref.WeakSet[Region] = weakref.WeakSet()
+
+
+# -- hooks
+
+
+def on_use(use: ModuleUse, grads: Grads) -> None:
+    """The cotangent of an operation that uses parameters has arrived."""
+    cotangent = grads[use.output]
+    if PAUSED[0] or cotangent is None:
+        return
+    if CTX.active_exts:
+        if use.site is None:
+            raise RuntimeError(_FREED)
+        Pass.current().deliver(use, cotangent)
+    if not _keeps_graph() and use.site is not None:  # what the hook holds would live as long as the loss tensor
+        use.site = None
+        use.region.release()
+
+
+def on_output(output: RegionOutput, grads: Grads) -> None:
+    """The cotangent of the output of a module has arrived, and the plain path does not hold for it."""
+    cotangent = grads[output.output]
+    if PAUSED[0] or cotangent is None:
+        return
+    if CTX.active_exts:
+        Pass.current().replay(output, cotangent)
+    if not _keeps_graph() and output.value is not None:
+        output.value = None
+        output.region.release()
+
+
+def on_loss(call: LossCall, grads: Grads) -> None:
+    """The backward pass starts at an extended loss."""
+    from curvfunc.compat import curvature
+
+    if PAUSED[0]:
+        return
+    if CTX.active_exts:
+        current = Pass.current()
+        current.loss_seen = True
+        if current.second_order:
+            curvature.evaluate(call, current.second_order)
+        _debug("Running extension hook on", call.module)
+        CTX.get_extension_hook()(call.module)
+    if not _keeps_graph():
+        call.out = call.y = None
+
+
+def on_disabled(grads: Grads) -> None:
+    """A backward pass runs through a module whose forward pass was not recorded."""
+    if CTX.active_exts:
+        raise RuntimeError(
+            "this forward pass ran inside disable(), which records nothing, so extensions have nothing to work with. "
+            "Leave the disable() block for passes whose backward pass runs in backpack(...)."
+        )
+
+
+_FREED = (
+    "this part of the graph was freed by an earlier backward pass. Call backward(retain_graph=True) on all but the last one."
+)
+
+
+def _keeps_graph() -> bool:
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+# -- one backward pass
+
+
+class Pass:
+    """What has arrived in one backward pass."""
+
+    def __init__(self, task: int) -> None:
+        self.task = task
+        self.create_graph = torch.is_grad_enabled()
+        self.first_order = [(e, e.quantity()) for e in CTX.active_exts if not e.expects_backpropagation_quantities()]
+        self.second_order = [e for e in CTX.active_exts if e.expects_backpropagation_quantities()]
+        self.hook: Callable[[nn.Module], Any] = CTX.get_extension_hook()
+        self.debug = CTX.debug
+        self.loss_seen = False
+        self.arrived: dict[tuple[Region, int], list[Bound]] = {}
+        self.counts: dict[tuple[Region, int], int] = {}
+        self.deferred: dict[int, tuple[Tensor, list[Bound]]] = {}
+        self.waiting: dict[Region, dict[int, list[int]]] = {}
+        self.calls: dict[Region, list[weakref.ref[nn.Module]]] = {}
+
+    @classmethod
+    def current(cls) -> Pass:
+        """The pass that runs now."""
+        task = torch._C._current_graph_task_id()
+        running: Pass | None = RUNNING.get(task)
+        if running is None:
+            running = RUNNING[task] = cls(task)
+            Variable._execution_engine.queue_callback(running.finish)
+        return running
+
+    def deliver(self, use: ModuleUse, cotangent: Tensor) -> None:
+        """Take the cotangent of a use of parameters."""
+        self._check_loss()
+        site, region = use.site, use.region
+        assert site is not None
+        if self.first_order and any(t._version != version for t, version in site.inputs):
+            raise RuntimeError(
+                f"the input of {site.name} was changed in place after the call, so its gradient is lost (autograd would "
+                "refuse it too). Use the out-of-place operation instead."
+            )
+        g = cotangent.detach() if not self.create_graph else cotangent
+        g = g.reshape(site.shape).movedim(site.axis, 0).unsqueeze(0)
+        for i, form in site.forms.items():
+            if self.first_order:
+                self._take(region, i, _owned(bind(form, g, _inputs), cotangent))
+            count = self.counts[region, i] = self.counts.get((region, i), 0) + 1
+            if count == region.uses[i]:
+                self._complete(region, i)
+
+    def replay(self, output: RegionOutput, cotangent: Tensor) -> None:
+        """Run the functional core on a module's input, with the cotangent of its output."""
+        self._check_loss()
+        region = output.region
+        if self.first_order:
+            trace, _ = repeat(output, self.create_graph)
+            gs, _ = pull(trace, cotangent[None], create_graph=self.create_graph, retain_graph=True)
+            for site, g in zip(trace.sites, gs, strict=True):
+                for i, form in site.forms.items():
+                    self._take(region, i, bind(form, g, _inputs))
+        region.uses = dict.fromkeys(range(len(region.params)), 1)
+        for i in range(len(region.params)):
+            self._complete(region, i)
+
+    def finish(self) -> None:
+        """At the end: parameters that not all uses of were reached, and those of several calls."""
+        RUNNING.pop(self.task, None)
+        with torch.set_grad_enabled(self.create_graph):
+            for region, i in list(self.arrived):
+                self._defer(region, i)
+            for p, bounds in self.deferred.values():
+                samples = {b.g.shape[1] for b in bounds}
+                if len(samples) > 1:
+                    raise ValueError(
+                        f"a parameter of shape {tuple(p.shape)} was used in separate calls of extended modules with "
+                        f"{sorted(samples)} samples, and one backward pass runs through all of them. Run one backward pass "
+                        "per call, or extend the module that makes the calls."
+                    )
+                self._store(p, bounds)
+        for region in list(self.waiting):
+            for owner in list(self.waiting[region]):
+                self._call_hook(region, owner)
+
+    def _check_loss(self) -> None:
+        if self.second_order and not self.loss_seen:
+            names = ", ".join(type(e).__name__ for e in self.second_order)
+            raise ValueError(
+                f"{names} needs the loss Hessian, but no extended loss is part of this backward pass: use "
+                "extend(nn.CrossEntropyLoss()) or another extended loss module, on the output of the extended model."
+            )
+
+    def _take(self, region: Region, i: int, bound: Bound) -> None:
+        self.arrived.setdefault((region, i), []).append(bound)
+
+    def _complete(self, region: Region, i: int) -> None:
+        """All uses of a parameter in a call have arrived."""
+        p = region.params[i]
+        if (len(REGIONS) > 1 and _elsewhere(region, p)) or id(p) in self.deferred:
+            self._defer(region, i)
+        elif (region, i) in self.arrived:
+            self._store(p, self.arrived.pop((region, i)))
+        if self.hook is no_op:
+            return
+        owners = self.waiting.get(region)
+        if owners is None:
+            owners = self.waiting[region] = _indices_by_owner(region)
+        for owner in [o for o, indices in owners.items() if i in indices]:
+            owners[owner].remove(i)
+            if not owners[owner] and id(p) not in self.deferred:
+                self._call_hook(region, owner)
+
+    def _defer(self, region: Region, i: int) -> None:
+        if (region, i) in self.arrived:
+            p = region.params[i]
+            self.deferred.setdefault(id(p), (p, []))[1].extend(self.arrived.pop((region, i)))
+
+    def _store(self, p: Tensor, bounds: list[Bound]) -> None:
+        """Contract, and put the results on the parameter."""
+        bound = merge(bounds)
+        for ext, spec in self.first_order:
+            if self.debug:
+                print("[DEBUG] Running extension", ext, "on a parameter of shape", tuple(p.shape))
+            setattr(p, ext.savefield, contracted(spec, select(bound, ext.get_subsampling())))
+
+    def _call_hook(self, region: Region, owner: int) -> None:
+        """The extension hook on a module, after those without parameters that were called later."""
+        self.waiting[region].pop(owner, None)
+        calls = self.calls.setdefault(region, list(region.calls))
+        module = region.owners[owner]()
+        position = max((k for k, r in enumerate(calls) if r() is module), default=None)
+        for called in reversed(calls[position + 1 :]) if position is not None else ():
+            if (m := called()) is not None and not m._parameters:
+                _debug("Running extension hook on", m, on=self.debug)
+                self.hook(m)
+        if position is not None:
+            keep = [r for r in calls[position + 1 :] if (m := r()) is not None and m._parameters]
+            self.calls[region] = [r for r in calls[:position] if r() is not module] + keep
+        if module is not None:
+            _debug("Running extension hook on", module, on=self.debug)
+            self.hook(module)
+
+
+def _elsewhere(region: Region, p: Tensor) -> bool:
+    """Whether another call uses the parameter and waits for a backward pass."""
+    return any(r is not region and r.pending > 0 and any(p is q for q in r.params) for r in REGIONS)
+
+
+def _indices_by_owner(region: Region) -> dict[int, list[int]]:
+    """Per module, by the first of its parameters, the parameters that are used."""
+    first: dict[int, int] = {}
+    found: dict[int, list[int]] = {}
+    for i in sorted(region.uses):
+        owner = first.setdefault(id(region.owners[i]()), i)
+        found.setdefault(owner, []).append(i)
+    return found
+
+
+def _debug(*message: object, on: bool | None = None) -> None:
+    if CTX.debug if on is None else on:
+        print("[DEBUG]", *message)
+
+
+# -- from cotangents to results
+
+
+def repeat(output: RegionOutput, create_graph: bool) -> tuple[Trace, list[Tensor]]:
+    """The functional core's forward pass of a recorded call, and the parameters it ran with.
+
+    Raises:
+        NotImplementedError: If no quantity is defined for the call.
+        RuntimeError: If the call cannot be repeated.
+    """
+    region = output.region
+    if region.refusal is not None:
+        raise NotImplementedError(region.refusal)
+    if region.inputs is None or output.value is None:
+        raise RuntimeError(_FREED)
+    names, X, model_fn = region.names, region.inputs.X, region.inputs.model_fn
+    if not create_graph:
+        X = [x.detach() for x in X]
+    with torch.enable_grad():
+        leaves = [p.view_as(p) if create_graph else p.detach().requires_grad_() for p in region.params]
+        trace = capture(model_fn, leaves, lambda values: dict(zip(names, values, strict=True)), X, region.samples)
+    check_repeated(region, trace.out, output.value, output.version)
+    return trace, leaves
+
+
+def check_repeated(region: Region, out: Tensor, value: Tensor, version: int) -> None:
+    """Raise if a call that ran again gave another output."""
+    if value._version != version:
+        return
+    scale = value.abs().max() * 1e3 * torch.finfo(value.dtype).eps
+    if out.shape != value.shape or not bool((out.detach() - value).abs().max() <= scale):
+        raise RuntimeError(
+            f"{region.name} has to run a second time ({region.reason or 'for a quantity of this kind'}), and then its output "
+            "differs: it depends on random numbers, or on state that the first run changed, or its first tensor argument does "
+            "not have the samples on axis 0. Use curvfunc's functions on curvfunc.functionalize(module) instead."
+        )
+
+
+def select(b: Bound, subsampling: Sequence[int] | None) -> Bound:
+    """The samples of a subset."""
+    if subsampling is None:
+        return b
+    g = b.g[:, list(subsampling)]
+    return replace(b, g=g, x=g if isinstance(b.form, Direct) else b.x[list(subsampling)])
+
+
+def contracted(spec: Quantity, b: Bound) -> Any:
+    """The result of a first-order quantity for one parameter."""
+    parts = [total(b) if name == "total" else CONTRACTIONS[name][0](b) for name in spec.contractions]
+    return spec.finish(b.g.shape[1], *parts)
+
+
+def total(b: Bound) -> Tensor:
+    """The gradient, Σ_n of the only column: all samples are treated as one."""
+    if isinstance(b.form, Outer):
+        g, x = b.g.transpose(1, 2).flatten(2, 3).unsqueeze(1), b.x.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+        return per_sample(replace(b, g=g, x=x))[0, 0]
+    if isinstance(b.form, Rows):
+        return per_sample(replace(b, g=b.g.flatten(1, 2).unsqueeze(1), x=b.x.flatten().unsqueeze(0)))[0, 0]
+    return b.g[0].sum(0)
+
+
+def _owned(b: Bound, cotangent: Tensor) -> Bound:
+    """A bound form whose gradient is not the tensor that travels through the graph, which results must not share."""
+    if isinstance(b.form, Direct) and b.g.untyped_storage().data_ptr() == cotangent.untyped_storage().data_ptr():
+        g = b.g.clone()
+        return Bound(b.form, g, g)
+    return b
+
+
+def _inputs(form: Any) -> Tensor:
+    return form.inputs()

@@ -1,0 +1,375 @@
+"""BackPACK's extensions. Each names one of curvfunc's quantities and the attribute that receives the result.
+
+=====================  ========================  ==========================================================
+Extension              Attribute                 Computed
+=====================  ========================  ==========================================================
+``BatchGrad`` ...      ``grad_batch`` ...        in the caller's own backward pass, for any scalar
+``DiagGGNExact`` ...   ``diag_ggn_exact`` ...    when the backward pass meets an extended loss, on the same graph
+``DiagHessian``,       ``diag_h`` ...,           when the backward pass meets an extended loss, by the function of the
+``KFRA``, ``HMP`` ...  ``kfra``, ``hmp`` ...     same name, which runs the extended module once more (a diagonal Hessian
+                                                 only if some operation is neither linear nor linear by pieces)
+=====================  ========================  ==========================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from curvfunc import products, quantities
+from curvfunc.compute import Quantity
+
+__all__ = [
+    "GGNMP",
+    "HBP",
+    "HMP",
+    "KFAC",
+    "KFLR",
+    "KFRA",
+    "PCHMP",
+    "BatchDiagGGNExact",
+    "BatchDiagGGNMC",
+    "BatchDiagHessian",
+    "BatchGrad",
+    "BatchL2Grad",
+    "DiagGGNExact",
+    "DiagGGNMC",
+    "DiagHessian",
+    "SqrtGGNExact",
+    "SqrtGGNMC",
+    "SumGradSquared",
+    "Variance",
+]
+
+FAIL_ERROR, FAIL_WARN, FAIL_SILENT = "ERROR", "WARNING", "SILENT"
+
+WRITE_A_RULE = (
+    "curvfunc knows how an operation differentiates from one rule per operation, for all quantities at once: register a "
+    "function with curvfunc.rule, or do nothing, since an operation without a rule is handled by vmap."
+)
+WRITE_A_QUANTITY = (
+    "A new quantity is a function of curvfunc's results: curvfunc.compute(model_fn, params, X, y, specs), or a subclass "
+    "of curvfunc.compute.Quantity with the names of its contractions."
+)
+
+
+class BackpropExtension:
+    """What `backpack` activates.
+
+    Attributes:
+        savefield: Name of the attribute of each parameter that receives the result.
+    """
+
+    def __init__(
+        self,
+        savefield: str,
+        module_exts: Any = None,
+        fail_mode: str = FAIL_ERROR,
+        subsampling: Sequence[int] | None = None,
+    ) -> None:
+        if fail_mode not in (FAIL_WARN, FAIL_ERROR, FAIL_SILENT):
+            raise AssertionError(f"no valid fail mode: {fail_mode}")
+        if module_exts:
+            raise NotImplementedError(
+                f"{type(self).__name__}: module extensions per layer class are not supported. {WRITE_A_QUANTITY} {WRITE_A_RULE}"
+            )
+        self.savefield = savefield
+        self._fail_mode = fail_mode
+        self._subsampling = subsampling
+
+    def quantity(self) -> Quantity:
+        """The spec of the quantity."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it computes. {WRITE_A_QUANTITY}")
+
+    def set_module_extension(self, module: Any, extension: Any, overwrite: bool = False) -> None:
+        """Not supported: a layer is added with a rule."""
+        raise NotImplementedError(f"set_module_extension is not supported. {WRITE_A_RULE}")
+
+    def expects_backpropagation_quantities(self) -> bool:
+        """Whether an extended loss is needed."""
+        return True
+
+    def get_subsampling(self) -> Sequence[int] | None:
+        """Indices of the samples, None for all."""
+        return self._subsampling
+
+
+class FirstOrderBackpropExtension(BackpropExtension):
+    """What needs the gradients only, and so works with any scalar."""
+
+    def expects_backpropagation_quantities(self) -> bool:
+        """An extended loss is not needed."""
+        return False
+
+
+class SecondOrderBackpropExtension(BackpropExtension):
+    """What needs the loss Hessian, and so an extended loss."""
+
+
+# -- first order
+
+
+class BatchGrad(FirstOrderBackpropExtension):
+    """Per-sample gradients, ``p.grad_batch`` [N, *shape]; see `curvfunc.batch_grad`."""
+
+    def __init__(self, subsampling: Sequence[int] | None = None) -> None:
+        super().__init__("grad_batch", subsampling=subsampling)
+
+    def quantity(self) -> Quantity:
+        """Its spec."""
+        return quantities.BatchGrad()
+
+
+class BatchL2Grad(FirstOrderBackpropExtension):
+    """Squared norms of per-sample gradients, ``p.batch_l2`` [N]; see `curvfunc.batch_l2`."""
+
+    def __init__(self) -> None:
+        super().__init__("batch_l2")
+
+    def quantity(self) -> Quantity:
+        """Its spec."""
+        return quantities.BatchL2()
+
+
+class SumGradSquared(FirstOrderBackpropExtension):
+    """Sum of squared per-sample gradients, ``p.sum_grad_squared`` [*shape]; see `curvfunc.sum_grad_squared`."""
+
+    def __init__(self) -> None:
+        super().__init__("sum_grad_squared")
+
+    def quantity(self) -> Quantity:
+        """Its spec."""
+        return quantities.SumGradSquared()
+
+
+class Variance(FirstOrderBackpropExtension):
+    """Variance of per-sample gradients, ``p.variance`` [*shape]; see `curvfunc.variance`."""
+
+    def __init__(self) -> None:
+        super().__init__("variance")
+
+    def quantity(self) -> Quantity:
+        """Its spec."""
+        return quantities.Variance()
+
+
+# -- second order
+
+
+class _Sampled:
+    """An extension with a number of Monte-Carlo samples."""
+
+    _mc_samples: int
+
+    def get_num_mc_samples(self) -> int:
+        """The number of Monte-Carlo samples."""
+        return self._mc_samples
+
+
+class DiagGGN(SecondOrderBackpropExtension):
+    """Diagonal of the generalized Gauss-Newton matrix."""
+
+
+class DiagGGNExact(DiagGGN):
+    """Diagonal of the GGN, ``p.diag_ggn_exact`` [*shape]; see `curvfunc.diag_ggn`."""
+
+    def __init__(self) -> None:
+        super().__init__("diag_ggn_exact")
+
+    def quantity(self) -> Quantity:
+        """Its spec."""
+        return quantities.DiagGGN()
+
+
+class DiagGGNMC(_Sampled, DiagGGN):
+    """Monte-Carlo diagonal of the GGN, ``p.diag_ggn_mc`` [*shape]; see `curvfunc.diag_ggn`."""
+
+    def __init__(self, mc_samples: int = 1) -> None:
+        self._mc_samples = mc_samples
+        super().__init__("diag_ggn_mc")
+
+    def quantity(self) -> Quantity:
+        """Its spec."""
+        return quantities.DiagGGN(self._mc_samples)
+
+
+class BatchDiagGGN(SecondOrderBackpropExtension):
+    """Each sample's part of the diagonal of the generalized Gauss-Newton matrix."""
+
+
+class BatchDiagGGNExact(BatchDiagGGN):
+    """Per-sample diagonal of the GGN, ``p.diag_ggn_exact_batch`` [N, *shape]; see `curvfunc.batch_diag_ggn`."""
+
+    def __init__(self) -> None:
+        super().__init__("diag_ggn_exact_batch")
+
+    def quantity(self) -> Quantity:
+        """Its spec."""
+        return quantities.BatchDiagGGN()
+
+
+class BatchDiagGGNMC(_Sampled, BatchDiagGGN):
+    """Monte-Carlo per-sample diagonal of the GGN, ``p.diag_ggn_mc_batch`` [N, *shape]; see `curvfunc.batch_diag_ggn`."""
+
+    def __init__(self, mc_samples: int = 1) -> None:
+        self._mc_samples = mc_samples
+        super().__init__("diag_ggn_mc_batch")
+
+    def quantity(self) -> Quantity:
+        """Its spec."""
+        return quantities.BatchDiagGGN(self._mc_samples)
+
+
+class SqrtGGN(SecondOrderBackpropExtension):
+    """Root of the generalized Gauss-Newton matrix."""
+
+
+class SqrtGGNExact(SqrtGGN):
+    """Root of the GGN, ``p.sqrt_ggn_exact`` [C, N, *shape]; see `curvfunc.sqrt_ggn`."""
+
+    def __init__(self, subsampling: Sequence[int] | None = None) -> None:
+        super().__init__("sqrt_ggn_exact", subsampling=subsampling)
+
+    def quantity(self) -> Quantity:
+        """Its spec."""
+        return quantities.SqrtGGN()
+
+
+class SqrtGGNMC(_Sampled, SqrtGGN):
+    """Monte-Carlo root of the GGN, ``p.sqrt_ggn_mc`` [M, N, *shape]; see `curvfunc.sqrt_ggn`."""
+
+    def __init__(self, mc_samples: int = 1, subsampling: Sequence[int] | None = None) -> None:
+        self._mc_samples = mc_samples
+        super().__init__("sqrt_ggn_mc", subsampling=subsampling)
+
+    def quantity(self) -> Quantity:
+        """Its spec."""
+        return quantities.SqrtGGN(self._mc_samples)
+
+
+class HBP(SecondOrderBackpropExtension):
+    """Kronecker factors of each parameter's block, a list of one or two."""
+
+
+class KFAC(_Sampled, HBP):
+    """Kronecker factors from Monte-Carlo draws, the list ``p.kfac``; see `curvfunc.kfac`."""
+
+    def __init__(self, mc_samples: int = 1) -> None:
+        self._mc_samples = mc_samples
+        super().__init__("kfac")
+
+    def quantity(self) -> Quantity:
+        """Its spec."""
+        return quantities.KFAC(self._mc_samples)
+
+
+class KFLR(HBP):
+    """Kronecker factors from the exact loss Hessian, the list ``p.kflr``; see `curvfunc.kflr`."""
+
+    def __init__(self) -> None:
+        super().__init__("kflr")
+
+    def quantity(self) -> Quantity:
+        """Its spec."""
+        return quantities.KFLR()
+
+
+class KFRA(HBP):
+    """Kronecker factors with averaging at each layer, the list ``p.kfra``; see `curvfunc.kfra`."""
+
+    def __init__(self) -> None:
+        super().__init__("kfra")
+
+    def quantity(self) -> Quantity:
+        """Its spec."""
+        return quantities.KFRA()
+
+
+class DiagHessian(SecondOrderBackpropExtension):
+    """Diagonal of the Hessian, ``p.diag_h`` [*shape]; see `curvfunc.diag_hessian`."""
+
+    def __init__(self) -> None:
+        super().__init__("diag_h")
+
+    def quantity(self) -> Quantity:
+        """Its spec."""
+        return quantities.DiagHessian()
+
+
+class BatchDiagHessian(SecondOrderBackpropExtension):
+    """Each sample's part of the Hessian's diagonal, ``p.diag_h_batch`` [N, *shape]; see `curvfunc.batch_diag_hessian`."""
+
+    def __init__(self) -> None:
+        super().__init__("diag_h_batch")
+
+    def quantity(self) -> Quantity:
+        """Its spec."""
+        return quantities.BatchDiagHessian()
+
+
+# -- products
+
+
+class MatrixProduct(SecondOrderBackpropExtension):
+    """A function on each parameter that multiplies [V, *shape] with its block of a curvature matrix."""
+
+    def products(self, model_fn: Any, params: Any, X: Any, y: Any, loss_fn: Any) -> Any:
+        """One function per parameter."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it multiplies with. {WRITE_A_QUANTITY}")
+
+
+class HMP(MatrixProduct):
+    """Products with Hessian blocks, ``p.hmp``; see `curvfunc.hmp`."""
+
+    def __init__(self, savefield: str = "hmp") -> None:
+        super().__init__(savefield)
+
+    def products(self, model_fn: Any, params: Any, X: Any, y: Any, loss_fn: Any) -> Any:
+        """One function per parameter."""
+        return products.hmp(model_fn, params, X, y, loss_fn=loss_fn)
+
+
+class GGNMP(MatrixProduct):
+    """Products with GGN blocks, ``p.ggnmp``; see `curvfunc.ggnmp`."""
+
+    def __init__(self, savefield: str = "ggnmp") -> None:
+        super().__init__(savefield)
+
+    def products(self, model_fn: Any, params: Any, X: Any, y: Any, loss_fn: Any) -> Any:
+        """One function per parameter."""
+        return products.ggnmp(model_fn, params, X, y, loss_fn=loss_fn)
+
+
+class PCHMP(MatrixProduct):
+    """Products with blocks of the positive-curvature Hessian, ``p.pchmp``; see `curvfunc.pchmp`.
+
+    Args:
+        savefield: Name of the attribute.
+        modify: ``"clip"`` or ``"abs"``, what becomes of negative curvature.
+    """
+
+    def __init__(self, savefield: str = "pchmp", modify: Literal["clip", "abs"] = "clip") -> None:
+        super().__init__(savefield)
+        self._modify = modify
+
+    def get_modification_mode(self) -> str:
+        """What becomes of negative curvature."""
+        return self._modify
+
+    def products(self, model_fn: Any, params: Any, X: Any, y: Any, loss_fn: Any) -> Any:
+        """One function per parameter."""
+        return products.pchmp(model_fn, params, X, y, loss_fn=loss_fn, modify=self._modify)
+
+
+class ModuleExtension:
+    """BackPACK's base class for what one layer class does for one extension. Not supported: see the error."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        raise NotImplementedError(f"{cls.__name__}: module extensions are not supported. {WRITE_A_RULE}")
+
+
+class FirstOrderModuleExtension:
+    """BackPACK's base class for first-order module extensions. Not supported: see the error."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        raise NotImplementedError(f"{cls.__name__}: module extensions are not supported. {WRITE_A_RULE}")

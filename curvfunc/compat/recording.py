@@ -1,0 +1,445 @@
+"""The forward pass of extended modules: it runs once, as the user wrote it, and what the backward pass needs is noted.
+
+`extend` replaces ``module.forward`` by an object that runs the original under curvfunc's capture mode. The outermost
+extended module that is called makes a *region*. For each use of a parameter in it, a hook on the autograd node of that
+operation waits for the backward pass (`curvfunc.compat.delivery`). Nothing is kept on modules or globally: hooks and notes
+live on the graph's nodes and refer only to what comes before these nodes, so they go when the graph goes, without cycles.
+
+Where the capture does not hold on the plain path (a parameter is used without a rule, the sample axis is not proven), the
+region notes its input only, and the backward pass runs the functional core on it.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor, nn
+from torch._C import _functorch
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.func import functional_call
+from torch.nn.modules.loss import _Loss
+
+from curvfunc import losses
+from curvfunc.capture import _BATCH_NORMS, Site, _axis, _Capture, _hidden, _marked, _refuse_batch_statistics
+from curvfunc.compat import delivery
+from curvfunc.compat.context import CTX, PAUSED, disable
+
+__all__ = ["LossCall", "ModuleUse", "Region", "extend", "memory_cleanup", "paused"]
+
+KEY = "curvfunc"  # of the notes in a node's metadata
+
+BATCH_NORM = (
+    "Encountered BatchNorm module in training mode: it mixes the samples of a batch, so that individual gradients and "
+    "curvature are not defined. Call module.eval() on it, or use GroupNorm or LayerNorm."
+)
+
+
+# -- notes
+
+
+@dataclass(eq=False)
+class Region:
+    """One call of an extended module that was not called by another one.
+
+    Attributes:
+        name: Class of the module.
+        params: Its parameters that require grad.
+        names: Their names.
+        owners: The modules they belong to.
+        samples: Number of samples.
+        uses: How often each parameter is used, by index.
+        calls: Modules without submodules, in the order of their calls.
+        inputs: The call itself, to be able to repeat it; None once the graph was freed.
+        refusal: Why no quantity is defined.
+        reason: Why the plain path does not hold.
+        pending: How many of its notes are still waiting for a backward pass.
+    """
+
+    name: str
+    params: list[Tensor]
+    names: list[str]
+    owners: list["weakref.ref[nn.Module]"]
+    samples: int
+    inputs: "Call | None"
+    uses: dict[int, int] = field(default_factory=dict)
+    calls: list["weakref.ref[nn.Module]"] = field(default_factory=list)
+    refusal: str | None = None
+    reason: str | None = None
+    pending: int = 0
+
+    def release(self) -> None:
+        """One note less to wait for; forget the inputs with the last one."""
+        self.pending -= 1
+        if self.pending == 0:
+            self.inputs = None
+
+
+@dataclass(eq=False)
+class ModuleUse:
+    """An operation that uses parameters, as the hook on its node sees it; without what comes after that node.
+
+    Attributes:
+        site: As captured, but for its edge, which would be a cycle.
+        region: The call it belongs to.
+        output: Which output of the node.
+    """
+
+    site: Site | None
+    region: Region
+    output: int
+
+
+@dataclass(eq=False)
+class RegionOutput:
+    """The output of a region, as the hook on its node sees it.
+
+    Attributes:
+        region: The region.
+        output: Which output of the node.
+        value: The output, detached, where the region has to be repeated; None once the graph was freed.
+        version: Its version counter.
+    """
+
+    region: Region
+    output: int
+    value: Tensor | None
+    version: int
+
+
+@dataclass(eq=False)
+class LossCall:
+    """A call of an extended loss.
+
+    Attributes:
+        module: The loss module.
+        loss: In normal form.
+        out: The model's output, with its graph; None once the graph was freed.
+        y: Targets.
+    """
+
+    module: nn.Module
+    loss: losses.Loss
+    out: Any
+    y: Any
+
+
+@dataclass(eq=False)
+class Call:
+    """A call of a module, as a function of its parameters and of those inputs that have a sample axis.
+
+    Attributes:
+        module: The module.
+        leaves: All arguments, flattened.
+        tree: Their structure.
+        sampled: Which of them have the samples on axis 0.
+        random_state: Of the random number generators before the call, in training mode.
+    """
+
+    module: "weakref.ref[nn.Module]"
+    leaves: list[Any]
+    tree: Any
+    sampled: list[int]
+    random_state: list[Tensor] | None
+
+    @property
+    def X(self) -> list[Tensor]:
+        """The inputs that have a sample axis."""
+        return [self.leaves[i] for i in self.sampled]
+
+    def model_fn(self, params: dict[str, Tensor], X: Sequence[Tensor]) -> Any:
+        """The call again, with the same draws of dropout."""
+        leaves = list(self.leaves)
+        for i, x in zip(self.sampled, X, strict=True):
+            leaves[i] = x
+        called: Any = optree.tree_unflatten(self.tree, leaves)
+        args, kwargs = called
+        module = self.module()
+        assert module is not None
+        with paused(), _random_state(self.random_state):
+            return functional_call(module, params, args, kwargs)
+
+
+@contextmanager
+def _random_state(state: list[Tensor] | None) -> Iterator[None]:
+    if state is None:
+        yield
+        return
+    with torch.random.fork_rng(range(len(state) - 1)):
+        torch.set_rng_state(state[0])
+        for device, s in enumerate(state[1:]):
+            torch.cuda.set_rng_state(s, device)
+        yield
+
+
+# -- whether to record
+
+
+class _Local(threading.local):
+    region: Region | None = None
+
+
+_LOCAL = _Local()
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Neither record calls nor react to backward passes: they are curvfunc's own."""
+    PAUSED[0] += 1
+    try:
+        yield
+    finally:
+        PAUSED[0] -= 1
+
+
+def _recordable() -> bool:
+    if PAUSED[0] or not torch.is_grad_enabled() or _functorch.peek_interpreter_stack() is not None:
+        return False
+    modes = torch.overrides._get_current_function_mode_stack() if torch._C._len_torch_function_stack() else []
+    return not any(isinstance(m, _Capture) and not isinstance(m, _Recording) for m in modes)
+
+
+class _Recording(_Capture):
+    """The capture mode, in the user's own forward pass: training-mode batch normalization is noted, not refused."""
+
+    refusal: str | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _BATCH_NORMS:
+            try:
+                _refuse_batch_statistics(func, args, kwargs or {})
+            except ValueError:
+                self.refusal = BATCH_NORM
+                return func(*args, **kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+# -- modules
+
+
+class ExtendedForward:
+    """Stands in for ``module.forward``. Follows deep copies and pickles of its module."""
+
+    def __init__(self, module: nn.Module, original: Callable[..., Any] | None = None) -> None:
+        self.module = weakref.ref(module)
+        self.original = original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own forward, recorded unless it is part of a recorded call."""
+        module = self.module()
+        assert module is not None
+        forward = self.original or MethodType(type(module).forward, module)
+        if (region := _LOCAL.region) is not None and not isinstance(module, _Loss):
+            if not module._modules:
+                region.calls.append(self.module)
+            return forward(*args, **kwargs)
+        if torch.compiler.is_compiling() or not _recordable():
+            return forward(*args, **kwargs)
+        if not disable.store_io:
+            return _watched(forward(*args, **kwargs))
+        if isinstance(module, _Loss):
+            return _record_loss(module, forward, args, kwargs)
+        return _record_region(module, forward, args, kwargs)
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The original, for ``inspect.signature``."""
+        module = self.module()
+        assert module is not None
+        return self.original or MethodType(type(module).forward, module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ExtendedForward":
+        module: Any = self.module()
+        return ExtendedForward(memo.get(id(module), module), self.original)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ExtendedForward, (self.module(), self.original)
+
+
+@dataclass
+class Handle:
+    """Undoes `extend` on one module."""
+
+    module: "weakref.ref[nn.Module]"
+
+    @property
+    def alive(self) -> bool:
+        """Whether the module still exists."""
+        return self.module() is not None
+
+    def remove(self) -> None:
+        """Put the module's own forward back."""
+        module = self.module()
+        extended = None if module is None else module.__dict__.get("forward")
+        if module is None or not isinstance(extended, ExtendedForward):
+            return
+        del module.__dict__["forward"]
+        if extended.original is not None:
+            module.__dict__["forward"] = extended.original
+        module.__dict__.pop("_backpack_extend", None)
+
+
+def extend(module: nn.Module, debug: bool = False, use_converter: bool = False) -> nn.Module:
+    """Make a module or a loss, and everything in it, known to `backpack`.
+
+    The module is changed in place and returned. Any module will do, without conversion.
+
+    Args:
+        module: A model, a part of it, or a loss module such as ``nn.CrossEntropyLoss()``.
+        debug: Print which modules are extended.
+        use_converter: Accepted; there is nothing to convert.
+
+    Raises:
+        TypeError: If ``module`` is not a module.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"extend takes a torch.nn.Module, got {type(module).__name__}. Use the loss's module, e.g. "
+            "nn.CrossEntropyLoss() for F.cross_entropy, or curvfunc's functions, which take any loss function."
+        )
+    for m in module.modules():
+        if debug:
+            print("[DEBUG] Extending", m)
+        forward = m.__dict__.get("forward")
+        m._backpack_extend = True  # type: ignore[assignment]
+        if not isinstance(forward, ExtendedForward):
+            m.__dict__["forward"] = ExtendedForward(m, forward)
+            CTX.add_hook_handle(Handle(weakref.ref(m)))
+    return module
+
+
+def memory_cleanup(module: nn.Module) -> None:
+    """Accepted; modules hold nothing that could be removed. What is recorded goes with the graph of the loss."""
+
+
+def _record_loss(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    value = forward(*args, **kwargs)
+    named = {**dict(zip(("input", "target"), args, strict=False)), **kwargs}
+    out, y = named.get("input"), named.get("target")
+    if isinstance(value, Tensor) and value.grad_fn is not None and isinstance(out, Tensor):
+        call = LossCall(module, losses.normalize(module), out, y)
+        value.grad_fn.register_prehook(partial(delivery.on_loss, call))
+    return value
+
+
+def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    called: Any = (args, kwargs)
+    leaves, tree = optree.tree_flatten(called, none_is_leaf=True)
+    first = next((t for t in leaves if isinstance(t, Tensor) and t.ndim), None)
+    params = _parameters(module)
+    if first is None or not params:
+        return forward(*args, **kwargs)
+    sampled = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.ndim and len(t) == len(first)]
+    call = Call(weakref.ref(module), list(leaves), tree, sampled, _generators() if module.training else None)
+    names, tensors, owners = map(list, zip(*params, strict=True))
+    region = Region(type(module).__name__, tensors, names, owners, len(first), call)
+    for i in sampled:
+        leaves[i] = _marked(leaves[i])
+    called = optree.tree_unflatten(tree, leaves)
+    args, kwargs = called
+    mode = _Recording(dict(enumerate(tensors)), None, len(first))
+    _LOCAL.region = region
+    if not module._modules:
+        region.calls.append(call.module)
+    try:
+        with mode:
+            out = forward(*args, **kwargs)
+    finally:
+        _LOCAL.region = None
+        for p in tensors:
+            p.__dict__.pop("_curvfunc_axis", None)
+    outputs = [t for t in _tensors_in(out) if t.grad_fn is not None]
+    _judge(region, mode, outputs)
+    _attach(region, mode.sites, outputs)
+    for t in outputs:
+        t.__dict__.pop("_curvfunc_axis", None)
+    return out
+
+
+def _parameters(module: nn.Module) -> list[tuple[str, Tensor, "weakref.ref[nn.Module]"]]:
+    """Name, parameter and owner, of those that require grad, each once."""
+    found: dict[int, tuple[str, Tensor, weakref.ref[nn.Module]]] = {}
+    for prefix, m in module.named_modules():
+        for name, p in m._parameters.items():
+            if p is not None and p.requires_grad and id(p) not in found:
+                found[id(p)] = (f"{prefix}.{name}" if prefix else name, p, weakref.ref(m))
+    return list(found.values())
+
+
+def _generators() -> list[Tensor]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *cuda]
+
+
+def _tensors_in(out: Any) -> Iterator[Tensor]:
+    if isinstance(out, Tensor):
+        yield out
+    elif isinstance(out, dict):
+        for value in out.values():
+            yield from _tensors_in(value)
+    elif isinstance(out, (tuple, list)):
+        for value in out:
+            yield from _tensors_in(value)
+
+
+def _judge(region: Region, mode: _Recording, outputs: list[Tensor]) -> None:
+    """Whether the sites hold, or why not."""
+    region.refusal = mode.refusal
+    if not mode.reasons and any((axis := _axis(t)) is None or axis < 0 for t in outputs):
+        mode.note([None], "the sample axis could not be followed to the output")
+    if not mode.reasons:
+        tracked = dict(enumerate(region.params))
+        hidden = {i for t in outputs for i in _hidden(t, mode.sites, tracked)}
+        mode.note(sorted(hidden), "it is used where calls cannot be seen")
+    for i, why in mode.reasons.items():
+        region.reason = why if i is None else f"parameter {region.names[i]!r}: {why}"
+        return
+
+
+def _attach(region: Region, sites: list[Site], outputs: list[Tensor]) -> None:
+    """Hang notes and hooks on the graph."""
+    plain = region.refusal is None and region.reason is None
+    for site in sites if plain else ():
+        node, output, *_ = site.edge
+        use = ModuleUse(site, region, output)
+        site.edge = site.producers = None  # type: ignore[assignment]
+        for i in site.forms:
+            region.uses[i] = region.uses.get(i, 0) + 1
+        region.pending += 1
+        _note(node, use)
+        node.register_prehook(partial(delivery.on_use, use))
+    for t in outputs:
+        node, output, *_ = get_gradient_edge(t)
+        result = RegionOutput(region, output, None if plain else t.detach(), t._version)
+        _note(node, result)
+        if not plain:
+            region.pending += 1
+            node.register_prehook(partial(delivery.on_output, result))
+    delivery.REGIONS.add(region)
+
+
+def _note(node: Node, note: Any) -> None:
+    metadata: Any = node.metadata
+    metadata.setdefault(KEY, []).append(note)
+
+
+def notes(node: Node) -> list[Any]:
+    """What was noted on a node."""
+    metadata: Any = node.metadata
+    return list(metadata.get(KEY, []))
+
+
+def _watched(out: Any) -> Any:
+    """Have a backward pass under active extensions raise, since nothing was recorded."""
+    for t in _tensors_in(out):
+        if t.grad_fn is not None:
+            t.grad_fn.register_prehook(delivery.on_disabled)
+    return out
