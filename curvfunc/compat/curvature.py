@@ -26,8 +26,6 @@ __all__ = ["evaluate"]
 def evaluate(call: LossCall, exts: Sequence[BackpropExtension]) -> None:
     """Compute second-order quantities and put them on the parameters."""
     create_graph = torch.is_grad_enabled()
-    if call.out is None:
-        raise RuntimeError(_FREED)
     losses.check(call.loss, call.out, call.y)
     if not call.out.requires_grad:
         return

@@ -65,21 +65,23 @@ def on_output(output: RegionOutput, grads: Grads) -> None:
         output.region.release()
 
 
-def on_loss(call: LossCall, grads: Grads) -> None:
-    """The backward pass starts at an extended loss."""
+def on_loss(held: list[LossCall], grads: Grads) -> None:
+    """The backward pass starts at an extended loss; ``held`` is emptied once the graph is freed."""
     from curvfunc.compat import curvature
 
     if PAUSED[0]:
         return
     if CTX.active_exts:
+        if not held:
+            raise RuntimeError(_FREED)
         current = Pass.current()
         current.loss_seen = True
         if current.second_order:
-            curvature.evaluate(call, current.second_order)
-        _debug("Running extension hook on", call.module)
-        CTX.get_extension_hook()(call.module)
+            curvature.evaluate(held[0], current.second_order)
+        _debug("Running extension hook on", held[0].module)
+        CTX.get_extension_hook()(held[0].module)
     if not _keeps_graph():
-        call.out = call.y = None
+        held.clear()
 
 
 def on_disabled(grads: Grads) -> None:

@@ -120,7 +120,7 @@ class LossCall:
     Attributes:
         module: The loss module.
         loss: In normal form.
-        out: The model's output, with its graph; None once the graph was freed.
+        out: The model's output, with its graph.
         y: Targets.
     """
 
@@ -326,7 +326,7 @@ def _record_loss(module: nn.Module, forward: Callable[..., Any], args: tuple[Any
     out, y = named.get("input"), named.get("target")
     if isinstance(value, Tensor) and value.grad_fn is not None and isinstance(out, Tensor):
         call = LossCall(module, losses.normalize(module), out, y)
-        value.grad_fn.register_prehook(partial(delivery.on_loss, call))
+        value.grad_fn.register_prehook(partial(delivery.on_loss, [call]))
     return value
 
 
