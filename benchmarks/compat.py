@@ -29,7 +29,7 @@ from curvfunc import compat
 PRODUCTS = ("HMP", "GGNMP", "PCHMP")
 VECTORS = 10
 TOO_LARGE = {("2c2d", "KFRA"), ("3c3d", "KFRA")}  # both average a matrix over the pixels of all channels, 25088 x 25088 or more
-LARGE = {"SqrtGGNExact": 4}  # results that do not fit otherwise: a smaller batch, for both
+LARGE = {("2c2d", "SqrtGGNExact"): 4, ("3c3d", "SqrtGGNExact"): 4}  # results of gigabytes: a smaller batch, for both
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "mlp": (
@@ -105,7 +105,7 @@ def seconds(step: Callable[[], None], device: torch.device) -> float:
 def measure(net: str, extension: str, rounds: int, device: torch.device) -> dict[str, Any]:
     """Median times of the three steps, in rotation."""
     build, shape, batch = NETS[net]
-    batch = LARGE.get(extension, batch)
+    batch = LARGE.get((net, extension), batch)
     torch.manual_seed(0)
     model = build().to(device)
     X, y = torch.randn(batch, *shape, device=device), torch.randint(10, (batch,), device=device)

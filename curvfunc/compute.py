@@ -21,7 +21,7 @@ from curvfunc.cotangents import AveragedHessian, FullHessian, LossGradient, Loss
 from curvfunc.inputs import Batch, flatten_params, forward_errors, read_batch
 from curvfunc.model import ModelFunction
 from curvfunc.residuals import Curvature, curvature
-from curvfunc.rules.nonlinear import COMPOSITES, SUBSTITUTES
+from curvfunc.rules.nonlinear import COMPOSITES, SUBSTITUTES, THIRD_ORDER_SUBSTITUTES
 
 __all__ = ["Quantity", "compute"]
 
@@ -175,7 +175,8 @@ class _Run:
         return found[-1]
 
     def _results(self, leaves: list[Tensor], specs: list[Quantity], differentiable: bool) -> tuple[Tensor, list[Any]]:
-        layouts = Layouts(COMPOSITES, SUBSTITUTES) if any(isinstance(s.cotangent, FullHessian) for s in specs) else None
+        substitutes = SUBSTITUTES | (THIRD_ORDER_SUBSTITUTES if differentiable else {})
+        layouts = Layouts(COMPOSITES, substitutes) if any(isinstance(s.cotangent, FullHessian) for s in specs) else None
         chain = kfra.Chain() if any(isinstance(s.cotangent, AveragedHessian) for s in specs) else None
         run = self if chain is None else replace(self, model_fn=chain.recording(self.model_fn))
         trace = run._forward(leaves, any(s.contractions not in ((), ("total",)) for s in specs), layouts)

@@ -154,7 +154,7 @@ def merge(parts: list[Bound]) -> Bound:
     if len(parts) == 1:
         return parts[0]
     form = parts[0].form
-    if len({_features(p) for p in parts}) == 1:
+    if all(_features(p) == _features(parts[0]) for p in parts):
         if isinstance(form, Outer) and form.arrange is None:
             form = replace(form, sum_positions=all(_sums_positions(p) for p in parts))
             return Bound(form, torch.cat([p.g for p in parts], dim=3), torch.cat([p.x for p in parts], dim=2))
@@ -187,7 +187,7 @@ def per_sample(b: Bound) -> Tensor:
     if isinstance(b.form, Rows):
         return _scatter(b.g, b.x.expand(b.g.shape[:-1]), b.form.shape[0])
     if b.x.shape[2] == 1:
-        return arranged(b, b.g.mT * b.x)
+        return arranged(b, b.g.contiguous().mT * b.x)  # the layout of g, from vmap, would be that of the result
     v = b.g.shape[0]
     return arranged(b, torch.stack([g.mT @ b.x for g in b.g]) if v > 1 else (b.g[0].mT @ b.x)[None])
 
@@ -201,7 +201,7 @@ def squares(b: Bound) -> Tensor:
         return _scatter(part.flatten(0, 1), b.x.flatten(), b.form.shape[0])
     if b.x.shape[2] == 1:  # (g xᵀ)² = g² (x²)ᵀ, so the sum over samples is one matrix product
         g, x = b.g.square().sum(0)[:, :, 0], b.x.square()[:, :, 0]
-        return arranged(b, torch.einsum("nqo,nqk->qok", g, x))
+        return arranged(b, g.permute(1, 2, 0) @ x.transpose(0, 1))
     parts = [(g.mT @ x).square().sum(0) for g, x in _blocks(b)]
     return arranged(b, sum(parts[1:], parts[0]))
 
@@ -227,7 +227,7 @@ def weighted_squares(b: Bound, weights: Tensor) -> Tensor:
     if isinstance(b.form, Rows) or b.x.shape[2] > 1:
         return weighted_sample_squares(b, weights).sum(0)
     g = torch.einsum("vn,vnqo->nqo", weights, b.g[:, :, :, 0].square())
-    return arranged(b, torch.einsum("nqo,nqk->qok", g, b.x[:, :, 0].square()))
+    return arranged(b, g.permute(1, 2, 0) @ b.x[:, :, 0].square().transpose(0, 1))
 
 
 def weighted_sample_squares(b: Bound, weights: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 from curvfunc.capture import Trace, without_fallback_warnings
 from curvfunc.contractions import Outer, Through, arranged, bind, per_sample
@@ -92,6 +93,9 @@ class HessianProducts:
             return tuple(g for g in grads if g is not None)
 
         raw = [self._to_edge(j, v) for j, v in zip(sites, vectors, strict=True) if j in self._cotangents]
+        if _functorch.peek_interpreter_stack() is not None:
+            # backward passes that work in place need columns that are batched wherever the cotangents are
+            raw = [v + torch.zeros_like(self._cotangents[j]) for j, v in zip(used, raw, strict=True)]
         with without_fallback_warnings():
             found = iter(torch.vmap(backward)(*raw))
         return [

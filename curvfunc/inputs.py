@@ -105,8 +105,8 @@ def _samples(argument: str, value: Any) -> int:
             raise TypeError(f"{argument} must hold tensors, got {type(leaf).__name__}; use torch.as_tensor.")
         if leaf.ndim == 0:
             raise ValueError(f"{argument} holds a tensor without axes; its first axis must be the sample axis.")
-    sizes = sorted({leaf.shape[0] for leaf in leaves})
-    if len(sizes) > 1:
+    sizes = [leaf.shape[0] for leaf in leaves]  # in compiled code symbols, which have no hash
+    if any(size != sizes[0] for size in sizes):
         raise ValueError(f"the tensors in {argument} have {sizes} samples; all need the same leading sample axis.")
     return sizes[0]
 

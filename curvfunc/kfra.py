@@ -24,7 +24,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from curvfunc import contractions
-from curvfunc.capture import Site, Trace, _axis_or_none, _tensors, _viewed
+from curvfunc.capture import Site, Trace, _axis_or_none, _tensors
 from curvfunc.contractions import Direct, Outer, Rows, bind, per_sample
 from curvfunc.cotangents import CHUNK_BYTES
 from curvfunc.losses import Root
@@ -46,7 +46,6 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: GradientEdge
-    whole: GradientEdge
     shape: torch.Size
     axis: int | None
     data: list[tuple[Tensor, GradientEdge, torch.Size]]
@@ -96,12 +95,10 @@ class _Recorder(TorchFunctionMode):
     def _write(self, func: Any, args: Any, kwargs: Any, out: Any, data: list[Any], sampled: int) -> None:
         for t in (out,) if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ():
             if isinstance(t, Tensor) and t.requires_grad and _axis_or_none(t) is not None:
-                edge, whole = get_gradient_edge(t), get_gradient_edge(_viewed(t))
+                edge = get_gradient_edge(t)
                 if any(edge.node is e.node and edge.output_nr == e.output_nr for _, e, _ in data):
                     continue  # nothing happened: dropout in evaluation mode, x.contiguous()
-                if (whole.node, whole.output_nr) in self.calls:  # a view of another operation's output
-                    whole = edge
-                call = _Call(func, args, kwargs, edge, whole, t.shape, _axis_or_none(t), data, sampled)
+                call = _Call(func, args, kwargs, edge, t.shape, _axis_or_none(t), data, sampled)
                 self.calls[edge.node, edge.output_nr] = call
 
 
@@ -143,9 +140,7 @@ def factors(
             raise NotImplementedError(f"kfra: the samples of the output of {call.name} are not its first axis.")
         for key in [key for key in sites if key in _inside(call)]:
             site = sites.pop(key)
-            at_site = G
-            if key != (call.whole.node, call.whole.output_nr):  # the operation is made of others, as F.prelu
-                at_site = _through_diagonal(call, site.edge, site.shape, G, differentiable)
+            at_site = _through_diagonal(call, site.edge, site.shape, G, differentiable)
             for i, form in site.forms.items():
                 if i in found:
                     raise NotImplementedError(f"kfra: parameter {names[i]!r} is used more than once. Use kflr or kfac.")
@@ -250,7 +245,10 @@ def _refuse(call: _Call) -> NoReturn:
 
 def _through_diagonal(call: _Call, edge: GradientEdge, shape: torch.Size, G: Tensor, differentiable: bool) -> Tensor:
     """G ∘ (1/N) Σₙ dₙ dₙᵀ, from the operation's output to a tensor of that shape before it."""
-    if shape.numel() != call.shape.numel() or not all(map(is_diagonal, _between(call.output.node, edge.node))):
+    nodes = _between(call.output.node, edge.node)
+    if all(map(is_reshape, nodes)):
+        return G
+    if shape.numel() != call.shape.numel() or not all(map(is_diagonal, nodes)):
         _refuse(call)
     ones = torch.ones(call.shape, dtype=G.dtype, device=G.device)
     d = torch.autograd.grad([call.output], [edge], [ones], retain_graph=True, create_graph=differentiable)[0]
@@ -262,7 +260,7 @@ def _inside(call: _Call) -> set[tuple[Node, int]]:
     """The outputs of the nodes that an operation is made of."""
     ends = {edge.node for _, edge, _ in call.data}
     found: set[tuple[Node, int]] = set()
-    stack = [(call.output.node, call.output.output_nr), (call.whole.node, call.whole.output_nr)]
+    stack = [(call.output.node, call.output.output_nr)]
     while stack:
         place = stack.pop()
         if place not in found and place[0] not in ends:

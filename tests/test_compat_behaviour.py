@@ -531,6 +531,29 @@ def test_keyword_arguments_and_masks() -> None:
     assert model_fn is not None
 
 
+def test_low_precision() -> None:
+    """As the functions: per-sample results in the parameter's type, sums of squares in single precision."""
+    X, y = torch.randn(N, 5, dtype=torch.bfloat16), torch.arange(N) % 3
+    model, loss_fn = extend(mlp().bfloat16()), extend(nn.CrossEntropyLoss())
+    with backpack(BatchGrad(), SumGradSquared(), DiagGGNExact(), SqrtGGNExact(), KFAC()):
+        loss_fn(model(X), y).backward()
+    assert_close(got(model, "grad_batch"), want("batch_grad", model, X, y), rtol=3 * torch.finfo(torch.bfloat16).eps)
+    assert_close(got(model, "sqrt_ggn_exact"), want("sqrt_ggn", model, X, y), rtol=3 * torch.finfo(torch.bfloat16).eps)
+    assert_close(
+        got(model, "sum_grad_squared"), want("sum_grad_squared", model, X, y), rtol=3 * torch.finfo(torch.bfloat16).eps
+    )
+    assert_close(got(model, "diag_ggn_exact"), want("diag_ggn", model, X, y), rtol=3 * torch.finfo(torch.bfloat16).eps)
+
+
+def test_extended_modules_can_be_compiled() -> None:
+    """Compiled code is not recorded; it runs."""
+    (X, y), model = batch(), extend(mlp())
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_close(compiled(X), model(X))
+    F.cross_entropy(compiled(X), y).backward()
+    assert model[0].weight.grad is not None
+
+
 # -- errors
 
 
@@ -718,7 +741,7 @@ def test_guide_runs_and_prints_what_is_shown() -> None:
 def test_guide_names_everything() -> None:
     text = GUIDE.read_text(encoding="utf-8")
     functions = set(re.findall(r"`(\w+)\(f[,)]", text))
-    assert len(functions) == 15
+    assert len(functions) == 16
     assert all(hasattr(curvfunc, name) for name in functions)
     for name in extensions.__all__:
         if name != "HBP":

@@ -94,8 +94,8 @@ def test_steps_leave_memory_as_it_was(name: str, create_graph: bool) -> None:
     for _ in range(STEPS_OF[name]):
         step()
     more_tensors, more_objects = counts()
-    assert more_tensors == tensors
-    assert abs(more_objects - objects) < 50
+    assert more_tensors <= tensors  # fewer, if something that an earlier test has left goes now
+    assert more_objects - objects < 50
     grown = resident() - memory
     assert grown < 10e6, f"{grown / 1e6:.0f} MB more after {STEPS_OF[name]} steps"  # one activation is 0.13 MB
     del step

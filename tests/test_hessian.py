@@ -271,9 +271,9 @@ MODELS: dict[str, Case] = {
         lambda: torch.randn(N, 4),
     ),
     "group norm": (
-        lambda: mlp(nn.Conv1d(2, 4, 2), nn.GroupNorm(2, 4), nn.Tanh(), nn.Conv1d(4, 2, 2), nn.InstanceNorm1d(2, affine=True),
-                    nn.Flatten(), nn.Linear(4, C)),
-        lambda: torch.randn(N, 2, 4),
+        lambda: mlp(nn.Conv1d(2, 4, 2), nn.GroupNorm(2, 4), nn.Tanh(), nn.Conv1d(4, 2, 2, bias=False),
+                    nn.InstanceNorm1d(2, affine=True), nn.Flatten(), nn.Linear(8, C)),
+        lambda: torch.randn(N, 2, 6),
     ),
     "glu": (lambda: mlp(nn.Linear(4, 4), Glu(), nn.Linear(4, C)), lambda: torch.randn(N, 4)),
     "arithmetic": (Arithmetic, lambda: torch.randn(N, 4)),
@@ -448,7 +448,7 @@ def test_under_vmap_over_parameters(name: str) -> None:
     assert_close(got, {k: torch.stack([e[k] for e in each]) for k in params}, rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", [*TRANSFORMED, "products"])
+@pytest.mark.parametrize("name", [*TRANSFORMED, "products", "group norm", "tied", "pre-norm transformer", "lstm"])
 @pytest.mark.parametrize("loss_fn", [F.cross_entropy, lambda out, y: F.cross_entropy(out, y) - out.sin().sum()])
 def test_can_be_differentiated(name: str, loss_fn: Any) -> None:
     build, data = MODELS[name]
@@ -471,6 +471,7 @@ def test_can_be_differentiated(name: str, loss_fn: Any) -> None:
 
 @pytest.mark.parametrize("name", ["norms", "cnn"])
 def test_under_compile(name: str) -> None:
+    torch._dynamo.reset()
     build, data = MODELS[name]
     model_fn, params = cf.functionalize(build().eval())
     X, y = data(), torch.arange(N) % C
@@ -507,5 +508,3 @@ def test_backpack(act: type[nn.Module], loss: nn.Module) -> None:
     peer_total, peer_batched = backpack_diagonal(net, X, y, loss)
     assert_close(total, peer_total, rtol=1e-9)
     assert_close(batched, peer_batched, rtol=1e-9)
-
-

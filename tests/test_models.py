@@ -337,3 +337,15 @@ def test_explain_prints_a_table() -> None:
     lines = str(explain(model_fn, params, X)).splitlines()
     assert lines[0].split() == ["parameter", "path", "rule", "why"]
     assert [line.split() for line in lines[2:]] == [[name, "plain", "linear"] for name in params]
+
+
+def test_compiled_functions_take_batches_of_any_size() -> None:
+    """The last batch of an epoch is smaller: shapes become symbols then, and results stay right."""
+    torch._dynamo.reset()
+    module, X, y = small()
+    model_fn, params = functionalize(module)
+    specs = (BatchGrad(), BatchL2(), DiagGGN(), KFAC(0))
+    step = torch.compile(lambda p, X, y: compute(model_fn, p, X, y, specs), fullgraph=True, backend="aot_eager")
+    X, y = torch.cat([X, X + 1]), torch.cat([y, y])
+    for n in (4, 7, 5):
+        assert_close(step(params, X[:n], y[:n]), compute(model_fn, params, X[:n], y[:n], specs))

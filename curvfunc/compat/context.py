@@ -1,6 +1,7 @@
 """The state that BackPACK keeps globally: which extensions are active, and whether forward passes are recorded."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from inspect import isclass
 from types import TracebackType
 from typing import Any
@@ -9,11 +10,11 @@ from torch import nn
 
 from curvfunc.compat.extensions import BackpropExtension
 
-__all__ = ["CTX", "backpack", "disable"]
+__all__ = ["CTX", "backpack", "disable", "paused"]
 
 Hook = Callable[[nn.Module], Any]
 
-# How many of curvfunc's own calls run now, which are neither recorded nor reacted to (`curvfunc.compat.recording.paused`).
+# How many of curvfunc's own calls run now, which are neither recorded nor reacted to.
 PAUSED = [0]
 
 # Backward passes that run now, by autograd's own number (`curvfunc.compat.delivery.Pass`).
@@ -178,3 +179,13 @@ class disable:
     def should_store_io() -> bool:
         """Whether forward passes are recorded."""
         return disable.store_io
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Neither record calls nor react to backward passes: they are curvfunc's own."""
+    PAUSED[0] += 1
+    try:
+        yield
+    finally:
+        PAUSED[0] -= 1

@@ -12,9 +12,10 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from curvfunc import losses
 from curvfunc.capture import Layouts, Site, Trace
+from curvfunc.compat.context import paused
 from curvfunc.compat.delivery import _FREED, check_repeated, repeat, select
 from curvfunc.compat.extensions import BackpropExtension, MatrixProduct
-from curvfunc.compat.recording import LossCall, ModuleUse, RegionOutput, notes, paused
+from curvfunc.compat.notes import LossCall, ModuleUse, RegionOutput, notes
 from curvfunc.compute import CONTRACTIONS, LARGEST_BLOCK, Quantity, _combine, compute
 from curvfunc.contractions import Bound, Direct, Form, Outer, bind, join, merge
 from curvfunc.cotangents import FullHessian, LossRoot, chunks, pull
@@ -160,13 +161,16 @@ def _pulled(
                 selected = select(bound, ext.get_subsampling())
                 for name in spec.contractions:
                     _add(found.setdefault((i, k, name), []), name, selected, len(ranges) == 1, create_graph)
-    for i, p in graph.params.items():
-        for k, (ext, spec) in enumerate(group):
-            if (i, k, spec.contractions[0]) in found:
-                parts = [_whole(n, found.pop((i, k, n))) for n in spec.contractions]
-                subset = ext.get_subsampling()
-                result = spec.finish(len(out) if subset is None else len(subset), *parts)
-                setattr(p, ext.savefield, list(result) if isinstance(result, tuple) else result)
+                if stop == root.num:  # at once, so that the memory of what was there before can be used again
+                    parts = [_whole(name, found.pop((i, k, name))) for name in spec.contractions]
+                    _store(graph.params[i], ext, spec, selected.g.shape[1], parts)
+
+
+def _store(p: Tensor, ext: BackpropExtension, spec: Quantity, samples: int, parts: list[Any]) -> None:
+    result = spec.finish(samples, *parts)
+    if "per_sample" in spec.contractions:  # sums of squares stay in single precision
+        result = result.to(p.dtype)
+    setattr(p, ext.savefield, list(result) if isinstance(result, tuple) else result)
 
 
 def _check_block(ext: BackpropExtension, spec: Quantity, bound: Bound) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,10 @@ from torch.autograd import Variable
 
 from curvfunc.capture import Trace, capture
 from curvfunc.compat.context import CTX, PAUSED, RUNNING, no_op
+from curvfunc.compat.notes import LossCall, ModuleUse, Region, RegionOutput
 from curvfunc.compute import CONTRACTIONS, Quantity
 from curvfunc.contractions import Bound, Direct, Outer, Rows, bind, merge, per_sample
 from curvfunc.cotangents import pull
-
-if TYPE_CHECKING:
-    from curvfunc.compat.recording import LossCall, ModuleUse, Region, RegionOutput
 
 Grads = tuple[Tensor | None, ...]
 
@@ -223,7 +221,8 @@ class Pass:
         for ext, spec in self.first_order:
             if self.debug:
                 print("[DEBUG] Running extension", ext, "on a parameter of shape", tuple(p.shape))
-            setattr(p, ext.savefield, contracted(spec, select(bound, ext.get_subsampling())))
+            result = contracted(spec, select(bound, ext.get_subsampling()))
+            setattr(p, ext.savefield, result.to(p.dtype) if "per_sample" in spec.contractions else result)
 
     def _call_hook(self, region: Region, owner: int) -> None:
         """The extension hook on a module, after those without parameters that were called later."""

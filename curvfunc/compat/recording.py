@@ -11,9 +11,8 @@ region notes its input only, and the backward pass runs the functional core on i
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -22,160 +21,21 @@ import optree
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch
-from torch.autograd.graph import Node, get_gradient_edge
-from torch.func import functional_call
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules.loss import _Loss
 
 from curvfunc import losses
 from curvfunc.capture import _BATCH_NORMS, Site, _axis, _Capture, _hidden, _marked, _refuse_batch_statistics
 from curvfunc.compat import delivery
 from curvfunc.compat.context import CTX, PAUSED, disable
+from curvfunc.compat.notes import Call, LossCall, ModuleUse, Region, RegionOutput, note
 
-__all__ = ["LossCall", "ModuleUse", "Region", "extend", "memory_cleanup", "paused"]
-
-KEY = "curvfunc"  # of the notes in a node's metadata
+__all__ = ["extend", "memory_cleanup"]
 
 BATCH_NORM = (
     "Encountered BatchNorm module in training mode: it mixes the samples of a batch, so that individual gradients and "
     "curvature are not defined. Call module.eval() on it, or use GroupNorm or LayerNorm."
 )
-
-
-# -- notes
-
-
-@dataclass(eq=False)
-class Region:
-    """One call of an extended module that was not called by another one.
-
-    Attributes:
-        name: Class of the module.
-        params: Its parameters that require grad.
-        names: Their names.
-        owners: The modules they belong to.
-        samples: Number of samples.
-        uses: How often each parameter is used, by index.
-        calls: Modules without submodules, in the order of their calls.
-        inputs: The call itself, to be able to repeat it; None once the graph was freed.
-        refusal: Why no quantity is defined.
-        reason: Why the plain path does not hold.
-        pending: How many of its notes are still waiting for a backward pass.
-    """
-
-    name: str
-    params: list[Tensor]
-    names: list[str]
-    owners: list["weakref.ref[nn.Module]"]
-    samples: int
-    inputs: "Call | None"
-    uses: dict[int, int] = field(default_factory=dict)
-    calls: list["weakref.ref[nn.Module]"] = field(default_factory=list)
-    refusal: str | None = None
-    reason: str | None = None
-    pending: int = 0
-
-    def release(self) -> None:
-        """One note less to wait for; forget the inputs with the last one."""
-        self.pending -= 1
-        if self.pending == 0:
-            self.inputs = None
-
-
-@dataclass(eq=False)
-class ModuleUse:
-    """An operation that uses parameters, as the hook on its node sees it; without what comes after that node.
-
-    Attributes:
-        site: As captured, but for its edge, which would be a cycle.
-        region: The call it belongs to.
-        output: Which output of the node.
-    """
-
-    site: Site | None
-    region: Region
-    output: int
-
-
-@dataclass(eq=False)
-class RegionOutput:
-    """The output of a region, as the hook on its node sees it.
-
-    Attributes:
-        region: The region.
-        output: Which output of the node.
-        value: The output, detached, where the region has to be repeated; None once the graph was freed.
-        version: Its version counter.
-    """
-
-    region: Region
-    output: int
-    value: Tensor | None
-    version: int
-
-
-@dataclass(eq=False)
-class LossCall:
-    """A call of an extended loss.
-
-    Attributes:
-        module: The loss module.
-        loss: In normal form.
-        out: The model's output, with its graph.
-        y: Targets.
-    """
-
-    module: nn.Module
-    loss: losses.Loss
-    out: Any
-    y: Any
-
-
-@dataclass(eq=False)
-class Call:
-    """A call of a module, as a function of its parameters and of those inputs that have a sample axis.
-
-    Attributes:
-        module: The module.
-        leaves: All arguments, flattened.
-        tree: Their structure.
-        sampled: Which of them have the samples on axis 0.
-        random_state: Of the random number generators before the call, in training mode.
-    """
-
-    module: "weakref.ref[nn.Module]"
-    leaves: list[Any]
-    tree: Any
-    sampled: list[int]
-    random_state: list[Tensor] | None
-
-    @property
-    def X(self) -> list[Tensor]:
-        """The inputs that have a sample axis."""
-        return [self.leaves[i] for i in self.sampled]
-
-    def model_fn(self, params: dict[str, Tensor], X: Sequence[Tensor]) -> Any:
-        """The call again, with the same draws of dropout."""
-        leaves = list(self.leaves)
-        for i, x in zip(self.sampled, X, strict=True):
-            leaves[i] = x
-        called: Any = optree.tree_unflatten(self.tree, leaves)
-        args, kwargs = called
-        module = self.module()
-        assert module is not None
-        with paused(), _random_state(self.random_state):
-            return functional_call(module, params, args, kwargs)
-
-
-@contextmanager
-def _random_state(state: list[Tensor] | None) -> Iterator[None]:
-    if state is None:
-        yield
-        return
-    with torch.random.fork_rng(range(len(state) - 1)):
-        torch.set_rng_state(state[0])
-        for device, s in enumerate(state[1:]):
-            torch.cuda.set_rng_state(s, device)
-        yield
 
 
 # -- whether to record
@@ -186,16 +46,6 @@ class _Local(threading.local):
 
 
 _LOCAL = _Local()
-
-
-@contextmanager
-def paused() -> Iterator[None]:
-    """Neither record calls nor react to backward passes: they are curvfunc's own."""
-    PAUSED[0] += 1
-    try:
-        yield
-    finally:
-        PAUSED[0] -= 1
 
 
 def _recordable() -> bool:
@@ -236,12 +86,14 @@ class ExtendedForward:
         """Run the module's own forward, recorded unless it is part of a recorded call."""
         module = self.module()
         assert module is not None
+        if torch.compiler.is_compiling():
+            return (self.original or partial(type(module).forward, module))(*args, **kwargs)
         forward = self.original or MethodType(type(module).forward, module)
         if (region := _LOCAL.region) is not None and not isinstance(module, _Loss):
             if not module._modules:
                 region.calls.append(self.module)
             return forward(*args, **kwargs)
-        if torch.compiler.is_compiling() or not _recordable():
+        if not _recordable():
             return forward(*args, **kwargs)
         if not disable.store_io:
             return _watched(forward(*args, **kwargs))
@@ -414,27 +266,16 @@ def _attach(region: Region, sites: list[Site], outputs: list[Tensor]) -> None:
         for i in site.forms:
             region.uses[i] = region.uses.get(i, 0) + 1
         region.pending += 1
-        _note(node, use)
+        note(node, use)
         node.register_prehook(partial(delivery.on_use, use))
     for t in outputs:
         node, output, *_ = get_gradient_edge(t)
         result = RegionOutput(region, output, None if plain else t.detach(), t._version)
-        _note(node, result)
+        note(node, result)
         if not plain:
             region.pending += 1
             node.register_prehook(partial(delivery.on_output, result))
     delivery.REGIONS.add(region)
-
-
-def _note(node: Node, note: Any) -> None:
-    metadata: Any = node.metadata
-    metadata.setdefault(KEY, []).append(note)
-
-
-def notes(node: Node) -> list[Any]:
-    """What was noted on a node."""
-    metadata: Any = node.metadata
-    return list(metadata.get(KEY, []))
 
 
 def _watched(out: Any) -> Any:

@@ -1,0 +1,170 @@
+"""What recording notes for the backward pass, on the nodes of the autograd graph.
+
+A note refers only to what comes before its node in the graph, so that it goes when the graph goes, without cycles.
+"""
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.func import functional_call
+
+from curvfunc import losses
+from curvfunc.capture import Site
+from curvfunc.compat.context import paused
+
+__all__ = ["Call", "LossCall", "ModuleUse", "Region", "RegionOutput", "note", "notes"]
+
+KEY = "curvfunc"  # of the notes in a node's metadata
+
+
+@dataclass(eq=False)
+class Region:
+    """One call of an extended module that was not called by another one.
+
+    Attributes:
+        name: Class of the module.
+        params: Its parameters that require grad.
+        names: Their names.
+        owners: The modules they belong to.
+        samples: Number of samples.
+        uses: How often each parameter is used, by index.
+        calls: Modules without submodules, in the order of their calls.
+        inputs: The call itself, to be able to repeat it; None once the graph was freed.
+        refusal: Why no quantity is defined.
+        reason: Why the plain path does not hold.
+        pending: How many of its notes are still waiting for a backward pass.
+    """
+
+    name: str
+    params: list[Tensor]
+    names: list[str]
+    owners: list["weakref.ref[nn.Module]"]
+    samples: int
+    inputs: "Call | None"
+    uses: dict[int, int] = field(default_factory=dict)
+    calls: list["weakref.ref[nn.Module]"] = field(default_factory=list)
+    refusal: str | None = None
+    reason: str | None = None
+    pending: int = 0
+
+    def release(self) -> None:
+        """One note less to wait for; forget the inputs with the last one."""
+        self.pending -= 1
+        if self.pending == 0:
+            self.inputs = None
+
+
+@dataclass(eq=False)
+class ModuleUse:
+    """An operation that uses parameters, as the hook on its node sees it; without what comes after that node.
+
+    Attributes:
+        site: As captured, but for its edge, which would be a cycle.
+        region: The call it belongs to.
+        output: Which output of the node.
+    """
+
+    site: Site | None
+    region: Region
+    output: int
+
+
+@dataclass(eq=False)
+class RegionOutput:
+    """The output of a region, as the hook on its node sees it.
+
+    Attributes:
+        region: The region.
+        output: Which output of the node.
+        value: The output, detached, where the region has to be repeated; None once the graph was freed.
+        version: Its version counter.
+    """
+
+    region: Region
+    output: int
+    value: Tensor | None
+    version: int
+
+
+@dataclass(eq=False)
+class LossCall:
+    """A call of an extended loss.
+
+    Attributes:
+        module: The loss module.
+        loss: In normal form.
+        out: The model's output, with its graph.
+        y: Targets.
+    """
+
+    module: nn.Module
+    loss: losses.Loss
+    out: Any
+    y: Any
+
+
+@dataclass(eq=False)
+class Call:
+    """A call of a module, as a function of its parameters and of those inputs that have a sample axis.
+
+    Attributes:
+        module: The module.
+        leaves: All arguments, flattened.
+        tree: Their structure.
+        sampled: Which of them have the samples on axis 0.
+        random_state: Of the random number generators before the call, in training mode.
+    """
+
+    module: "weakref.ref[nn.Module]"
+    leaves: list[Any]
+    tree: Any
+    sampled: list[int]
+    random_state: list[Tensor] | None
+
+    @property
+    def X(self) -> list[Tensor]:
+        """The inputs that have a sample axis."""
+        return [self.leaves[i] for i in self.sampled]
+
+    def model_fn(self, params: dict[str, Tensor], X: Sequence[Tensor]) -> Any:
+        """The call again, with the same draws of dropout."""
+        leaves = list(self.leaves)
+        for i, x in zip(self.sampled, X, strict=True):
+            leaves[i] = x
+        called: Any = optree.tree_unflatten(self.tree, leaves)
+        args, kwargs = called
+        module = self.module()
+        assert module is not None
+        with paused(), _random_state(self.random_state):
+            return functional_call(module, params, args, kwargs)
+
+
+@contextmanager
+def _random_state(state: list[Tensor] | None) -> Iterator[None]:
+    if state is None:
+        yield
+        return
+    with torch.random.fork_rng(range(len(state) - 1)):
+        torch.set_rng_state(state[0])
+        for device, s in enumerate(state[1:]):
+            torch.cuda.set_rng_state(s, device)
+        yield
+
+
+def note(node: Node, what: Any) -> None:
+    """Leave a note on a node."""
+    metadata: Any = node.metadata
+    metadata.setdefault(KEY, []).append(what)
+
+
+def notes(node: Node) -> list[Any]:
+    """What was noted on a node."""
+    metadata: Any = node.metadata
+    return list(metadata.get(KEY, []))
