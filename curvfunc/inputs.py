@@ -107,7 +107,8 @@ def _samples(argument: str, value: Any) -> int:
             raise ValueError(f"{argument} holds a tensor without axes; its first axis must be the sample axis.")
     sizes = [leaf.shape[0] for leaf in leaves]  # in compiled code symbols, which have no hash
     if any(size != sizes[0] for size in sizes):
-        raise ValueError(f"the tensors in {argument} have {sizes} samples; all need the same leading sample axis.")
+        found = sorted(set(map(int, sizes)))
+        raise ValueError(f"the tensors in {argument} have {found} samples; all need the same leading sample axis.")
     return sizes[0]
 
 
