@@ -12,475 +12,23 @@ stays right when the output is changed in place later. Two ways of running keep 
 Where vmap cannot run the model either, samples run one after another, all parameters generic. Nothing is guessed.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
 import optree
 import torch
-import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
 from torch._C import _functorch
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
-from torch.overrides import TorchFunctionMode
+from torch.autograd.graph import get_gradient_edge
 
-from curvfunc.batch_axis import mutates, propagate
-from curvfunc.contractions import Direct, Form, Through, rows_of, sum_to_shape, transposed
-from curvfunc.rules import DECOMPOSITIONS, EXPANSIONS, ROWS, RULES, TRANSPOSES, Use
+from curvfunc.contractions import Direct
+from curvfunc.observer import Observer, Opaque, axis_of, calls_may_hide, hidden, marked, without_fallback_warnings
+from curvfunc.sites import Layouts, Site, Trace
 
-__all__ = ["Layouts", "Site", "Trace", "capture"]
-
-MIXED = -1  # a tensor whose sample axis is not known
-CONSTANT = -2  # a tensor that requires grad and depends on no sample: parameters, and what is made of them alone
-
-
-@dataclass
-class Site:
-    """A use of parameters: forms by parameter index, and how to read the cotangent of the output.
-
-    Attributes:
-        name: Of the operation.
-        forms: ``{parameter index: form}``.
-        edge: Gradient edge of the operation's output, up to a reshape to ``shape``.
-        axis: Sample axis of that output.
-        inputs: The input tensors and their version counters, to notice changes in place.
-        shape: Of the output, all samples together.
-        producers: Graph nodes that made the inputs.
-    """
-
-    name: str
-    forms: dict[int, Form]
-    edge: GradientEdge
-    axis: int
-    inputs: list[tuple[Tensor, int]]
-    shape: torch.Size
-    producers: list[Node]
-
-
-@dataclass
-class Parameter:
-    """A parameter, or a tensor made of parameters and constants alone.
-
-    Attributes:
-        tensor: It; kept so that its identity stays its own.
-        leaf: Index of the parameter, None if made.
-        parents: What it was made of.
-        transposed_of: The matrix whose transpose it is.
-        rows_of: The matrix of which it is a block of rows, and the first of them.
-    """
-
-    tensor: Tensor
-    leaf: int | None
-    parents: list["Parameter"] = field(default_factory=list)
-    transposed_of: "Parameter | None" = None
-    rows_of: "tuple[Parameter, int] | None" = None
-
-    def ancestors(self) -> list["Parameter"]:
-        """The parameters that it is made of."""
-        if self.leaf is not None:
-            return [self]
-        return list({id(q): q for p in self.parents for q in p.ancestors()}.values())
-
-
-@dataclass
-class Trace:
-    """A finished forward pass.
-
-    Attributes:
-        out: The output [N, ...], with its autograd graph.
-        sites: Uses of parameters whose cotangents give everything; a generic parameter is a site of its own.
-        mode: "plain", "vmap" or "loop".
-        reasons: ``{parameter index: why it is generic}``, under the index None why the plain path does not hold.
-    """
-
-    out: Tensor
-    sites: list[Site]
-    mode: str
-    reasons: dict[int | None, str] = field(default_factory=dict)
-
-
-@dataclass
-class Layouts:
-    """What a forward pass notes on request about the tensors that it passes through, by graph node and output number.
-
-    Attributes:
-        of: Sample axis and shape of each tensor that an operation took.
-        composites: For a call of a function in ``functions``, the edge of its input by the node of its output.
-        functions: Python functions of one tensor that count as one operation.
-        substitutes: Functions that run in place of others.
-    """
-
-    functions: frozenset[Any] = frozenset()
-    substitutes: dict[Any, Callable[..., Any]] = field(default_factory=dict)
-    of: dict[tuple[Node, int], tuple[int, torch.Size]] = field(default_factory=dict)
-    composites: dict[Node, GradientEdge] = field(default_factory=dict)
-
-    def clear(self) -> None:
-        """Forget everything, before another forward pass."""
-        self.of.clear()
-        self.composites.clear()
-
-
-class _Capture(TorchFunctionMode):
-    """Records sites, generic parameters and the sample axis. ``level`` is the vmap level, None on the plain path."""
-
-    def __init__(self, tracked: dict[int, Tensor], level: int | None, samples: int, layouts: Layouts | None = None) -> None:
-        super().__init__()
-        self.layouts = layouts
-        if layouts is not None:
-            layouts.clear()
-        self.index = {id(p): Parameter(p, i) for i, p in tracked.items()}
-        self.level = level
-        self.samples = samples
-        self.guesses: bool | None = None  # whether constants were taken for samples; False forbids it
-        self.sites: list[Site] = []
-        self.reasons: dict[int | None, str] = {}
-        if level is None:
-            for p in tracked.values():
-                p._curvfunc_axis = CONSTANT  # type: ignore[attr-defined]
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run ``func`` and note what it does with parameters and samples."""
-        kwargs = kwargs or {}
-        if func in _BATCH_NORMS:
-            _refuse_batch_statistics(func, args, kwargs)
-        used = [p for t in _tensors(args, kwargs) if (p := self.index.get(id(t))) is not None]
-        if used and (decomposition := DECOMPOSITIONS.get(func)) is not None:
-            with self:
-                return decomposition(*args, **kwargs)
-        if used and func in RULES and not any(self._sampled(t) for t in _tensors(args, kwargs)):
-            args, kwargs = (self._repeated(a) for a in (args, kwargs))
-        run = _embedding if func is F.embedding and self.level is not None else func
-        taken = [] if self.layouts is None else self._layouts(args, kwargs)
-        if self.layouts is not None:
-            run = self.layouts.substitutes.get(func, run)
-        out = run(*args, **kwargs)
-        if self.layouts is not None and func in self.layouts.functions and taken and out.requires_grad:
-            self.layouts.composites[get_gradient_edge(self._raw(out)).node] = taken[0]
-        if used and _tensor_in(out):
-            if not self._derive(func, args, kwargs, out, used):
-                self._use(func, args, kwargs, out, used)
-        elif self.level is None:
-            self._follow(func, args, kwargs, out)
-        return out
-
-    # -- parameters
-
-    def _derive(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, used: list["Parameter"]) -> bool:
-        """Keep what is made of parameters and constants alone, as a parameter of its own."""
-        if mutates(func) or any(self._sampled(t) for t in _tensors(args, kwargs)):
-            return False
-        if (made := self._expanded(func, out, used[0])) is not None:
-            self.sites.append(made)
-            _mark(out, made.axis)
-            return True
-        for k, t in enumerate((out,) if isinstance(out, Tensor) else out):
-            if not isinstance(t, Tensor) or not t.requires_grad:
-                continue
-            if self.level is None:
-                _mark(t, CONSTANT)
-            p = self.index[id(t)] = Parameter(t, None, [*used])
-            if len(used) == 1 and func in TRANSPOSES and t.ndim == 2:
-                p.transposed_of = used[0]
-            elif len(used) == 1 and func in ROWS and t.ndim == 2:
-                p.rows_of = (used[0], sum(len(o) for o in out[:k]))
-        return True
-
-    def _sampled(self, t: Tensor) -> bool:
-        """Whether a tensor may depend on samples with a gradient, or on a single one of them."""
-        if self.level is None:
-            return _axis(t) not in (None, CONSTANT)
-        return id(t) not in self.index and (t.requires_grad or _functorch.is_batchedtensor(t))
-
-    def _repeated(self, args: Any) -> Any:
-        """Constant arguments of an operation with a rule as samples, so that it stays a site.
-
-        On the plain path a constant with N rows is taken to have one per sample; like all sites, this one counts only
-        if the sample axis can be followed from it to the output. Under vmap constants are repeated.
-        """
-
-        def samples(t: Any) -> Any:
-            if not isinstance(t, Tensor) or id(t) in self.index:
-                return t
-            if self.level is not None:
-                return _functorch._add_batch_dim(t.expand(self.samples, *t.shape), 0, self.level)
-            if self.guesses is False or t.ndim == 0 or not t.shape[0] == self.samples > 1:
-                return t
-            self.guesses = True
-            return _marked(t)
-
-        return {k: samples(t) for k, t in args.items()} if isinstance(args, dict) else tuple(map(samples, args))
-
-    def _expanded(self, func: Any, out: Any, p: "Parameter") -> Site | None:
-        """A parameter that is repeated once per sample: the site at which it meets them."""
-        if self.level is not None or func not in EXPANSIONS or not isinstance(out, Tensor) or self.guesses is False:
-            return None
-        own = [1] * (out.ndim - p.tensor.ndim) + list(p.tensor.shape)
-        if self.samples == 1 or any(a not in (1, b) for a, b in zip(own, out.shape, strict=True)):
-            return None
-        axis = next((d for d, (a, b) in enumerate(zip(own, out.shape, strict=True)) if a == 1 and b == self.samples), None)
-        if axis is None:
-            return None
-        del own[axis]
-        lead, shape = torch.Size(own), p.tensor.shape
-        form = Direct(lambda g: sum_to_shape(g, lead).reshape(*g.shape[:2], *shape), shape)
-        self.guesses = True
-        return Site(_name(func), dict(self._leaf_forms(p, form)), get_gradient_edge(out), axis, [], out.shape, [])
-
-    def _use(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, used: list["Parameter"]) -> None:
-        if self.level is None:
-            self._follow(func, args, kwargs, out)
-        rule = RULES.get(func)
-        if rule is None:
-            return self._refuse(used, f"{_name(func)} has no rule")
-        bound = {**dict(zip(rule.arguments, args, strict=False)), **kwargs}
-        roles = {name: p for name, t in bound.items() if name in rule.parameters and (p := self.index.get(id(t))) is not None}
-        if len(roles) != len(used) or not isinstance(out, Tensor):
-            return self._decline(used, f"{_name(func)} takes it as an argument that has no rule")
-        axis, raw = self._sample_axis(out)
-        if axis is None:
-            return self._unproven(used, func)
-        if not raw.requires_grad:  # no gradient flows here; reentrant checkpoints only look as if
-            if _calls_may_hide():
-                raise _Opaque
-            return None
-        inputs = {k: t for k, t in bound.items() if isinstance(t, Tensor) and k not in roles}
-        batched = {k: first for k, t in inputs.items() if (first := self._batch_first(t)) is not None}
-        if any(k not in batched and k not in rule.parameters for k in inputs):
-            return self._unproven(used, func)
-        alone = rule.samples_first and self.level is not None
-        if alone:  # each sample is a batch of its own: one axis for both
-            if any(t.shape[1:2] != (1,) for t in batched.values()):
-                return self._refuse(used, f"the inputs of {_name(func)} do not have the samples first")
-            batched = {k: t.squeeze(1) for k, t in batched.items()}
-        bound |= batched
-        if rule.takes_use:
-            bound["use"] = Use(axis if self.level is None else None, frozenset(roles), frozenset(batched))
-        forms = rule.forms(**bound)
-        if forms is NotImplemented or not roles.keys() <= forms.keys():
-            return self._decline(used, f"the rule of {_name(func)} does not cover this use")
-        if alone:
-            forms = {k: _squeezed(f) for k, f in forms.items()}
-        of_leaves = [(i, form) for name, p in roles.items() for i, form in self._leaf_forms(p, forms[name])]
-        if len({i for i, _ in of_leaves}) != len(of_leaves):
-            return self._decline(used, f"{_name(func)} takes it in two arguments")
-        data = [self._raw(t) for t in _tensors(args, kwargs) if id(t) not in self.index]
-        self.sites.append(
-            Site(
-                name=_name(func),
-                forms=dict(of_leaves),
-                edge=get_gradient_edge(_viewed(raw)),
-                axis=axis,
-                inputs=[(t, t._version) for t in map(self._raw, inputs.values())],
-                shape=raw.shape,
-                producers=[get_gradient_edge(t).node for t in data if t.requires_grad],
-            )
-        )
-        return None
-
-    def _leaf_forms(self, p: "Parameter", form: Form) -> list[tuple[int, Form]]:
-        """The forms of the parameters that ``p`` is made of."""
-        if p.leaf is not None:
-            return [(p.leaf, form)]
-        if p.transposed_of is not None and (flipped := transposed(form)) is not None:
-            return self._leaf_forms(p.transposed_of, flipped)
-        if p.rows_of is not None:
-            parent, start = p.rows_of
-            if (whole := rows_of(form, start, parent.tensor.shape)) is not None:
-                return self._leaf_forms(parent, whole)
-        edge = get_gradient_edge(p.tensor)
-        leaves = {q.leaf: q.tensor for q in p.ancestors()}
-        return [(i, Through(form, _pullback(edge, t), t.shape)) for i, t in leaves.items() if i is not None]
-
-    def _refuse(self, used: list["Parameter"], why: str) -> None:
-        self.note([q.leaf for p in used for q in p.ancestors()], why)
-
-    def _unproven(self, used: list["Parameter"], func: Any) -> None:
-        """On the plain path the samples may mix; under vmap the operation sees no sample at all."""
-        self._decline(used, f"{_name(func)} has no proven sample axis")
-
-    def _decline(self, used: list["Parameter"], why: str) -> None:
-        """What does not hold on the whole batch may hold for each sample by itself."""
-        return self.note([None], why) if self.level is None else self._refuse(used, why)
-
-    def note(self, used: Sequence[int | None], why: str) -> None:
-        """Note why parameters are generic, or for None why the plain path does not hold."""
-        for i in used:
-            self.reasons.setdefault(i, why)
-
-    def _sample_axis(self, out: Tensor) -> tuple[int | None, Tensor]:
-        """The sample axis of a site's output, and the tensor that carries its graph."""
-        if self.level is None:
-            return _axis_or_none(out), out
-        if not _functorch.is_batchedtensor(out) or _functorch.maybe_get_level(out) != self.level:
-            return None, out
-        return _functorch.maybe_get_bdim(out), _functorch.get_unwrapped(out)
-
-    def _batch_first(self, t: Tensor) -> Tensor | None:
-        """An input [n, ...]; None where it has no sample axis on the plain path."""
-        if self.level is None:
-            axis = _axis(t)
-            return None if axis is None or axis < 0 else t.movedim(axis, 0) if axis else t
-        if _functorch.is_batchedtensor(t) and _functorch.maybe_get_level(t) == self.level:
-            return _functorch.get_unwrapped(t).movedim(_functorch.maybe_get_bdim(t), 0)
-        return t.expand(self.samples, *t.shape)
-
-    def _raw(self, t: Tensor) -> Tensor:
-        if self.level is not None and _functorch.is_batchedtensor(t) and _functorch.maybe_get_level(t) == self.level:
-            return _functorch.get_unwrapped(t)
-        return t
-
-    # -- samples
-
-    def _layouts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[GradientEdge]:
-        """Note the layout of the tensors with a gradient; before the call, which may change them in place."""
-        edges = []
-        for t in _tensors(args, kwargs):
-            if t.requires_grad:
-                raw = self._raw(t)
-                axis = _axis_or_none(t) if self.level is None else _functorch.maybe_get_bdim(t) if raw is not t else None
-                edges.append(edge := get_gradient_edge(raw))
-                if axis is not None:
-                    self.layouts.of[edge.node, edge.output_nr] = (axis, raw.shape)  # type: ignore[union-attr]
-        return edges
-
-    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """Mark each tensor of ``out`` with its sample axis."""
-        if mutates(func):  # its views keep their marks, so the axis must not change
-            before = args[0].__dict__.get("_curvfunc_axis")
-            axis = _propagated(func, args, kwargs, args[0])
-            if before is not None and axis != before:
-                self.reasons.setdefault(None, f"{_name(func)} changes a tensor in place and mixes samples")
-            _mark(args[0], axis)
-        elif isinstance(out, Tensor):
-            _mark(out, _propagated(func, args, kwargs, out))
-        elif isinstance(out, (tuple, list)) and _tensor_in(out):
-            axes = _propagated(func, args, kwargs, out)
-            if isinstance(axes, tuple):
-                axes = tuple([MIXED if axis is None else axis for axis in axes])
-            else:
-                axes = (axes,) * len(out)
-            for t, axis in zip(out, axes, strict=True):
-                if isinstance(t, Tensor):
-                    _mark(t, axis)
-
-
-def _propagated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-    """Sample axis of ``out``: an axis, MIXED, CONSTANT; None for a constant without gradient."""
-    sampled = constant_with_grad = mixed = unknown = False
-    for t in _tensors(args, kwargs):
-        axis = _axis(t)
-        if axis is None:
-            constant_with_grad |= t.requires_grad
-        elif axis >= 0:
-            sampled = True
-        elif axis == CONSTANT:
-            constant_with_grad = True
-        elif t.requires_grad:
-            mixed = True
-        else:
-            unknown = True
-    if mixed or (unknown and not sampled):
-        return MIXED
-    if sampled:
-        found = propagate(func, args, kwargs, out, _axis_or_none)
-        return MIXED if found is None else found
-    return CONSTANT if constant_with_grad else None
-
-
-def _axis(t: Tensor) -> int | None:
-    axis: int | None = t.__dict__.get("_curvfunc_axis")
-    if axis is None and t.grad_fn is not None:
-        return MIXED  # made where the mode could not see it
-    return axis
-
-
-def _axis_or_none(t: Tensor) -> int | None:
-    axis = _axis(t)
-    return None if axis is None or axis < 0 else axis
-
-
-def _mark(t: Tensor, axis: int | None) -> None:
-    if axis is not None:
-        t._curvfunc_axis = axis  # type: ignore[attr-defined]
-
-
-def _squeezed(form: Form) -> Form:
-    """The form for cotangents with an axis of their own for each sample's batch of one."""
-    if isinstance(form, Through):
-        return replace(form, form=_squeezed(form.form))
-    inner = form.cotangent
-    return replace(form, cotangent=lambda g: inner(g.squeeze(2)))
-
-
-def _pullback(edge: GradientEdge, leaf: Tensor) -> Callable[[Tensor], Tensor]:
-    """Takes gradients [v, n, ...] at ``edge`` to gradients [v, n, *shape] of ``leaf``."""
-
-    def one(g: Tensor) -> Tensor:
-        create = torch.is_grad_enabled()
-        found = torch.autograd.grad(edge, leaf, g, retain_graph=True, create_graph=create, materialize_grads=True)
-        return found[0]
-
-    def pull(g: Tensor) -> Tensor:
-        with without_fallback_warnings():
-            return torch.vmap(torch.vmap(one))(g)
-
-    return pull
-
-
-def _viewed(t: Tensor) -> Tensor:
-    """The tensor that a view shows whole, in the same order; otherwise ``t``.
-
-    A change in place of a view replaces the view's graph node, but not the one that its base had before.
-    """
-    base = t._base
-    same = base is not None and base.numel() == t.numel() and base.is_contiguous() and t.is_contiguous()
-    return base if same and base.requires_grad else t  # type: ignore[return-value, union-attr]
-
-
-def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """The tensors among the arguments, nested lists and tuples included."""
-    for a in args:
-        if isinstance(a, Tensor):
-            yield a
-        elif isinstance(a, (tuple, list)):
-            yield from _tensors(tuple(a), {})
-    for a in kwargs.values():
-        if isinstance(a, Tensor):
-            yield a
-        elif isinstance(a, (tuple, list)):
-            yield from _tensors(tuple(a), {})
-
-
-def _tensor_in(out: Any) -> bool:
-    return isinstance(out, Tensor) or (isinstance(out, (tuple, list)) and any(_tensor_in(o) for o in out))
-
-
-def _name(func: Any) -> str:
-    return getattr(func, "__name__", str(func))
-
-
-_BATCH_NORMS = {F.batch_norm: 5, torch.batch_norm: 5, torch.native_batch_norm: 5}
-
-
-def _refuse_batch_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    training = kwargs.get("training", args[5] if len(args) > 5 else False)
-    if training:
-        raise ValueError(
-            "batch normalization in training mode mixes the samples of a batch, so that per-sample gradients and "
-            "curvature are not defined: call module.eval() before functionalize's function runs (running statistics "
-            "are then used), or use GroupNorm or LayerNorm."
-        )
-
-
-class _Opaque(Exception):
-    """The model runs in a way that hides calls from the mode, and that can be switched off."""
+__all__ = ["capture", "check_output"]
 
 
 def capture(
@@ -530,16 +78,16 @@ def _attempt(
         reasons: dict[int | None, str] = dict.fromkeys(generic, "on request")
         return _capture_batched(model_fn, leaves, rebuild, X, samples, reasons, layouts)
     for guesses in (None, False):
-        mode = _Capture(tracked, None, samples, layouts)
+        mode = Observer(tracked, None, samples, layouts)
         mode.guesses = guesses
-        params, X_marked = rebuild(leaves), optree.tree_map(_marked, X)
+        params, X_marked = rebuild(leaves), optree.tree_map(marked, X)
         with mode:
             out = model_fn(params, X_marked)
         check_output(out, samples)
-        if not mode.reasons and out.requires_grad and _axis(out) != 0:
+        if not mode.reasons and out.requires_grad and axis_of(out) != 0:
             mode.reasons[None] = "the sample axis could not be followed to the output"
         if not mode.reasons:
-            mode.note(_hidden(out, mode.sites, tracked), "it is used where calls cannot be seen")
+            mode.note(hidden(out, mode.sites, tracked), "it is used where calls cannot be seen")
         if not mode.reasons:
             return Trace(out, mode.sites, "plain")
         if not mode.guesses:
@@ -566,15 +114,10 @@ def _capture_batched(
         return _capture_loop(model_fn, leaves, rebuild, X, samples, error)
 
 
-def _calls_may_hide() -> bool:
-    """Whether this is not yet the attempt with nothing hidden."""
-    return torch.utils.checkpoint.CheckpointFunction.__module__ == "torch.utils.checkpoint"
-
-
 def _hides_calls(error: Exception) -> bool:
     """Whether activation checkpointing or compiled code inside the model made the capture fail."""
-    return _calls_may_hide() and (
-        isinstance(error, (_Opaque, torch._dynamo.exc.TorchDynamoException))
+    return calls_may_hide() and (
+        isinstance(error, (Opaque, torch._dynamo.exc.TorchDynamoException))
         or "saved tensor hooks" in str(error)
         or "autograd.Function with functorch" in str(error)
     )
@@ -600,12 +143,6 @@ def _nothing_hidden() -> Iterator[None]:
         yield
 
 
-def _marked(x: Tensor) -> Tensor:
-    x = x.view_as(x)
-    x._curvfunc_axis = 0  # type: ignore[attr-defined]
-    return x
-
-
 def _capture_vmapped(
     model_fn: Callable[..., Any],
     leaves: list[Tensor],
@@ -620,11 +157,11 @@ def _capture_vmapped(
     while True:
         tracked = {i: p for i, p in enumerate(leaves) if i not in reasons}
         generic = {i: _copies(leaves[i], samples) for i in reasons if i is not None}
-        modes: list[_Capture] = []
+        modes: list[Observer] = []
 
         def one(x: Any, own: dict[int, Tensor]) -> Tensor:
             level = _functorch.maybe_get_level(optree.tree_leaves(x)[0])
-            modes.append(_Capture(tracked, level, samples, layouts))  # noqa: B023 (called at once, below)
+            modes.append(Observer(tracked, level, samples, layouts))  # noqa: B023 (called at once, below)
             params = rebuild([own.get(i, p) for i, p in enumerate(leaves)])
             x = optree.tree_map(lambda t: t.unsqueeze(0), x)
             with modes[0]:  # noqa: B023
@@ -635,7 +172,7 @@ def _capture_vmapped(
         with without_fallback_warnings():
             out = torch.vmap(one, randomness="different")(X, generic)
         mode = modes[0]
-        mode.note(_hidden(out, mode.sites, tracked), "it is used where calls cannot be seen")
+        mode.note(hidden(out, mode.sites, tracked), "it is used where calls cannot be seen")
         if not mode.reasons:
             return Trace(out, mode.sites + _generic_sites(generic, leaves), "vmap", reasons)
         reasons |= mode.reasons
@@ -654,28 +191,12 @@ def _capture_loop(
     outs = []
     for n in range(samples):
         x = optree.tree_map(lambda t, n=n: t[n : n + 1], X)
-        with _Capture({}, None, 1):
+        with Observer({}, None, 1):
             out = model_fn(rebuild([p[n] for p in generic.values()]), x)
         check_output(out, 1)
         outs.append(out)
     why = f"vmap cannot run the model: {str(error).splitlines()[0]}"
     return Trace(torch.cat(outs), _generic_sites(generic, leaves), "loop", dict.fromkeys(generic, why))
-
-
-@contextmanager
-def without_fallback_warnings() -> Iterator[None]:
-    """Silence vmap where it runs an operation sample by sample: that is slower, and right."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-        yield
-
-
-def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
-    """F.embedding whose row of padding gets no gradient under vmap either: torch 2.13 ignores ``padding_idx`` there."""
-    out = F.embedding(input, weight, None, *args, **kwargs)
-    if padding_idx is None:
-        return out
-    return torch.where((input == padding_idx % len(weight)).unsqueeze(-1), out.detach(), out)
 
 
 def _copies(p: Tensor, samples: int) -> Tensor:
@@ -688,31 +209,6 @@ def _generic_sites(generic: dict[int, Tensor], leaves: list[Tensor]) -> list[Sit
         Site("generic", {i: Direct(lambda g: g, leaves[i].shape)}, get_gradient_edge(copies), 0, [], copies.shape, [])
         for i, copies in generic.items()
     ]
-
-
-def _hidden(out: Tensor, sites: list[Site], tracked: dict[int, Tensor]) -> list[int]:
-    """Parameters that the output's graph reaches other than through the sites, by walking the graph."""
-    if not out.requires_grad:
-        return []
-    ends = {get_gradient_edge(p).node: i for i, p in tracked.items()}
-    producers = {site.edge.node: site.producers for site in sites}
-    seen: set[Node] = set()
-    stack = [get_gradient_edge(out).node]
-    found = set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if type(node).__name__ in ("CheckpointFunctionBackward", "CompiledFunctionBackward") and _calls_may_hide():
-            raise _Opaque
-        if node in ends:
-            found.add(ends[node])
-        elif node in producers:
-            stack.extend(producers[node])
-        else:
-            stack.extend([n for n, _ in node.next_functions if n is not None])
-    return sorted(found)
 
 
 def check_output(out: Any, samples: int) -> None:

@@ -15,13 +15,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from curvfunc import contractions, hessian, kfra, losses
-from curvfunc.capture import Layouts, Trace, capture, check_output
+from curvfunc.capture import capture, check_output
 from curvfunc.contractions import Bound, Direct, Through, bind, direct
 from curvfunc.cotangents import AveragedHessian, FullHessian, LossGradient, LossRoot, chunks, pull
 from curvfunc.inputs import Batch, flatten_params, forward_errors, read_batch
 from curvfunc.model import ModelFunction
 from curvfunc.residuals import Curvature, curvature
 from curvfunc.rules.nonlinear import COMPOSITES, SUBSTITUTES, THIRD_ORDER_SUBSTITUTES
+from curvfunc.sites import Layouts, Trace
 
 __all__ = ["Quantity", "compute"]
 

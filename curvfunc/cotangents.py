@@ -12,7 +12,8 @@ import torch
 from torch import Generator, Tensor
 
 from curvfunc import losses
-from curvfunc.capture import Site, Trace, without_fallback_warnings
+from curvfunc.observer import without_fallback_warnings
+from curvfunc.sites import Site, Trace
 
 __all__ = ["AveragedHessian", "FullHessian", "LossGradient", "LossRoot", "chunks", "pull"]
 

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from curvfunc.capture import Trace
 from curvfunc.compute import trace
 from curvfunc.contractions import Through
+from curvfunc.sites import Trace
 
 __all__ = ["Explanation", "Row", "explain"]
 

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from curvfunc.capture import Site, Trace, without_fallback_warnings
 from curvfunc.contractions import (
     Bound,
     Outer,
@@ -35,7 +34,9 @@ from curvfunc.contractions import (
 )
 from curvfunc.cotangents import CHUNK_BYTES
 from curvfunc.hessian_products import HessianProducts
+from curvfunc.observer import without_fallback_warnings
 from curvfunc.residuals import Curvature, Meeting, Residual
+from curvfunc.sites import Site, Trace
 
 __all__ = ["Columns", "diagonal"]
 

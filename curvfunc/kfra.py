@@ -24,12 +24,13 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from curvfunc import contractions
-from curvfunc.capture import Site, Trace, _axis_or_none, _tensors
 from curvfunc.contractions import Direct, Outer, Rows, bind, per_sample
 from curvfunc.cotangents import CHUNK_BYTES
 from curvfunc.losses import Root
+from curvfunc.observer import axis_or_none, tensors_in
 from curvfunc.residuals import is_affine
 from curvfunc.rules.nonlinear import is_diagonal, is_linear, is_reshape
+from curvfunc.sites import Site, Trace
 
 __all__ = ["Chain", "factors"]
 
@@ -84,7 +85,7 @@ class _Recorder(TorchFunctionMode):
         """Run ``func`` and write it down if gradients flow through it."""
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunction():  # the capture need not see the questions asked here
-            sampled = [t for t in _tensors(args, kwargs) if _axis_or_none(t) is not None]
+            sampled = [t for t in tensors_in(args, kwargs) if axis_or_none(t) is not None]
             # before the call, which may change them in place
             data = [(t, get_gradient_edge(t), t.shape) for t in sampled if t.requires_grad]
         out = func(*args, **kwargs)
@@ -94,11 +95,11 @@ class _Recorder(TorchFunctionMode):
 
     def _write(self, func: Any, args: Any, kwargs: Any, out: Any, data: list[Any], sampled: int) -> None:
         for t in (out,) if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ():
-            if isinstance(t, Tensor) and t.requires_grad and _axis_or_none(t) is not None:
+            if isinstance(t, Tensor) and t.requires_grad and axis_or_none(t) is not None:
                 edge = get_gradient_edge(t)
                 if any(edge.node is e.node and edge.output_nr == e.output_nr for _, e, _ in data):
                     continue  # nothing happened: dropout in evaluation mode, x.contiguous()
-                call = _Call(func, args, kwargs, edge, t.shape, _axis_or_none(t), data, sampled)
+                call = _Call(func, args, kwargs, edge, t.shape, axis_or_none(t), data, sampled)
                 self.calls[edge.node, edge.output_nr] = call
 
 

@@ -26,10 +26,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from curvfunc import losses
-from curvfunc.capture import _BATCH_NORMS, _refuse_batch_statistics, check_output, without_fallback_warnings
+from curvfunc.capture import check_output
 from curvfunc.compute import _leaf
 from curvfunc.cotangents import CHUNK_BYTES
 from curvfunc.inputs import Batch, flatten_params, forward_errors, read_batch
+from curvfunc.observer import BATCH_NORMS, refuse_batch_statistics, without_fallback_warnings
 
 __all__ = [
     "EmpiricalFisher",
@@ -105,8 +106,8 @@ class _NoBatchStatistics(TorchFunctionMode):
     ) -> Any:
         """Run ``func``, unless it mixes samples."""
         kwargs = kwargs or {}
-        if func in _BATCH_NORMS:
-            _refuse_batch_statistics(func, args, kwargs)
+        if func in BATCH_NORMS:
+            refuse_batch_statistics(func, args, kwargs)
         return func(*args, **kwargs)
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from curvfunc.capture import Layouts, Site, Trace
 from curvfunc.contractions import Direct, Outer
 from curvfunc.rules.nonlinear import curve, is_diagonal
+from curvfunc.sites import Layouts, Site, Trace
 
 __all__ = ["Curvature", "Meeting", "Residual", "curvature", "is_affine"]
 

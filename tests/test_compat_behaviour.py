@@ -426,7 +426,7 @@ class Noisy(Distances):
 @pytest.fixture
 def no_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing has a rule, so every parameter is generic."""
-    monkeypatch.setattr("curvfunc.capture.RULES", {})
+    monkeypatch.setattr("curvfunc.observer.RULES", {})
 
 
 @pytest.mark.usefixtures("no_rules")

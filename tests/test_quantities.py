@@ -130,7 +130,7 @@ def test_fallbacks(name: str, quantity: str, mode: str, monkeypatch: pytest.Monk
     def refuse(*args: Any) -> None:
         raise NotImplementedError("vmap")
 
-    monkeypatch.setattr("curvfunc.capture.RULES", {})
+    monkeypatch.setattr("curvfunc.observer.RULES", {})
     if mode == "loop":
         monkeypatch.setattr("curvfunc.capture._capture_vmapped", refuse)
     problem = PROBLEMS[name].make()

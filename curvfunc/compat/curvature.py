@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from curvfunc import losses
-from curvfunc.capture import Layouts, Site, Trace
 from curvfunc.compat.context import paused
 from curvfunc.compat.delivery import _FREED, check_repeated, repeat, select
 from curvfunc.compat.extensions import BackpropExtension, MatrixProduct
@@ -20,6 +19,7 @@ from curvfunc.compute import CONTRACTIONS, LARGEST_BLOCK, Quantity, _combine, co
 from curvfunc.contractions import Bound, Direct, Form, Outer, bind, join, merge
 from curvfunc.cotangents import FullHessian, LossRoot, chunks, pull
 from curvfunc.residuals import curvature
+from curvfunc.sites import Layouts, Site, Trace
 
 __all__ = ["evaluate"]
 

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from curvfunc.capture import Trace, capture
+from curvfunc.capture import capture
 from curvfunc.compat.context import CTX, PAUSED, RUNNING, no_op
 from curvfunc.compat.notes import LossCall, ModuleUse, Region, RegionOutput
 from curvfunc.compute import CONTRACTIONS, Quantity
 from curvfunc.contractions import Bound, Direct, Outer, Rows, bind, merge, per_sample
 from curvfunc.cotangents import pull
+from curvfunc.sites import Trace
 
 Grads = tuple[Tensor | None, ...]
 

@@ -16,8 +16,8 @@ from torch.autograd.graph import Node
 from torch.func import functional_call
 
 from curvfunc import losses
-from curvfunc.capture import Site
 from curvfunc.compat.context import paused
+from curvfunc.sites import Site
 
 __all__ = ["Call", "LossCall", "ModuleUse", "Region", "RegionOutput", "note", "notes"]
 

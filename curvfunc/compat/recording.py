@@ -25,10 +25,11 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules.loss import _Loss
 
 from curvfunc import losses
-from curvfunc.capture import _BATCH_NORMS, Site, _axis, _Capture, _hidden, _marked, _refuse_batch_statistics
 from curvfunc.compat import delivery
 from curvfunc.compat.context import CTX, PAUSED, disable
 from curvfunc.compat.notes import Call, LossCall, ModuleUse, Region, RegionOutput, note
+from curvfunc.observer import BATCH_NORMS, Observer, axis_of, hidden, marked, refuse_batch_statistics
+from curvfunc.sites import Site
 
 __all__ = ["extend", "memory_cleanup"]
 
@@ -52,10 +53,10 @@ def _recordable() -> bool:
     if PAUSED[0] or not torch.is_grad_enabled() or _functorch.peek_interpreter_stack() is not None:
         return False
     modes = torch.overrides._get_current_function_mode_stack() if torch._C._len_torch_function_stack() else []
-    return not any(isinstance(m, _Capture) and not isinstance(m, _Recording) for m in modes)
+    return not any(isinstance(m, Observer) and not isinstance(m, _Recording) for m in modes)
 
 
-class _Recording(_Capture):
+class _Recording(Observer):
     """The capture mode, in the user's own forward pass: training-mode batch normalization is noted, not refused."""
 
     refusal: str | None = None
@@ -63,9 +64,9 @@ class _Recording(_Capture):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _BATCH_NORMS:
+        if func in BATCH_NORMS:
             try:
-                _refuse_batch_statistics(func, args, kwargs or {})
+                refuse_batch_statistics(func, args, kwargs or {})
             except ValueError:
                 self.refusal = BATCH_NORM
                 return func(*args, **kwargs or {})
@@ -194,7 +195,7 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
     names, tensors, owners = map(list, zip(*params, strict=True))
     region = Region(type(module).__name__, tensors, names, owners, len(first), call)
     for i in sampled:
-        leaves[i] = _marked(leaves[i])
+        leaves[i] = marked(leaves[i])
     called = optree.tree_unflatten(tree, leaves)
     args, kwargs = called
     mode = _Recording(dict(enumerate(tensors)), None, len(first))
@@ -245,12 +246,12 @@ def _tensors_in(out: Any) -> Iterator[Tensor]:
 def _judge(region: Region, mode: _Recording, outputs: list[Tensor]) -> None:
     """Whether the sites hold, or why not."""
     region.refusal = mode.refusal
-    if not mode.reasons and any((axis := _axis(t)) is None or axis < 0 for t in outputs):
+    if not mode.reasons and any((axis := axis_of(t)) is None or axis < 0 for t in outputs):
         mode.note([None], "the sample axis could not be followed to the output")
     if not mode.reasons:
         tracked = dict(enumerate(region.params))
-        hidden = {i for t in outputs for i in _hidden(t, mode.sites, tracked)}
-        mode.note(sorted(hidden), "it is used where calls cannot be seen")
+        unseen = {i for t in outputs for i in hidden(t, mode.sites, tracked)}
+        mode.note(sorted(unseen), "it is used where calls cannot be seen")
     for i, why in mode.reasons.items():
         region.reason = why if i is None else f"parameter {region.names[i]!r}: {why}"
         return

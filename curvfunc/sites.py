@@ -1,0 +1,100 @@
+"""What a forward pass leaves behind: where it uses the parameters."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from curvfunc.contractions import Form
+
+__all__ = ["Layouts", "Parameter", "Site", "Trace"]
+
+
+@dataclass
+class Site:
+    """A use of parameters: forms by parameter index, and how to read the cotangent of the output.
+
+    Attributes:
+        name: Of the operation.
+        forms: ``{parameter index: form}``.
+        edge: Gradient edge of the operation's output, up to a reshape to ``shape``.
+        axis: Sample axis of that output.
+        inputs: The input tensors and their version counters, to notice changes in place.
+        shape: Of the output, all samples together.
+        producers: Graph nodes that made the inputs.
+    """
+
+    name: str
+    forms: dict[int, Form]
+    edge: GradientEdge
+    axis: int
+    inputs: list[tuple[Tensor, int]]
+    shape: torch.Size
+    producers: list[Node]
+
+
+@dataclass
+class Parameter:
+    """A parameter, or a tensor made of parameters and constants alone.
+
+    Attributes:
+        tensor: It; kept so that its identity stays its own.
+        leaf: Index of the parameter, None if made.
+        parents: What it was made of.
+        transposed_of: The matrix whose transpose it is.
+        rows_of: The matrix of which it is a block of rows, and the first of them.
+    """
+
+    tensor: Tensor
+    leaf: int | None
+    parents: list["Parameter"] = field(default_factory=list)
+    transposed_of: "Parameter | None" = None
+    rows_of: "tuple[Parameter, int] | None" = None
+
+    def ancestors(self) -> list["Parameter"]:
+        """The parameters that it is made of."""
+        if self.leaf is not None:
+            return [self]
+        return list({id(q): q for p in self.parents for q in p.ancestors()}.values())
+
+
+@dataclass
+class Trace:
+    """A finished forward pass.
+
+    Attributes:
+        out: The output [N, ...], with its autograd graph.
+        sites: Uses of parameters whose cotangents give everything; a generic parameter is a site of its own.
+        mode: "plain", "vmap" or "loop".
+        reasons: ``{parameter index: why it is generic}``, under the index None why the plain path does not hold.
+    """
+
+    out: Tensor
+    sites: list[Site]
+    mode: str
+    reasons: dict[int | None, str] = field(default_factory=dict)
+
+
+@dataclass
+class Layouts:
+    """What a forward pass notes on request about the tensors that it passes through, by graph node and output number.
+
+    Attributes:
+        of: Sample axis and shape of each tensor that an operation took.
+        composites: For a call of a function in ``functions``, the edge of its input by the node of its output.
+        functions: Python functions of one tensor that count as one operation.
+        substitutes: Functions that run in place of others.
+    """
+
+    functions: frozenset[Any] = frozenset()
+    substitutes: dict[Any, Callable[..., Any]] = field(default_factory=dict)
+    of: dict[tuple[Node, int], tuple[int, torch.Size]] = field(default_factory=dict)
+    composites: dict[Node, GradientEdge] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Forget everything, before another forward pass."""
+        self.of.clear()
+        self.composites.clear()
