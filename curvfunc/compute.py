@@ -129,6 +129,11 @@ def _results(
     chunk_size: int | None,
 ) -> list[Any]:
     """One result per spec. With a subset, the specs of the whole batch have a forward pass of their own."""
+    if isinstance(model_fn, torch.nn.Module):
+        raise TypeError(
+            f"model_fn is the module {type(model_fn).__name__}; a function of (params, X) is needed: "
+            "model_fn, params = curvfunc.functionalize(module)."
+        )
     for spec in specs:
         if not isinstance(spec, Quantity):
             raise TypeError(f"specs must hold quantities such as BatchGrad() or DiagGGN(), got {spec!r}.")

@@ -349,3 +349,9 @@ def test_compiled_functions_take_batches_of_any_size() -> None:
     X, y = torch.cat([X, X + 1]), torch.cat([y, y])
     for n in (4, 7, 5):
         assert_close(step(params, X[:n], y[:n]), compute(model_fn, params, X[:n], y[:n], specs))
+
+
+def test_a_module_in_place_of_its_function() -> None:
+    module, X, y = small()
+    with pytest.raises(TypeError, match=r"Sequential; a function of .*curvfunc\.functionalize"):
+        curvfunc.batch_grad(module, dict(module.named_parameters()), X, y)
