@@ -22,10 +22,9 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 from torch._C import _functorch
-from torch.autograd.graph import get_gradient_edge
 
 from curvfunc.contractions import Direct
-from curvfunc.observer import Observer, Opaque, axis_of, calls_may_hide, hidden, marked, without_fallback_warnings
+from curvfunc.observer import Observer, Opaque, axis_of, calls_may_hide, edge_of, hidden, marked, without_fallback_warnings
 from curvfunc.sites import Layouts, Site, Trace
 
 __all__ = ["capture", "check_output"]
@@ -206,7 +205,7 @@ def _copies(p: Tensor, samples: int) -> Tensor:
 
 def _generic_sites(generic: dict[int, Tensor], leaves: list[Tensor]) -> list[Site]:
     return [
-        Site("generic", {i: Direct(lambda g: g, leaves[i].shape)}, get_gradient_edge(copies), 0, [], copies.shape, [])
+        Site("generic", {i: Direct(lambda g: g, leaves[i].shape)}, edge_of(copies), 0, [], copies.shape, [])
         for i, copies in generic.items()
     ]
 

@@ -188,7 +188,8 @@ class _Run:
         trace = run._forward(leaves, any(s.contractions not in ((), ("total",)) for s in specs), layouts)
         curved = None if layouts is None else self._curvature(trace, leaves, layouts)
         device = trace.out.device.type
-        with nullcontext() if differentiable else torch.no_grad(), torch.autocast(device, enabled=False):
+        full_precision = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        with nullcontext() if differentiable else torch.no_grad(), full_precision:
             out = trace.out if differentiable else trace.out.detach()
             whole = self.batch.spread(out)
             losses.check(self.loss, whole, self.batch.y)

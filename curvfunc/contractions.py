@@ -133,8 +133,10 @@ def bind(form: Form, cotangent: Tensor, inputs: Callable[[Form], Tensor]) -> Bou
     if isinstance(form, Rows):
         none = x < 0  # these positions get a row of their own, which is dropped
         return Bound(form, g.masked_fill(none.unsqueeze(-1), 0), x.masked_fill(none, form.shape[0]))
-    dtype = torch.promote_types(g.dtype, x.dtype)
-    return Bound(form, g.to(dtype), _wide(x.to(dtype)))
+    if x.dtype != g.dtype:
+        dtype = torch.promote_types(g.dtype, x.dtype)
+        g, x = g.to(dtype), _wide(x.to(dtype))
+    return Bound(form, g, x)
 
 
 def _wide(t: Tensor) -> Tensor:

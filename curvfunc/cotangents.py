@@ -103,11 +103,16 @@ def pull(
             found = iter(torch.vmap(reached_only)(columns))
         grads = [next(found) if r else None for r in reached]
     sites = [
-        _zeros(s, trace, columns) if g is None else g.reshape(len(g), *s.shape).movedim(s.axis + 1, 1)
-        for s, g in zip(trace.sites, grads, strict=False)
+        _zeros(s, trace, columns) if g is None else _samples_first(g, s) for s, g in zip(trace.sites, grads, strict=False)
     ]
     totals = [torch.zeros_like(p) if g is None else g[0] for p, g in zip(leaves, grads[len(sites) :], strict=True)]
     return sites, totals
+
+
+def _samples_first(g: Tensor, site: Site) -> Tensor:
+    if g.shape[1:] != site.shape:
+        g = g.reshape(len(g), *site.shape)
+    return g.movedim(site.axis + 1, 1) if site.axis else g
 
 
 def _zeros(site: Site, trace: Trace, columns: Tensor) -> Tensor:

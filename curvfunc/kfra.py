@@ -20,14 +20,14 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node
 from torch.overrides import TorchFunctionMode
 
 from curvfunc import contractions
 from curvfunc.contractions import Direct, Outer, Rows, bind, per_sample
 from curvfunc.cotangents import CHUNK_BYTES
 from curvfunc.losses import Root
-from curvfunc.observer import axis_or_none, tensors_in
+from curvfunc.observer import axis_or_none, edge_of, tensors_in
 from curvfunc.residuals import is_affine
 from curvfunc.rules.nonlinear import is_diagonal, is_linear, is_reshape
 from curvfunc.sites import Site, Trace
@@ -87,7 +87,7 @@ class _Recorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():  # the capture need not see the questions asked here
             sampled = [t for t in tensors_in(args, kwargs) if axis_or_none(t) is not None]
             # before the call, which may change them in place
-            data = [(t, get_gradient_edge(t), t.shape) for t in sampled if t.requires_grad]
+            data = [(t, edge_of(t), t.shape) for t in sampled if t.requires_grad]
         out = func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
             self._write(func, args, kwargs, out, data, len(sampled))
@@ -96,7 +96,7 @@ class _Recorder(TorchFunctionMode):
     def _write(self, func: Any, args: Any, kwargs: Any, out: Any, data: list[Any], sampled: int) -> None:
         for t in (out,) if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ():
             if isinstance(t, Tensor) and t.requires_grad and axis_or_none(t) is not None:
-                edge = get_gradient_edge(t)
+                edge = edge_of(t)
                 if any(edge.node is e.node and edge.output_nr == e.output_nr for _, e, _ in data):
                     continue  # nothing happened: dropout in evaluation mode, x.contiguous()
                 call = _Call(func, args, kwargs, edge, t.shape, axis_or_none(t), data, sampled)
@@ -132,7 +132,7 @@ def factors(
     found: dict[int, tuple[Tensor, ...]] = {}
     sites = {(s.edge.node, s.edge.output_nr): s for s in trace.sites}
     G = _loss_hessian(root, select, trace)
-    edge = get_gradient_edge(trace.out) if trace.out.requires_grad else None
+    edge = edge_of(trace.out) if trace.out.requires_grad else None
     while edge is not None and sites:
         call = chain.calls.get((edge.node, edge.output_nr))
         if call is None:

@@ -693,9 +693,9 @@ def _check_reduction(loss: Loss) -> None:
 
 def _check_classes(loss: Loss, out: Tensor, y: Tensor) -> None:
     """Targets of cross-entropy: indices [N, *d] in [0, C) or ``ignore_index``, or probabilities [N, C, *d]."""
-    what, shapes = _label(loss), f"the output has shape {tuple(out.shape)} and the target {tuple(y.shape)} of {y.dtype}"
+    what = _label(loss)
     if out.ndim < 2:
-        raise ValueError(f"{what}: {shapes}; the output needs a class axis after the batch axis. Add it to the output.")
+        raise ValueError(f"{what}: {_shapes(out, y)}; the output needs a class axis after the batch axis. Add it to the output.")
     num_classes, indices = out.shape[1], (out.shape[0], *out.shape[2:])
     weight = loss.tensors.get("weight")
     if weight is not None and weight.shape != (num_classes,):
@@ -706,13 +706,13 @@ def _check_classes(loss: Loss, out: Tensor, y: Tensor) -> None:
         return
     if y.shape != indices or y.dtype not in (torch.int64, torch.uint8):
         raise ValueError(
-            f"{what}: {shapes}; the target must hold class indices of shape {tuple(indices)} and dtype int64 "
+            f"{what}: {_shapes(out, y)}; the target must hold class indices of shape {tuple(indices)} and dtype int64 "
             "(y.long()), or class probabilities of the output's shape in floating point."
         )
     if y.device.type != "cpu" or not values_visible(y) or y.numel() == 0:
         return
     low, high = y.aminmax()
-    if low >= 0 and high < num_classes:
+    if low.item() >= 0 and high.item() < num_classes:
         return
     wrong = y[((y < 0) | (y >= num_classes)) & (y != dict(loss.options)["ignore_index"])]
     if wrong.numel():
@@ -720,6 +720,10 @@ def _check_classes(loss: Loss, out: Tensor, y: Tensor) -> None:
             f"{what}: target {wrong[0].item()} is out of range for C = {num_classes} classes (output of shape "
             f"{tuple(out.shape)}). Classes are 0 to {num_classes - 1}; mark positions to leave out with ignore_index."
         )
+
+
+def _shapes(out: Tensor, y: Tensor) -> str:
+    return f"the output has shape {tuple(out.shape)} and the target {tuple(y.shape)} of {y.dtype}"
 
 
 def _check_mass(loss: Loss, mass: Tensor, soft: bool = False) -> None:
@@ -775,7 +779,7 @@ def _split(like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -23,8 +23,13 @@ class ModelFunction:
         """Wrap ``module``; see :func:`functionalize`."""
         self.module = module
         self.output_fn = output_fn
-        self._parameters, self._buffers = _holders(module, "_parameters"), _holders(module, "_buffers")
-        self._places = _places(module)
+        self._read()
+
+    def _read(self) -> None:
+        """Note where the module holds its tensors."""
+        self._parameters, self._buffers = _holders(self.module, "_parameters"), _holders(self.module, "_buffers")
+        self._places = _places(self.module)
+        self._submodules = [(m._modules, key, child) for m in self.module.modules() for key, child in m._modules.items()]
 
     def __call__(self, params: dict[str, Tensor], X: Any) -> Tensor:
         """Evaluate the module at ``params``: ``module(X)``, ``module(*X)`` for a tuple, ``module(**X)`` for a dict."""
@@ -36,9 +41,26 @@ class ModelFunction:
         if not state and not self._parameters.keys() <= params.keys():
             state = self.frozen(params)
         args, kwargs = (X, {}) if isinstance(X, tuple) else ((), X) if isinstance(X, dict) else ((X,), {})
-        values = {place: t for name, t in (state | params).items() for place in self._places[name]}
-        out = functional_call(self.module, values, args, kwargs, tie_weights=False)
+        values = state | params if state else params
+        if torch.compiler.is_compiling() or isinstance(self.module, torch.jit.ScriptModule):
+            named = {place: t for name, t in values.items() for place, *_ in self._places[name]}
+            out = functional_call(self.module, named, args, kwargs, tie_weights=False)
+        else:
+            out = self._call(values, args, kwargs)
         return out if self.output_fn is None else self.output_fn(out)
+
+    def _call(self, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As ``functional_call``, without what it looks up at each call."""
+        before: list[tuple[dict[str, Any], str, Any]] = []
+        try:
+            for name, t in values.items():
+                for _, held, key in self._places[name]:
+                    before.append((held, key, held[key]))
+                    held[key] = t
+            return self.module(*args, **kwargs)
+        finally:
+            for held, key, t in before:
+                held[key] = t
 
     def frozen(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """The module's parameters that ``params`` does not name, without gradient."""
@@ -51,6 +73,8 @@ class ModelFunction:
     def _check(self, params: dict[str, Tensor]) -> None:
         if not isinstance(params, dict):
             raise TypeError(f"params of a functionalized module is a dict by parameter name, got {type(params).__name__}.")
+        if any(held.get(key) is not child for held, key, child in self._submodules):  # one was replaced since
+            self._read()
         if not params.keys() <= self._places.keys():
             unknown = sorted(params.keys() - self._places.keys())
             raise ValueError(
@@ -60,7 +84,7 @@ class ModelFunction:
 
         first: dict[str, str] = {}
         for name in params:
-            if (other := first.setdefault(self._places[name][0], name)) != name:
+            if (other := first.setdefault(self._places[name][0][0], name)) != name:
                 raise ValueError(f"{other!r} and {name!r} in params are one parameter. Remove one of them.")
 
     def __eq__(self, other: object) -> bool:
@@ -93,17 +117,18 @@ def _holders(module: nn.Module, kind: str) -> Holders:
     return {name: (held, key) for name, held, key in found.values()}
 
 
-def _places(module: nn.Module) -> dict[str, tuple[str, ...]]:
-    """For each name of a tensor the names of all places that hold it, each place once.
+def _places(module: nn.Module) -> dict[str, tuple[tuple[str, dict[str, Any], str], ...]]:
+    """For each name of a tensor all places that hold it, each once: name, a submodule's dictionary, and the key.
 
     ``functional_call`` would find shared tensors by itself, but where a submodule has two names it fills the same place
     twice, and then cannot put back what was there.
     """
-    places: dict[int, list[str]] = {}
+    places: dict[int, list[tuple[str, dict[str, Any], str]]] = {}
     for prefix, submodule in module.named_modules():  # each submodule under one name
-        for key, t in (submodule._parameters | submodule._buffers).items():
-            if t is not None:
-                places.setdefault(id(t), []).append(f"{prefix}.{key}" if prefix else key)
+        for held in (submodule._parameters, submodule._buffers):
+            for key, t in held.items():
+                if t is not None:
+                    places.setdefault(id(t), []).append((f"{prefix}.{key}" if prefix else key, held, key))
     names = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return {name: tuple(places[id(t)]) for name, t in names}
 

@@ -53,31 +53,33 @@ class Observer(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in BATCH_NORMS:
             refuse_batch_statistics(func, args, kwargs)
-        used = [p for t in tensors_in(args, kwargs) if (p := self.index.get(id(t))) is not None]
+        tensors = tensors_in(args, kwargs)
+        used = [p for t in tensors if (p := self.index.get(id(t))) is not None]
         if used and (decomposition := DECOMPOSITIONS.get(func)) is not None:
             with self:
                 return decomposition(*args, **kwargs)
-        if used and func in RULES and not any(self._sampled(t) for t in tensors_in(args, kwargs)):
+        if used and func in RULES and not any(map(self._sampled, tensors)):
             args, kwargs = (self._repeated(a) for a in (args, kwargs))
+            tensors = tensors_in(args, kwargs)
         run = _embedding if func is F.embedding and self.level is not None else func
-        taken = [] if self.layouts is None else self._layouts(args, kwargs)
+        taken = [] if self.layouts is None else self._layouts(tensors)
         if self.layouts is not None:
             run = self.layouts.substitutes.get(func, run)
         out = run(*args, **kwargs)
         if self.layouts is not None and func in self.layouts.functions and taken and out.requires_grad:
-            self.layouts.composites[get_gradient_edge(self._raw(out)).node] = taken[0]
+            self.layouts.composites[edge_of(self._raw(out)).node] = taken[0]
         if used and _tensor_in(out):
-            if not self._derive(func, args, kwargs, out, used):
-                self._use(func, args, kwargs, out, used)
+            if not self._derive(func, tensors, out, used):
+                self._use(func, args, kwargs, tensors, out, used)
         elif self.level is None:
-            self._follow(func, args, kwargs, out)
+            self._follow(func, args, kwargs, tensors, out)
         return out
 
     # -- parameters
 
-    def _derive(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, used: list["Parameter"]) -> bool:
+    def _derive(self, func: Any, tensors: list[Tensor], out: Any, used: list["Parameter"]) -> bool:
         """Keep what is made of parameters and constants alone, as a parameter of its own."""
-        if mutates(func) or any(self._sampled(t) for t in tensors_in(args, kwargs)):
+        if any(map(self._sampled, tensors)) or mutates(func):
             return False
         if (made := self._expanded(func, out, used[0])) is not None:
             self.sites.append(made)
@@ -136,14 +138,22 @@ class Observer(TorchFunctionMode):
         self.guesses = True
         return Site(_name(func), dict(self._leaf_forms(p, form)), get_gradient_edge(out), axis, [], out.shape, [])
 
-    def _use(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, used: list["Parameter"]) -> None:
+    def _use(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        out: Any,
+        used: list["Parameter"],
+    ) -> None:
         if self.level is None:
-            self._follow(func, args, kwargs, out)
+            self._follow(func, args, kwargs, tensors, out)
         rule = RULES.get(func)
         if rule is None:
             return self._refuse(used, f"{_name(func)} has no rule")
         bound = {**dict(zip(rule.arguments, args, strict=False)), **kwargs}
-        roles = {name: p for name, t in bound.items() if name in rule.parameters and (p := self.index.get(id(t))) is not None}
+        roles = {name: p for name in rule.parameters if (p := self.index.get(id(bound.get(name)))) is not None}
         if len(roles) != len(used) or not isinstance(out, Tensor):
             return self._decline(used, f"{_name(func)} takes it as an argument that has no rule")
         axis, raw = self._sample_axis(out)
@@ -173,16 +183,16 @@ class Observer(TorchFunctionMode):
         of_leaves = [(i, form) for name, p in roles.items() for i, form in self._leaf_forms(p, forms[name])]
         if len({i for i, _ in of_leaves}) != len(of_leaves):
             return self._decline(used, f"{_name(func)} takes it in two arguments")
-        data = [self._raw(t) for t in tensors_in(args, kwargs) if id(t) not in self.index]
+        data = [self._raw(t) for t in tensors if id(t) not in self.index]
         self.sites.append(
             Site(
                 name=_name(func),
                 forms=dict(of_leaves),
-                edge=get_gradient_edge(viewed(raw)),
+                edge=edge_of(viewed(raw)),
                 axis=axis,
                 inputs=[(t, t._version) for t in map(self._raw, inputs.values())],
                 shape=raw.shape,
-                producers=[get_gradient_edge(t).node for t in data if t.requires_grad],
+                producers=[edge_of(t).node for t in data if t.requires_grad],
             )
         )
         return None
@@ -241,30 +251,30 @@ class Observer(TorchFunctionMode):
 
     # -- samples
 
-    def _layouts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[GradientEdge]:
+    def _layouts(self, tensors: list[Tensor]) -> list[GradientEdge]:
         """Note the layout of the tensors with a gradient; before the call, which may change them in place."""
         edges = []
-        for t in tensors_in(args, kwargs):
+        for t in tensors:
             if t.requires_grad:
                 raw = self._raw(t)
                 axis = axis_or_none(t) if self.level is None else _functorch.maybe_get_bdim(t) if raw is not t else None
-                edges.append(edge := get_gradient_edge(raw))
+                edges.append(edge := edge_of(raw))
                 if axis is not None:
                     self.layouts.of[edge.node, edge.output_nr] = (axis, raw.shape)  # type: ignore[union-attr]
         return edges
 
-    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], out: Any) -> None:
         """Mark each tensor of ``out`` with its sample axis."""
         if mutates(func):  # its views keep their marks, so the axis must not change
             before = args[0].__dict__.get("_curvfunc_axis")
-            axis = _propagated(func, args, kwargs, args[0])
+            axis = _propagated(func, args, kwargs, tensors, args[0])
             if before is not None and axis != before:
                 self.reasons.setdefault(None, f"{_name(func)} changes a tensor in place and mixes samples")
             _mark(args[0], axis)
         elif isinstance(out, Tensor):
-            _mark(out, _propagated(func, args, kwargs, out))
+            _mark(out, _propagated(func, args, kwargs, tensors, out))
         elif isinstance(out, (tuple, list)) and _tensor_in(out):
-            axes = _propagated(func, args, kwargs, out)
+            axes = _propagated(func, args, kwargs, tensors, out)
             if isinstance(axes, tuple):
                 axes = tuple([MIXED if axis is None else axis for axis in axes])
             else:
@@ -274,10 +284,10 @@ class Observer(TorchFunctionMode):
                     _mark(t, axis)
 
 
-def _propagated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+def _propagated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], out: Any) -> Any:
     """Sample axis of ``out``: an axis, MIXED, CONSTANT; None for a constant without gradient."""
     sampled = constant_with_grad = mixed = unknown = False
-    for t in tensors_in(args, kwargs):
+    for t in tensors:
         axis = axis_of(t)
         if axis is None:
             constant_with_grad |= t.requires_grad
@@ -347,18 +357,21 @@ def viewed(t: Tensor) -> Tensor:
     return base if same and base.requires_grad else t  # type: ignore[return-value, union-attr]
 
 
-def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+def tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors among the arguments, nested lists and tuples included."""
-    for a in args:
+    found: list[Tensor] = []
+    for a in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(a, Tensor):
-            yield a
+            found.append(a)
         elif isinstance(a, (tuple, list)):
-            yield from tensors_in(tuple(a), {})
-    for a in kwargs.values():
-        if isinstance(a, Tensor):
-            yield a
-        elif isinstance(a, (tuple, list)):
-            yield from tensors_in(tuple(a), {})
+            found += tensors_in(a, {})
+    return found
+
+
+def edge_of(t: Tensor) -> GradientEdge:
+    """The gradient edge of a tensor with a gradient; as torch's own function, which takes longer."""
+    node = t.grad_fn
+    return get_gradient_edge(t) if node is None or isinstance(node, torch._C._FunctionBase) else GradientEdge(node, t.output_nr)
 
 
 def _tensor_in(out: Any) -> bool:
@@ -417,20 +430,21 @@ def hidden(out: Tensor, sites: list[Site], tracked: dict[int, Tensor]) -> list[i
     """Parameters that the output's graph reaches other than through the sites, by walking the graph."""
     if not out.requires_grad:
         return []
-    ends = {get_gradient_edge(p).node: i for i, p in tracked.items()}
+    ends: dict[Any, int] = {id(p) if p.grad_fn is None else p.grad_fn: i for i, p in tracked.items()}
     producers = {site.edge.node: site.producers for site in sites}
     seen: set[Node] = set()
-    stack = [get_gradient_edge(out).node]
+    stack = [edge_of(out).node]
     found = set()
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
         if type(node).__name__ in ("CheckpointFunctionBackward", "CompiledFunctionBackward") and calls_may_hide():
             raise Opaque
-        if node in ends:
-            found.add(ends[node])
+        end = node if (leaf := getattr(node, "variable", None)) is None else id(leaf)
+        if end in ends:
+            found.add(ends[end])
         elif node in producers:
             stack.extend(producers[node])
         else:
