@@ -15,9 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from curvfunc import contractions, hessian, kfra, losses
+from curvfunc.buffers import deliver, parameter_buffers, read_buffers
 from curvfunc.capture import capture, check_output
-from curvfunc.contractions import Bound, Direct, Through, bind, direct
-from curvfunc.cotangents import AveragedHessian, FullHessian, LossGradient, LossRoot, chunks, pull
+from curvfunc.contractions import Bound, Direct, Outer, Through, bind, direct
+from curvfunc.cotangents import AveragedHessian, FullHessian, LossGradient, LossRoot, chunks, common, pull
 from curvfunc.inputs import Batch, flatten_params, forward_errors, read_batch
 from curvfunc.model import ModelFunction
 from curvfunc.residuals import Curvature, curvature
@@ -34,6 +35,7 @@ class Quantity:
     contractions: ClassVar[tuple[str, ...]] = ()
     forward: ClassVar[str | None] = None
     whole_batch: ClassVar[bool] = False
+    large: ClassVar[bool] = False  # whether a buffer of the caller is written without a copy
 
     @property
     def cotangent(self) -> LossGradient | LossRoot | FullHessian | AveragedHessian:
@@ -50,7 +52,8 @@ class Quantity:
 
 
 # Each contraction, and how its parts from several chunks of columns become one.
-CONTRACTIONS: dict[str, tuple[Callable[[Bound], Any], str]] = {
+CONTRACTIONS: dict[str, tuple[Callable[..., Any], str]] = {
+    "total": (contractions.total, "sum"),
     "per_sample": (contractions.per_sample, "concatenate"),
     "squares": (contractions.squares, "sum"),
     "sample_squares": (contractions.sample_squares, "sum"),
@@ -61,6 +64,9 @@ for approximation in (None, "expand", "reduce"):
     suffix = f"_{approximation}" if approximation else ""
     CONTRACTIONS["output_factor" + suffix] = (partial(contractions.output_factor, approximation=approximation), "sum")
     CONTRACTIONS["input_factor" + suffix] = (partial(contractions.input_factor, approximation=approximation), "first")
+
+# Contractions of first order for which gradients are formed where a use has several positions; one pass serves all.
+FORMED = frozenset({"total", "squares", "sample_squares", "sample_norms"})
 
 # A block larger than this many rows is refused: 2**15 rows take 4 GiB in float32.
 LARGEST_BLOCK = 1 << 15
@@ -77,6 +83,7 @@ def compute(
     subsampling: Sequence[int] | Tensor | None = None,
     generator: Generator | None = None,
     chunk_size: int | None = None,
+    out: Any = None,
 ) -> Any:
     """Several quantities at once, from one forward pass and one backward pass per kind of cotangent.
 
@@ -90,9 +97,13 @@ def compute(
         subsampling: Indices of samples for everything but `Loss`, `Output` and `Grad`, which are of the whole batch.
         generator: Source of Monte-Carlo draws. Specs with the same ``mc_samples`` share their draws.
         chunk_size: Number of vectors that are backpropagated together; by default chosen by memory.
+        out: Tensors for the results to be written to, as an earlier call with the same specs returned them; None in place
+            of a result, or of all, means new memory. Large results (`BatchGrad`, `SqrtGGN`, `BatchDiagGGN`) are formed
+            there, without a copy: memory that is new at each step costs more than the arithmetic. Not for calls that
+            are differentiated.
 
     Returns:
-        The tree of ``specs`` with each spec replaced by its result.
+        The tree of ``specs`` with each spec replaced by its result; where ``out`` has tensors, by these.
 
     Raises:
         TypeError, ValueError: For input that has no answer; the message names the argument, the shapes and the remedy.
@@ -106,14 +117,16 @@ def compute(
         (torch.Size([3, 4]), torch.Size([8]))
     """
     if torch.compiler.is_compiling():
-        return _compiled(model_fn, params, X, y, specs, loss_fn, subsampling, generator, chunk_size)
+        found = _compiled(model_fn, params, X, y, specs, loss_fn, subsampling, generator, chunk_size)
+        return found if out is None else pytree.tree_map(_copied, found, out, is_leaf=lambda t: t is None)
     if torch.is_inference_mode_enabled():  # it forbids graphs; tensors that were made in it are copied out of it
         with torch.inference_mode(False):
             params, X, y = (optree.tree_map(_out_of_inference, tree) for tree in (params, X, y))
-            given: dict[str, Any] = {"loss_fn": loss_fn, "generator": generator, "chunk_size": chunk_size}
+            given: dict[str, Any] = {"loss_fn": loss_fn, "generator": generator, "chunk_size": chunk_size, "out": out}
             return compute(model_fn, params, X, y, specs, subsampling=subsampling, **given)
     leaves, tree = optree.tree_flatten(specs, is_leaf=lambda s: isinstance(s, Quantity))
-    results = _results(model_fn, params, X, y, leaves, losses.normalize(loss_fn), subsampling, generator, chunk_size)
+    outs = None if out is None else read_buffers(tree, out)
+    results = _results(model_fn, params, X, y, leaves, losses.normalize(loss_fn), subsampling, generator, chunk_size, outs)
     return optree.tree_unflatten(tree, results)
 
 
@@ -127,6 +140,7 @@ def _results(
     subsampling: Sequence[int] | Tensor | None,
     generator: Generator | None,
     chunk_size: int | None,
+    outs: list[Any] | None = None,
 ) -> list[Any]:
     """One result per spec. With a subset, the specs of the whole batch have a forward pass of their own."""
     if isinstance(model_fn, torch.nn.Module):
@@ -142,12 +156,18 @@ def _results(
     names, leaves, rebuild = flatten_params(params)
     batch = read_batch(X, y, subsampling)
     differentiable = _will_be_differentiated([*leaves, *optree.tree_leaves(X)])
+    if outs is not None and (differentiable or _functorch.peek_interpreter_stack() is not None):
+        raise ValueError(
+            "out= takes results without a graph, and this call is differentiated or under a torch.func transformation. Leave "
+            "out away, or detach params and X."
+        )
     results: list[Any] = [None] * len(specs)
     for whole in (True, False) if batch.index is not None else (None,):
         chosen = [i for i, s in enumerate(specs) if whole is None or s.whole_batch == whole]
         if chosen:
             samples = batch.whole() if whole else batch
-            run = _Run(model_fn, names, rebuild, samples, loss, generator, chunk_size, differentiable)
+            buffers = None if outs is None else [outs[i] for i in chosen]
+            run = _Run(model_fn, names, rebuild, samples, loss, generator, chunk_size, differentiable, params, buffers)
             for i, result in zip(chosen, run.evaluate(leaves, [specs[i] for i in chosen]), strict=True):
                 results[i] = result
     return results
@@ -165,6 +185,8 @@ class _Run:
     generator: Generator | None
     chunk_size: int | None
     differentiable: bool
+    params: Any = None
+    buffers: list[Any] | None = None
 
     def evaluate(self, params: list[Tensor], specs: list[Quantity]) -> list[Any]:
         """The results, with a graph of its own level where torch.func transforms are active."""
@@ -181,6 +203,7 @@ class _Run:
         return found[-1]
 
     def _results(self, leaves: list[Tensor], specs: list[Quantity], differentiable: bool) -> tuple[Tensor, list[Any]]:
+        cotangents = common([s.cotangent for s in specs])
         substitutes = SUBSTITUTES | (THIRD_ORDER_SUBSTITUTES if differentiable else {})
         layouts = Layouts(COMPOSITES, substitutes) if any(isinstance(s.cotangent, FullHessian) for s in specs) else None
         chain = kfra.Chain() if any(isinstance(s.cotangent, AveragedHessian) for s in specs) else None
@@ -195,9 +218,9 @@ class _Run:
             losses.check(self.loss, whole, self.batch.y)
             parts: dict[tuple[Any, str], list[Any]] = {}
             wanted: dict[Any, dict[str, None]] = {}
-            for s in specs:
+            for s, cotangent in zip(specs, cotangents, strict=True):
                 if s.contractions:
-                    wanted.setdefault(s.cotangent, {}).update(dict.fromkeys(s.contractions))
+                    wanted.setdefault(cotangent, {}).update(dict.fromkeys(s.contractions))
             if curved is not None:  # first, since the graph ends with the last of the others
                 names = wanted.pop(FullHessian())
                 diagonal = self._hessian(*curved, leaves, "sample_squares" in names, differentiable)
@@ -205,16 +228,28 @@ class _Run:
                 parts[FullHessian(), "squares"] = [d.sum(0) for d in diagonal] if len(names) > 1 else diagonal
             if chain is not None:
                 wanted.pop(AveragedHessian())
-                root = losses.exact_root(self.loss, whole, self.batch.y)
+                root = losses.exact_root(self.loss, whole, self.batch.y, fewest=True)
                 found = kfra.factors(trace, leaves, self.names, chain, root, self.batch.select, differentiable)
                 parts[AveragedHessian(), "factors"] = found
             for i, (cotangent, names) in enumerate(wanted.items()):
                 root = cotangent.root(self.loss, whole, self.batch.y, self.generator)
                 last = i == len(wanted) - 1
-                for name, result in self._contract(trace, leaves, root, list(names), differentiable, last).items():
+                outs = self._outs(specs, cotangents, cotangent, root.num)
+                for name, result in self._contract(trace, leaves, root, list(names), differentiable, last, outs).items():
                     parts[cotangent, name] = result
-            results = [self._finish(s, out, parts) for s in specs]
+            results = [self._finish(s, c, out, parts) for s, c in zip(specs, cotangents, strict=True)]
+            if self.buffers is not None:
+                results = [deliver(type(s).__name__, r, b) for s, r, b in zip(specs, results, self.buffers, strict=True)]
         return trace.out, results
+
+    def _outs(self, specs: list[Quantity], cotangents: list[Any], cotangent: Any, columns: int) -> dict[str, list[Tensor]]:
+        """The caller's buffers for the parts of large results, by contraction."""
+        found = {}
+        for s, c, buffer in zip(specs, cotangents, self.buffers or (), strict=False):
+            if s.large and c == cotangent and buffer is not None:
+                lead = (columns, self.batch.size) if s.contractions == ("per_sample",) else (self.batch.size,)
+                found[s.contractions[0]] = parameter_buffers(type(s).__name__, self.params, self.names, buffer, lead)
+        return found
 
     def _forward(self, leaves: list[Tensor], sites: bool, layouts: Layouts | None = None, generic: Sequence[int] = ()) -> Trace:
         X, samples = self.batch.inputs(), self.batch.size
@@ -270,38 +305,66 @@ class _Run:
         names: list[str],
         differentiable: bool,
         last: bool,
+        outs: dict[str, list[Tensor]],
     ) -> dict[str, list[Any]]:
         """Each named contraction per parameter, over all columns of the root."""
-        per_site = [n for n in names if n != "total"]
         sites: dict[int, list[tuple[int, Any]]] = {i: [] for i in range(len(leaves))}
         for j, site in enumerate(trace.sites):
             for i, form in site.forms.items():
                 sites[i].append((j, form))
-        found: dict[str, list[list[Any]]] = {n: [[] for _ in leaves] for n in per_site}
+        per_site = [n for n in names if n != "total"]
+        # where gradients of samples are formed anyway, their sum is at hand; else autograd's is faster
+        summed = [i for i in sites if "total" in names and per_site and _forms_gradients(trace, sites[i])]
+        others = [i for i in sites if "total" in names and i not in summed]
+        found: dict[str, list[list[Any]]] = {n: [[] for _ in leaves] for n in names}
         inputs: dict[int, Tensor] = {}
-        totals: list[Tensor] = []
-        ranges = chunks(root.num, trace, self.chunk_size)
         derived = any(isinstance(form, Through) for uses in sites.values() for _, form in uses)  # have a pullback to come
-        for start, stop in ranges:
+        for start, stop in chunks(root.num, trace, self.chunk_size):
             columns = self.batch.select(root.columns(start, stop)).to(trace.out.dtype)
             gs, totals = pull(
                 trace,
                 columns,
-                leaves if "total" in names else (),
+                [leaves[i] for i in others],
                 create_graph=differentiable,
                 retain_graph=differentiable or derived or not last or stop < root.num,
             )
+            for i, t in zip(others, totals, strict=True):
+                found["total"][i].append(t)
             for i, uses in sites.items() if per_site else ():
                 bound = self._bind(trace, leaves[i], uses, gs, inputs, len(columns))
-                for n in per_site:
-                    self._check_block(n, i, bound)
-                    contract, how = CONTRACTIONS[n]
-                    if how != "first" or start == 0:
-                        found[n][i].append(bound if how == "join" else contract(bound))
-        results = {n: [_combine(*CONTRACTIONS[n], f) for f in found[n]] for n in per_site}
-        if "per_sample" in results:  # in low precision, sums of squares stay in single precision
-            results["per_sample"] = [r.to(p.dtype) for r, p in zip(results["per_sample"], leaves, strict=True)]
-        return results | ({"total": totals} if "total" in names else {})
+                wanted = [*per_site, "total"] if i in summed else per_site
+                buffers = {n: buffer[i][start:stop] if n == "per_sample" else buffer[i] for n, buffer in outs.items()}
+                for n, part in self._contracted(wanted, i, bound, start == 0, buffers).items():
+                    _keep(found[n][i], part, CONTRACTIONS[n][1])
+        results = {n: [_combine(*CONTRACTIONS[n], f) for f in found[n]] for n in names}
+        if "per_sample" in results:
+            for i, buffer in enumerate(outs.get("per_sample", ())):
+                if len(buffer) == root.num and all(_is_part(part, buffer) for part in found["per_sample"][i]):
+                    results["per_sample"][i] = buffer
+        for n in ("per_sample", "total"):  # in low precision, sums of squares stay in single precision
+            if n in results:
+                results[n] = [r.to(p.dtype) for r, p in zip(results[n], leaves, strict=True)]
+        return results
+
+    def _contracted(self, names: list[str], i: int, bound: Bound, first: bool, buffers: dict[str, Tensor]) -> dict[str, Any]:
+        """The contractions of one chunk of columns for one parameter."""
+        found: dict[str, Any] = {}
+        if isinstance(bound.form, Outer) and bound.x.shape[2] > 1 and len(shared := [n for n in names if n in FORMED]) > 1:
+            found = contractions.formed(bound, shared)
+        for n in names:
+            contract, how = CONTRACTIONS[n]
+            if n in found or (how == "first" and not first):
+                continue
+            self._check_block(n, i, bound)
+            if how == "join":
+                found[n] = bound
+            elif n == "total" and "per_sample" in found:
+                found[n] = found["per_sample"][0].sum(0)
+            elif n in buffers and buffers[n].dtype == bound.g.dtype and first | (n == "per_sample"):
+                found[n] = contract(bound, out=buffers[n])
+            else:
+                found[n] = contract(bound)
+        return found
 
     def _bind(
         self,
@@ -334,12 +397,12 @@ class _Run:
                 f"its exact block would have {rows} rows. Leave it out of params, or use diag_ggn."
             )
 
-    def _finish(self, spec: Quantity, out: Tensor, parts: dict[tuple[Any, str], list[Any]]) -> Any:
+    def _finish(self, spec: Quantity, cotangent: Any, out: Tensor, parts: dict[tuple[Any, str], list[Any]]) -> Any:
         if spec.forward == "output":
             return out
         if spec.forward == "loss":
             return self.loss(out, self.batch.y)
-        lists = [parts[spec.cotangent, name] for name in spec.contractions]
+        lists = [parts[cotangent, name] for name in spec.contractions]
         return self.rebuild([spec.finish(self.batch.size, *p) for p in zip(*lists, strict=True)])
 
 
@@ -351,12 +414,35 @@ def trace(model_fn: Callable[..., Any], params: Any, X: Any) -> tuple[list[str],
         return names, capture(model_fn, [_leaf(p) for p in leaves], rebuild, X, batch.size)
 
 
+def _forms_gradients(trace: Trace, uses: list[tuple[int, Any]]) -> bool:
+    """Whether a parameter's gradients of samples take as much work as their sum: sums of outer products over positions."""
+    return bool(uses) and all(isinstance(form, Outer) and len(trace.sites[j].shape) > 2 for j, form in uses)
+
+
+def _keep(parts: list[Any], part: Any, how: str) -> None:
+    """Add a part to those of earlier chunks; what is summed needs no memory of its own."""
+    if how != "sum" or not parts:
+        parts.append(part)
+    elif contractions.may_overwrite():
+        parts[0] += part
+    else:
+        parts[0] = parts[0] + part
+
+
+def _is_part(part: Tensor, buffer: Tensor) -> bool:
+    return part.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+
+
+def _copied(result: Any, buffer: Any) -> Any:
+    return result if buffer is None else buffer.copy_(result)
+
+
 def _combine(contract: Callable[[Bound], Any], how: str, parts: list[Any]) -> Any:
     if how == "join":
         return contract(contractions.join(parts))
-    if how == "first" or len(parts) == 1:
+    if how in ("first", "sum") or len(parts) == 1:
         return parts[0]
-    return torch.cat(parts) if how == "concatenate" else sum(parts[1:], parts[0])
+    return torch.cat(parts)
 
 
 def _out_of_inference(t: Any) -> Any:

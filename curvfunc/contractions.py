@@ -11,13 +11,14 @@ Every quantity is a contraction of forms. A new layer says which form it has; a 
 Axes: ``n`` sample, ``v`` backpropagated vector, ``q`` group, ``s`` shared position, ``o``/``k`` features out/in.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _functorch
 
 __all__ = [
     "Bound",
@@ -30,25 +31,29 @@ __all__ = [
     "arranged",
     "bind",
     "direct",
+    "formed",
     "gram",
     "input_factor",
     "join",
+    "may_overwrite",
     "merge",
     "output_factor",
     "per_sample",
     "rows_of",
     "sample_norms",
     "sample_squares",
+    "second_moment",
     "squared_inputs",
     "squares",
     "sum_to_shape",
+    "total",
     "transposed",
     "weighted_sample_squares",
     "weighted_squares",
 ]
 
 # Results that are larger than the cache are formed and reduced in blocks of samples of about this size.
-BLOCK_BYTES = 1 << 21
+BLOCK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -182,16 +187,38 @@ def arranged(b: Bound, result: Tensor) -> Tensor:
     return result.reshape(*result.shape[:-3], *form.shape)
 
 
-def per_sample(b: Bound) -> Tensor:
-    """The gradients themselves, [v, n, *shape]."""
-    if isinstance(b.form, Direct):
-        return b.g
+def per_sample(b: Bound, out: Tensor | None = None) -> Tensor:
+    """The gradients themselves, [v, n, *shape]; written to ``out`` if given."""
+    if isinstance(b.form, Outer) and (out is None or (b.form.arrange is None and not b.form.inputs_first)):
+        v, n, q, s, o = b.g.shape
+        into = None if out is None else out.view(v, n, q, o, b.x.shape[3])
+        if into is None and v > 1 and s > 1 and may_overwrite():
+            into = b.g.new_empty(v, n, q, o, b.x.shape[3])
+        if s == 1:
+            g = b.g.contiguous().mT  # the layout of g, from vmap, would be that of the result
+            result = g * b.x if into is None else torch.mul(g, b.x, out=into)
+        elif into is None:
+            result = torch.stack([g.mT @ b.x for g in b.g]) if v > 1 else (b.g[0].mT @ b.x)[None]
+        else:
+            result = into
+            for g, to in zip(b.g, into, strict=True):
+                torch.matmul(g.mT, b.x, out=to)
+        return arranged(b, result) if out is None else out
     if isinstance(b.form, Rows):
-        return _scatter(b.g, b.x.expand(b.g.shape[:-1]), b.form.shape[0])
-    if b.x.shape[2] == 1:
-        return arranged(b, b.g.contiguous().mT * b.x)  # the layout of g, from vmap, would be that of the result
-    v = b.g.shape[0]
-    return arranged(b, torch.stack([g.mT @ b.x for g in b.g]) if v > 1 else (b.g[0].mT @ b.x)[None])
+        result = _scatter(b.g, b.x.expand(b.g.shape[:-1]), b.form.shape[0])
+    else:
+        result = b.g if isinstance(b.form, Direct) else per_sample(b)
+    return result if out is None else out.copy_(result)
+
+
+def total(b: Bound) -> Tensor:
+    """The gradient, Σ_n of the only vector: all samples are treated as one."""
+    if isinstance(b.form, Outer):
+        g, x = b.g.transpose(1, 2).flatten(2, 3).unsqueeze(1), b.x.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+        return per_sample(replace(b, g=g, x=x))[0, 0]
+    if isinstance(b.form, Rows):
+        return per_sample(replace(b, g=b.g.flatten(1, 2).unsqueeze(1), x=b.x.flatten().unsqueeze(0)))[0, 0]
+    return b.g[0].sum(0)
 
 
 def squares(b: Bound) -> Tensor:
@@ -204,30 +231,35 @@ def squares(b: Bound) -> Tensor:
     if b.x.shape[2] == 1:  # (g xᵀ)² = g² (x²)ᵀ, so the sum over samples is one matrix product
         g, x = b.g.square().sum(0)[:, :, 0], b.x.square()[:, :, 0]
         return arranged(b, g.permute(1, 2, 0) @ x.transpose(0, 1))
-    parts = [(g.mT @ x).square().sum(0) for g, x in _blocks(b)]
-    return arranged(b, sum(parts[1:], parts[0]))
+    return formed(b, ["squares"])["squares"]
 
 
-def sample_squares(b: Bound) -> Tensor:
-    """Squared gradients summed over vectors, Σ_v g²: [n, *shape]."""
+def sample_squares(b: Bound, out: Tensor | None = None) -> Tensor:
+    """Squared gradients summed over vectors, Σ_v g²: [n, *shape]; written to ``out`` if given."""
     if isinstance(b.form, Direct):
-        return b.g.square().sum(0)
-    if isinstance(b.form, Rows):
-        return _scatter((b.g * _same_row(b)).sum(0), b.x, b.form.shape[0])
-    if b.x.shape[2] == 1:
-        return arranged(b, b.g.square().sum(0).mT * b.x.square())
-    total = (b.g[0].mT @ b.x).square()
-    for g in b.g[1:]:
-        total = total + (g.mT @ b.x).square()
-    return arranged(b, total)
+        result = b.g.square().sum(0)
+    elif isinstance(b.form, Rows):
+        result = _scatter((b.g * _same_row(b)).sum(0), b.x, b.form.shape[0])
+    elif b.x.shape[2] > 1:
+        result = formed(b, ["sample_squares"])["sample_squares"]
+    else:
+        assert isinstance(b.form, Outer)
+        g, x = b.g.square().sum(0).contiguous().mT, b.x.square()
+        if out is not None and b.form.arrange is None and not b.form.inputs_first:
+            torch.mul(g, x, out=out.view(*g.shape[:3], x.shape[3]))
+            return out
+        result = arranged(b, g * x)
+    return result if out is None else out.copy_(result)
 
 
 def weighted_squares(b: Bound, weights: Tensor) -> Tensor:
     """Squared gradients, each vector of each sample with its weight of any sign: Σ_vn w[v,n] g², [*shape]."""
     if isinstance(b.form, Direct):
         return torch.einsum("vn,vnp->p", weights, _vectors(b.g).square()).reshape(b.form.shape)
-    if isinstance(b.form, Rows) or b.x.shape[2] > 1:
+    if isinstance(b.form, Rows):
         return weighted_sample_squares(b, weights).sum(0)
+    if b.x.shape[2] > 1:
+        return formed(b, ["squares"], weights)["squares"]
     g = torch.einsum("vn,vnqo->nqo", weights, b.g[:, :, :, 0].square())
     return arranged(b, g.permute(1, 2, 0) @ b.x[:, :, 0].square().transpose(0, 1))
 
@@ -238,18 +270,54 @@ def weighted_sample_squares(b: Bound, weights: Tensor) -> Tensor:
         return torch.einsum("vn,vnp->np", weights, _vectors(b.g).square()).reshape(b.g.shape[1:])
     if isinstance(b.form, Rows):
         return _scatter(torch.einsum("vn,vnsd->nsd", weights, b.g * _same_row(b)), b.x, b.form.shape[0])
-    if b.x.shape[2] == 1:
-        g = torch.einsum("vn,vnqo->nqo", weights, b.g[:, :, :, 0].square())
-        return arranged(b, g.unsqueeze(-1) * b.x.square())
-    v, n, q, _, o = b.g.shape
-    k = b.x.shape[3]
-    size = max(1, BLOCK_BYTES // max(1, n * q * o * k * b.g.element_size()))
-    parts = []
-    for i in range(0, v, size):  # one matrix product per sample, whose result is reduced while it is in cache
-        g = b.g[i : i + size].permute(1, 2, 0, 4, 3)  # [n, q, v, o, s]
-        squared = (g.flatten(2, 3) @ b.x).square().reshape(n, q, len(b.g[i : i + size]), o * k)
-        parts.append((weights[i : i + size].mT[:, None, None] @ squared).reshape(n, q, o, k))
-    return arranged(b, sum(parts[1:], parts[0]))
+    if b.x.shape[2] > 1:
+        return formed(b, ["sample_squares"], weights)["sample_squares"]
+    g = torch.einsum("vn,vnqo->nqo", weights, b.g[:, :, :, 0].square())
+    return arranged(b, g.unsqueeze(-1) * b.x.square())
+
+
+def formed(b: Bound, names: Sequence[str], weights: Tensor | None = None) -> dict[str, Tensor]:
+    """Contractions of an `Outer` use for which its gradients have to be formed, in blocks that stay in cache.
+
+    Args:
+        b: The use.
+        names: Any of "squares", "sample_squares", "sample_norms", and for one vector "total", its sum over samples.
+        weights: Weights [v, n] of the squares.
+
+    Returns:
+        ``{name: result}``.
+    """
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    for vectors, samples in _blocks(b):
+        g = b.g[vectors, samples].permute(1, 2, 0, 4, 3)  # [m, q, v, o, s]
+        block = (g.flatten(2, 3) @ b.x[samples]).unflatten(2, g.shape[2:4])  # [m, q, v, o, k]
+        if "total" in found:
+            _add(found["total"], block.sum((0, 2)))
+        squared = block.square_() if may_overwrite() else block.square()
+        if weights is not None:
+            w = weights[vectors, samples].mT[:, None, None]  # [m, 1, 1, v]
+            squared = (w @ squared.flatten(3)).unflatten(3, squared.shape[3:])
+        if "squares" in found:
+            _add(found["squares"], squared.sum((0, 2)))
+        for name in found.keys() & {"sample_squares", "sample_norms"}:
+            part = squared.sum(2) if name == "sample_squares" else squared.flatten(1).sum(1)
+            if vectors.start == 0:
+                found[name].append(part)
+            else:  # blocks of samples are the same for all vectors
+                k = samples.start // (samples.stop - samples.start) if samples.stop < b.g.shape[1] else -1
+                found[name][k] = found[name][k] + part
+    results = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in found.items()}
+    return {name: r if name == "sample_norms" else arranged(b, r) for name, r in results.items()}
+
+
+def _add(parts: list[Tensor], part: Tensor) -> None:
+    """Add to the only entry of a list, in place where no graph needs the old value."""
+    if not parts:
+        parts.append(part)
+    elif may_overwrite():
+        parts[0] += part
+    else:
+        parts[0] = parts[0] + part
 
 
 def squared_inputs(b: Bound, batched: bool) -> Tensor:
@@ -273,8 +341,7 @@ def sample_norms(b: Bound) -> Tensor:
         gram = b.x @ b.x.mT
         parts = [(g @ g.mT * gram).flatten(1).sum(1) for g in b.g]
         return sum(parts[1:], parts[0])
-    norms = [(g.mT @ x).square().flatten(1).sum(1) for g, x in _blocks(b)]
-    return torch.cat(norms).view(b.g.shape[0], -1).sum(0)
+    return formed(b, ["sample_norms"])["sample_norms"]
 
 
 def gram(b: Bound) -> Tensor:
@@ -325,11 +392,20 @@ def join(parts: list[Bound]) -> Bound:
     return parts[0] if len(parts) == 1 else replace(parts[0], g=torch.cat([p.g for p in parts]))
 
 
-def _blocks(b: Bound) -> list[tuple[Tensor, Tensor]]:
-    """(g [m,q,s,o], x [m,q,s,k]) for each vector and block of samples, sized so that [m,q,o,k] stays in cache."""
+def may_overwrite() -> bool:
+    """Whether values can be overwritten: no graph and no transformation may ask for them again."""
+    return not torch.is_grad_enabled() and _functorch.peek_interpreter_stack() is None
+
+
+def _blocks(b: Bound) -> Iterator[tuple[slice, slice]]:
+    """Vectors and samples whose gradients [m, q, v, o, k] are formed together, so that they stay in cache."""
     v, n, q, _, o = b.g.shape
-    size = max(1, min(n, BLOCK_BYTES // max(1, q * o * b.x.shape[3] * b.g.element_size())))
-    return [(b.g[i, j : j + size], b.x[j : j + size]) for i in range(v) for j in range(0, n, size)]
+    one = max(1, q * o * b.x.shape[3] * b.g.element_size())
+    vectors = max(1, min(v, BLOCK_BYTES // one))
+    samples = max(1, min(n, BLOCK_BYTES // (one * vectors)))
+    for i in range(0, v, vectors):
+        for j in range(0, n, samples):
+            yield slice(i, min(i + vectors, v)), slice(j, min(j + samples, n))
 
 
 def _vectors(g: Tensor) -> Tensor:
@@ -361,8 +437,7 @@ def output_factor(b: Bound, approximation: str | None = None) -> Tensor:
     g = b.g.transpose(2, 3).flatten(3) if isinstance(b.form, Outer) else b.g  # [v, n, s, q o]
     if approximation == "reduce" or (approximation is None and _sums_positions(b)):
         g = g.sum(2, keepdim=True)
-    g = g.flatten(0, 2)
-    return g.mT @ g
+    return second_moment(g.flatten(0, 2).mT)
 
 
 class InputFactor(NamedTuple):
@@ -387,9 +462,27 @@ def input_factor(b: Bound, approximation: str | None = None) -> InputFactor | No
     assert isinstance(b.form, Outer)
     n, q, s, _ = b.x.shape
     x = b.x.mean(2, keepdim=True) if approximation == "reduce" else b.x
-    x = x.flatten(0, 2)
     positions = s if approximation == "expand" or (approximation is None and not _sums_positions(b)) else 1
-    return InputFactor(x.mT @ (x / (n * q * positions)), b.form.inputs_first)
+    # features first, as patches are stored, or last, as all other inputs are
+    x = x.flatten(0, 2).mT if x.stride(3) == 1 else x.permute(3, 1, 0, 2).flatten(1)
+    return InputFactor(second_moment(x, 1 / (n * q * positions)), b.form.inputs_first)
+
+
+def second_moment(x: Tensor, scale: float = 1.0) -> Tensor:
+    """``scale`` x xᵀ for x [k, m]. Where it is large, only what lies on one side of the diagonal is computed."""
+    k, m = x.shape
+    if not may_overwrite():
+        return x @ x.mT * scale
+    if k < 256 or m < 512 or x.device.type != "cpu":
+        whole = x @ x.mT
+        return whole if scale == 1 else whole.mul_(scale)
+    result = x.new_empty(k, k)
+    step = -(-k // 4)
+    for start in range(0, k, step):
+        stop = min(start + step, k)
+        result[start:stop, start:] = x[start:stop] @ x[start:].mT
+        result[stop:, start:stop] = result[start:stop, stop:].mT
+    return result.mul_(scale)
 
 
 def _sums_positions(b: Bound) -> bool:

@@ -15,7 +15,7 @@ from curvfunc import losses
 from curvfunc.observer import without_fallback_warnings
 from curvfunc.sites import Site, Trace
 
-__all__ = ["AveragedHessian", "FullHessian", "LossGradient", "LossRoot", "chunks", "pull"]
+__all__ = ["AveragedHessian", "FullHessian", "LossGradient", "LossRoot", "chunks", "common", "pull"]
 
 # Columns travel together as long as the largest intermediate stays below this many bytes: on CPU, larger tensors come
 # from fresh memory pages at each call, which costs more than a second pass.
@@ -34,15 +34,25 @@ class LossGradient:
 
 @dataclass(frozen=True)
 class LossRoot:
-    """Columns S with S Sᵀ = R ∇²ℓₙ per sample: exact (``mc_samples`` = 0), or ``mc_samples`` draws equal in expectation."""
+    """Columns S with S Sᵀ = R ∇²ℓₙ per sample: exact (``mc_samples`` = 0), or ``mc_samples`` draws equal in expectation.
+
+    Exact columns are one for each output, or, for what depends on S Sᵀ only, as few as there can be.
+    """
 
     mc_samples: int
+    fewest: bool = False
 
     def root(self, loss: losses.Loss, out: Tensor, y: object, generator: Generator | None) -> losses.Root:
         """The columns, made on demand."""
         if self.mc_samples:
             return losses.sampled_root(loss, out, y, self.mc_samples, generator)
-        return losses.exact_root(loss, out, y)
+        return losses.exact_root(loss, out, y, fewest=self.fewest)
+
+
+def common(cotangents: Sequence[Any]) -> list[Any]:
+    """The same, with the fewest columns replaced by the usual ones where these are backpropagated too."""
+    usual = LossRoot(0)
+    return [usual if c == LossRoot(0, fewest=True) and usual in cotangents else c for c in cotangents]
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,8 @@ def pull(
         )
 
     if len(columns) == 1:
-        grads = [None if g is None else g[None] for g in backward(columns[0])]
+        grads = list(backward(columns[0]))
+        grads[: len(trace.sites)] = [None if g is None else g[None] for g in grads[: len(trace.sites)]]
     else:
         reached: list[bool] = []
 
@@ -102,10 +113,8 @@ def pull(
         with without_fallback_warnings():
             found = iter(torch.vmap(reached_only)(columns))
         grads = [next(found) if r else None for r in reached]
-    sites = [
-        _zeros(s, trace, columns) if g is None else _samples_first(g, s) for s, g in zip(trace.sites, grads, strict=False)
-    ]
-    totals = [torch.zeros_like(p) if g is None else g[0] for p, g in zip(leaves, grads[len(sites) :], strict=True)]
+    sites = [_zeros(s, trace, columns) if g is None else _samples_first(g, s) for s, g in zip(trace.sites, grads, strict=False)]
+    totals = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads[len(sites) :], strict=True)]
     return sites, totals
 
 

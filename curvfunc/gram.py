@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from curvfunc.compute import Quantity, compute
+from curvfunc.cotangents import LossRoot
 from curvfunc.quantities import _Curvature
 
 __all__ = ["BatchDot", "GGNGram", "batch_dot", "batch_dot_total", "ggn_gram", "ggn_gram_total"]
@@ -42,6 +43,11 @@ class GGNGram(_Curvature):
     """Inner products of the columns of the GGN's root, [V, N, V, N]."""
 
     contractions = ("gram",)
+
+    @property
+    def cotangent(self) -> LossRoot:
+        """All columns, since the matrix has a row for each."""
+        return LossRoot(self.mc_samples)
 
 
 def batch_dot(

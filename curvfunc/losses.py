@@ -196,7 +196,7 @@ def gradient(loss: Loss, out: Tensor, y: Any, *, create_graph: bool = False) -> 
     return (mass * work.sigmoid() - positive).to(out.dtype)
 
 
-def exact_root(loss: Loss, out: Tensor, y: Any) -> Root:
+def exact_root(loss: Loss, out: Tensor, y: Any, *, fewest: bool = False) -> Root:
     """Root of the loss Hessian of each sample.
 
     With m the mass of a position (see the module), column v = (c, d) is zero but at position d, where it is
@@ -213,9 +213,14 @@ def exact_root(loss: Loss, out: Tensor, y: Any) -> Root:
         loss: The loss; ``check`` has passed.
         out: Output of the model, [N, *out].
         y: Targets.
+        fewest: Whether other columns may take their place if they are fewer. For cross-entropy these are C - 1 at each
+            position: a Householder reflection H that maps sqrt(p) to the first axis, applied to the columns, makes the
+            first one zero. With u = sqrt(p) the others are, for c = 1 ... C - 1,
+
+                sqrt(m) u_c (e_c - a),   a_0 = u_0,   a_i = p_i / (1 + u_0) for i > 0.
 
     Returns:
-        Root with V = numel(out[n]) columns.
+        Root with V = numel(out[n]) columns, or less.
 
     Raises:
         ValueError: If the loss is not convex in its output (a negative weight, an indefinite Hessian), or if a custom
@@ -227,7 +232,7 @@ def exact_root(loss: Loss, out: Tensor, y: Any) -> Root:
     """
     work = _at_least_float32(out)
     if loss.name == "cross_entropy":
-        return _softmax_root(work, _class_mass(loss, work, y), out.dtype)
+        return _softmax_root(work, _class_mass(loss, work, y), out.dtype, fewest and work.shape[1] > 1)
     if loss.name == "mse_loss":
         mass = _squared_error_mass(loss, work)
         _check_mass(loss, mass)
@@ -268,7 +273,7 @@ def signed_root(loss: Loss, out: Tensor, y: Any) -> tuple[Root, Tensor | None]:
     """
     if loss.name is not None:
         try:
-            return exact_root(loss, out, y), None
+            return exact_root(loss, out, y, fewest=True), None
         except ValueError:  # negative weights
             loss = Loss(None, functools.partial(loss.fn, **dict(loss.options), **loss.tensors))
     work = _at_least_float32(out)
@@ -541,26 +546,31 @@ def _binary_weights(loss: Loss, work: Tensor, y: Tensor) -> tuple[Tensor, Tensor
 # --- closed forms: the columns ----------------------------------------------------------------------------------------
 
 
-def _softmax_root(work: Tensor, mass: Tensor, dtype: torch.dtype) -> Root:
-    """Columns sqrt(m p_c) (e_c - p) at position d, for v = (c, d). work [N, C, *d], mass [N, 1, *d]."""
+def _softmax_root(work: Tensor, mass: Tensor, dtype: torch.dtype, fewest: bool = False) -> Root:
+    """Columns sqrt(m p_c) (e_c - p) at position d, for v = (c, d); or the fewest. work [N, C, *d], mass [N, 1, *d]."""
     num, num_classes, positions = work.shape[0], work.shape[1], math.prod(work.shape[2:])
     shape, device = work.shape, work.device
     log_probs = work.log_softmax(1).reshape(num, num_classes, positions)
     probs = log_probs.exp()
     # sqrt(p) in log space: it survives where p underflows, and its derivative stays finite
-    scale = (mass.reshape(num, 1, positions).sqrt() * (log_probs / 2).exp()).flatten(1)
+    roots = (log_probs / 2).exp()
+    scale = (mass.reshape(num, 1, positions).sqrt() * roots).flatten(1)
+    skipped = positions if fewest else 0
+    if fewest:
+        probs = torch.cat([roots[:, :1], probs[:, 1:] / (1 + roots[:, :1])], dim=1)
 
     def columns(start: int, stop: int) -> Tensor:
+        start, stop = start + skipped, stop + skipped
         entry = torch.arange(start, stop, device=device)
-        position = entry % positions
-        own = _one_hot(entry // positions, num_classes, probs.dtype).unsqueeze(1)  # [v, 1, C]
+        position = entry if positions == 1 else entry % positions
+        own = _one_hot(entry if positions == 1 else entry // positions, num_classes, probs.dtype).unsqueeze(1)  # [v, 1, C]
         at = probs.squeeze(2) if positions == 1 else probs[:, :, position].permute(2, 0, 1)
         column = scale[:, start:stop].T.unsqueeze(2) * (own - at)  # [v, N, C]
         if positions > 1:
             column = column.unsqueeze(3) * _one_hot(position, positions, probs.dtype)[:, None, None]
         return column.reshape(stop - start, *shape).to(dtype)
 
-    return Root(num_classes * positions, columns)
+    return Root(num_classes * positions - skipped, columns)
 
 
 def _diagonal_root(scale: Tensor, dtype: torch.dtype) -> Root:
@@ -695,7 +705,9 @@ def _check_classes(loss: Loss, out: Tensor, y: Tensor) -> None:
     """Targets of cross-entropy: indices [N, *d] in [0, C) or ``ignore_index``, or probabilities [N, C, *d]."""
     what = _label(loss)
     if out.ndim < 2:
-        raise ValueError(f"{what}: {_shapes(out, y)}; the output needs a class axis after the batch axis. Add it to the output.")
+        raise ValueError(
+            f"{what}: {_shapes(out, y)}; the output needs a class axis after the batch axis. Add it to the output."
+        )
     num_classes, indices = out.shape[1], (out.shape[0], *out.shape[2:])
     weight = loss.tensors.get("weight")
     if weight is not None and weight.shape != (num_classes,):

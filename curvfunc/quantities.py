@@ -83,7 +83,7 @@ class _Curvature(Quantity):
     @property
     def cotangent(self) -> LossRoot:
         """Columns of a root of the loss Hessian."""
-        return LossRoot(self.mc_samples)
+        return LossRoot(self.mc_samples, fewest=not self.mc_samples)
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ class BatchGrad(Quantity):
     """Per-sample gradients gₙ = R ∇ℓₙ, [N, *shape]."""
 
     contractions = ("per_sample",)
+    large = True
 
     def finish(self, samples: int, *parts: Tensor) -> Tensor:
         """The only column."""
@@ -159,6 +160,7 @@ class BatchDiagGGN(_Curvature):
     """Each sample's part of the diagonal of the generalized Gauss-Newton matrix, [N, *shape]."""
 
     contractions = ("sample_squares",)
+    large = True
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,12 @@ class SqrtGGN(_Curvature):
     """Root of the generalized Gauss-Newton matrix, [V, N, *shape]."""
 
     contractions = ("per_sample",)
+    large = True
+
+    @property
+    def cotangent(self) -> LossRoot:
+        """All columns, as they are returned."""
+        return LossRoot(self.mc_samples)
 
 
 @dataclass(frozen=True)
@@ -213,7 +221,7 @@ class KFLR(Quantity):
     """Kronecker factors as `KFAC`, from the exact loss Hessian."""
 
     kfac_approx: str | None = None
-    cotangent = LossRoot(0)
+    cotangent = LossRoot(0, fewest=True)
 
     def __post_init__(self) -> None:
         _check_approximation(self.kfac_approx)

@@ -332,9 +332,9 @@ def test_one_forward_pass_and_one_backward_pass_per_cotangent(name: str, specs: 
 
 
 def test_one_backward_pass_per_chunk() -> None:
-    problem = PROBLEMS["classes at positions"].make()  # 6 columns
+    problem = PROBLEMS["classes at positions"].make()  # 4 columns
     count = Count(problem.model_fn)
-    computed(problem._replace(model_fn=count), (DiagGGN(), KFLR()), chunk_size=4)
+    computed(problem._replace(model_fn=count), (DiagGGN(), KFLR()), chunk_size=3)
     assert (count.forward, count.backward) == (1, 2)
 
 

@@ -25,7 +25,7 @@ from curvfunc.capture import capture
 from curvfunc.compat.context import CTX, PAUSED, RUNNING, no_op
 from curvfunc.compat.notes import LossCall, ModuleUse, Region, RegionOutput
 from curvfunc.compute import CONTRACTIONS, Quantity
-from curvfunc.contractions import Bound, Direct, Outer, Rows, bind, merge, per_sample
+from curvfunc.contractions import Bound, Direct, bind, merge, total
 from curvfunc.cotangents import pull
 from curvfunc.sites import Trace
 
@@ -313,16 +313,6 @@ def contracted(spec: Quantity, b: Bound) -> Any:
     """The result of a first-order quantity for one parameter."""
     parts = [total(b) if name == "total" else CONTRACTIONS[name][0](b) for name in spec.contractions]
     return spec.finish(b.g.shape[1], *parts)
-
-
-def total(b: Bound) -> Tensor:
-    """The gradient, Σ_n of the only column: all samples are treated as one."""
-    if isinstance(b.form, Outer):
-        g, x = b.g.transpose(1, 2).flatten(2, 3).unsqueeze(1), b.x.transpose(0, 1).flatten(1, 2).unsqueeze(0)
-        return per_sample(replace(b, g=g, x=x))[0, 0]
-    if isinstance(b.form, Rows):
-        return per_sample(replace(b, g=b.g.flatten(1, 2).unsqueeze(1), x=b.x.flatten().unsqueeze(0)))[0, 0]
-    return b.g[0].sum(0)
 
 
 def _owned(b: Bound, cotangent: Tensor) -> Bound:

@@ -36,7 +36,7 @@ class Rule:
     """A rule: the names of the operation's arguments, those that may be parameters, and the forms of their use."""
 
     arguments: tuple[str, ...]
-    parameters: frozenset[str]
+    parameters: tuple[str, ...]
     forms: Callable[..., dict[str, Form]]
     takes_use: bool
     samples_first: bool
@@ -91,7 +91,7 @@ def rule(
         if unknown := set(parameters.split()) - set(names):
             raise ValueError(f"rule: {sorted(unknown)} are not among the operation's arguments {list(names)}.")
         for function in functions:
-            RULES[function] = Rule(names, frozenset(parameters.split()), forms, takes_use, samples_first)
+            RULES[function] = Rule(names, tuple(parameters.split()), forms, takes_use, samples_first)
             if samples_first:
                 batch_axis.RULES[function] = batch_axis.samples_first
         return forms

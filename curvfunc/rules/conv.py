@@ -107,22 +107,23 @@ def unfold(
     padding: str | int | Sequence[int],
     dilation: int | Sequence[int],
 ) -> Tensor:
-    """The patches that a convolution sees: [n, c, *space] to [n, c * prod(kernel), positions]."""
+    """The patches that a convolution sees: [n, c, *space] to [n, c * prod(kernel), positions].
+
+    A copy of strided views takes a fraction of the time of ``F.unfold``.
+    """
     dims = len(kernel)
     stride, dilation = _tuple(stride, dims), _tuple(dilation, dims)
     before, after = _padding(padding, kernel, dilation)
     if math.prod(kernel) == 1 and not any(before) and not any(after):
         window = (slice(None), slice(None), *(slice(None, None, t) for t in stride))
         return x[window].flatten(2)
-    if dims == 2 and before == after:
-        return F.unfold(x, tuple(kernel), dilation, before, stride)
     if any(before) or any(after):
         x = F.pad(x, [p for pair in zip(reversed(before), reversed(after), strict=True) for p in pair])
     for d in range(dims):  # one strided view per dimension: [n, c, *space] -> [n, c, *positions, *kernel]
         x = x.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])[..., :: dilation[d]]
-    return x.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims)).reshape(
-        x.shape[0], x.shape[1] * math.prod(kernel), -1
-    )
+    # features, samples, positions in memory: neither sums over samples nor those of one sample need another copy
+    x = x.permute(1, *range(2 + dims, 2 + 2 * dims), 0, *range(2, 2 + dims))
+    return x.flatten(0, dims).flatten(2).transpose(0, 1)
 
 
 def unfold_transpose(
