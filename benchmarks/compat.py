@@ -60,14 +60,19 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 
 
 def load_backpack() -> Any:
-    """BackPACK, which imports torchvision for a data set only; a stand-in will do."""
+    """BackPACK, which imports torchvision for a data set only; a stand-in will do, while it is being imported."""
+    missing = {}
     for name in ("torchvision", "torchvision.datasets", "torchvision.transforms"):
-        module = sys.modules.setdefault(name, ModuleType(name))
-        for attribute in ("MNIST", "Compose", "Normalize", "ToTensor"):
-            if not hasattr(module, attribute):
-                setattr(module, attribute, None)
-    import backpack
-
+        if "backpack" not in sys.modules and name not in sys.modules:
+            missing[name] = sys.modules[name] = ModuleType(name)
+            for attribute in ("MNIST", "Compose", "Normalize", "ToTensor"):
+                setattr(missing[name], attribute, None)
+    try:
+        import backpack
+        import backpack.extensions
+    finally:
+        for name in missing:
+            del sys.modules[name]
     return backpack
 
 

@@ -46,11 +46,10 @@ QUANTITIES = {
 
 def runs(net: str, quantities: list[str]) -> dict[str, Callable[[], object]]:
     """The plain gradient, and each quantity with the gradient."""
-    make, shape, batch = NETS[net]
+    chosen = NETS[net]
     torch.manual_seed(0)
-    module = make()
-    X = torch.rand(batch, *shape)
-    y = torch.randint(module[-1].out_features, (batch,))
+    module = chosen.make().eval()
+    X, y = chosen.inputs(chosen.batch), chosen.targets(chosen.batch)
     model_fn, params = functionalize(module)
     found: dict[str, Callable[[], object]] = {
         "plain": lambda: torch.autograd.grad(F.cross_entropy(module(X), y), list(module.parameters()))
@@ -91,7 +90,7 @@ def main() -> None:
         seconds = measure(runs(net, options.quantities), options.rounds)
         plain = seconds.pop("plain")
         report[net] = {
-            "batch": NETS[net][2],
+            "batch": NETS[net].batch,
             "plain_seconds": statistics.median(plain),
             "ratio": {
                 name: round(statistics.median(s / p for s, p in zip(values, plain, strict=True)), 3)

@@ -1,8 +1,24 @@
-"""The networks that the benchmarks run: name -> (module, input shape, batch size)."""
+"""The networks that the benchmarks run, each with its input, its targets and the size of its batches."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+VOCABULARY, LENGTH = 65, 64  # of the language model
+
+
+@dataclass(frozen=True)
+class Net:
+    """How to make a module and, for N samples, its input and its targets; the batch is smaller on CPU."""
+
+    make: Callable[[], nn.Module]
+    inputs: Callable[[int], Tensor]
+    targets: Callable[[int], Tensor]
+    batch: int
+    cuda_batch: int
 
 
 def mlp() -> nn.Module:
@@ -34,15 +50,106 @@ def cnn_3c3d() -> nn.Module:
     )
 
 
+def all_cnn_c() -> nn.Module:
+    """All-CNN-C for CIFAR-100 (Springenberg et al. 2015), without dropout."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 96, 3, padding=1), nn.ReLU(), nn.Conv2d(96, 96, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(96, 96, 3, stride=2, padding=1), nn.ReLU()),
+        *(nn.Conv2d(96, 192, 3, padding=1), nn.ReLU(), nn.Conv2d(192, 192, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(192, 192, 3, stride=2, padding=1), nn.ReLU()),
+        *(nn.Conv2d(192, 192, 3), nn.ReLU(), nn.Conv2d(192, 192, 1), nn.ReLU(), nn.Conv2d(192, 100, 1), nn.ReLU()),
+        *(nn.AvgPool2d(6), nn.Flatten()),
+    )
+
+
+class Residual(nn.Module):
+    """Two convolutions with normalization, added to a shortcut."""
+
+    def __init__(self, channels: int, out: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False), norm(out)
+        self.conv2, self.norm2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), norm(out)
+        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
+        same = stride == 1 and channels == out
+        self.shortcut = nn.Identity() if same else nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), norm(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the block to its input."""
+        return self.relu2(self.norm2(self.conv2(self.relu1(self.norm1(self.conv1(x))))) + self.shortcut(x))
+
+
+def resnet18(norm: Callable[[int], nn.Module]) -> nn.Module:
+    """ResNet-18 for inputs of 32x32: a stem of one 3x3 convolution, no pooling after it."""
+    sizes = ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2))
+    blocks = [block for a, b, s in sizes for block in (Residual(a, b, s, norm), Residual(b, b, 1, norm))]
+    stem = (nn.Conv2d(3, 64, 3, padding=1, bias=False), norm(64), nn.ReLU())
+    return nn.Sequential(*stem, *blocks, nn.AvgPool2d(4), nn.Flatten(), nn.Linear(512, 10))
+
+
+class Attention(nn.Module):
+    """Causal self-attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.mix = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, T, width] to the same."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.mix(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward layer, each after a norm and added to its input."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.attention = nn.LayerNorm(width), nn.LayerNorm(width), Attention(width, heads)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, T, width] to the same."""
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    """A character-level language model; its head is not tied to the embedding."""
+
+    def __init__(self, layers: int = 6, width: int = 128, heads: int = 4) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(VOCABULARY, width), nn.Embedding(LENGTH, width)
+        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(layers)])
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits [N, V, T] of the next token, from tokens [N, T]."""
+        # positions once per sample, not once for all: hooks of layers, as Opacus has them, need a batch axis
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).contiguous()
+        return self.head(self.norm(self.blocks(self.tokens(ids) + self.positions(positions)))).transpose(1, 2)
+
+
 def tiny() -> nn.Module:
     """4-16-16-2: overhead is all there is."""
     return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
 
 
-NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
-    "logistic": (logistic, (1, 28, 28), 128),
-    "784-256-256-10": (mlp, (1, 28, 28), 128),
-    "2C2D": (cnn_2c2d, (1, 28, 28), 32),
-    "3C3D": (cnn_3c3d, (3, 32, 32), 32),
-    "tiny": (tiny, (4,), 8),
+def _uniform(*shape: int) -> Callable[[int], Tensor]:
+    return lambda n: torch.rand(n, *shape)
+
+
+def _below(limit: int, *shape: int) -> Callable[[int], Tensor]:
+    return lambda n: torch.randint(limit, (n, *shape))
+
+
+NETS: dict[str, Net] = {
+    "logistic": Net(logistic, _uniform(1, 28, 28), _below(10), 128, 128),
+    "784-256-256-10": Net(mlp, _uniform(1, 28, 28), _below(10), 128, 128),
+    "2C2D": Net(cnn_2c2d, _uniform(1, 28, 28), _below(10), 32, 128),
+    "3C3D": Net(cnn_3c3d, _uniform(3, 32, 32), _below(10), 32, 128),
+    "All-CNN-C": Net(all_cnn_c, _uniform(3, 32, 32), _below(100), 4, 64),
+    "ResNet-18-GN": Net(lambda: resnet18(lambda c: nn.GroupNorm(32, c)), _uniform(3, 32, 32), _below(10), 8, 128),
+    "ResNet-18-BN": Net(lambda: resnet18(nn.BatchNorm2d), _uniform(3, 32, 32), _below(10), 8, 128),  # evaluation mode
+    "GPT": Net(GPT, _below(VOCABULARY, LENGTH), _below(VOCABULARY, LENGTH), 8, 64),
+    "tiny": Net(tiny, _uniform(4), _below(2), 8, 8),
 }

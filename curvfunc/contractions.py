@@ -473,16 +473,16 @@ def second_moment(x: Tensor, scale: float = 1.0) -> Tensor:
     k, m = x.shape
     if not may_overwrite():
         return x @ x.mT * scale
+    zero = x.new_zeros(1)
     if k < 256 or m < 512 or x.device.type != "cpu":
-        whole = x @ x.mT
-        return whole if scale == 1 else whole.mul_(scale)
+        return torch.addmm(zero, x, x.mT, beta=0, alpha=scale)
     result = x.new_empty(k, k)
     step = -(-k // 4)
     for start in range(0, k, step):
         stop = min(start + step, k)
-        result[start:stop, start:] = x[start:stop] @ x[start:].mT
+        torch.addmm(zero, x[start:stop], x[start:].mT, beta=0, alpha=scale, out=result[start:stop, start:])
         result[stop:, start:stop] = result[start:stop, stop:].mT
-    return result.mul_(scale)
+    return result
 
 
 def _sums_positions(b: Bound) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from curvfunc import losses
-from curvfunc.observer import without_fallback_warnings
+from curvfunc.observer import edge_of, without_fallback_warnings
 from curvfunc.sites import Site, Trace
 
 __all__ = ["AveragedHessian", "FullHessian", "LossGradient", "LossRoot", "chunks", "common", "pull"]
@@ -89,18 +89,23 @@ def pull(
         Per site the cotangent of its output [v, n, ...], and per leaf the gradient. Zeros where the output does not
         depend on it.
     """
-    targets: list[Any] = [s.edge for s in trace.sites] + list(leaves)
-    if not targets or not trace.out.requires_grad:
+    if not trace.out.requires_grad:
         return [_zeros(s, trace, columns) for s in trace.sites], [torch.zeros_like(p) for p in leaves]
+    end = edge_of(trace.out)
+    inner = [s for s in trace.sites if s.edge.node is not end.node or s.edge.output_nr != end.output_nr]
+    targets: list[Any] = [s.edge for s in inner] + list(leaves)
 
     def backward(column: Tensor) -> tuple[Tensor | None, ...]:
         return torch.autograd.grad(
             trace.out, targets, column, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
         )
 
-    if len(columns) == 1:
+    grads: list[Tensor | None]
+    if not targets:
+        grads = []
+    elif len(columns) == 1:
         grads = list(backward(columns[0]))
-        grads[: len(trace.sites)] = [None if g is None else g[None] for g in grads[: len(trace.sites)]]
+        grads[: len(inner)] = [None if g is None else g[None] for g in grads[: len(inner)]]
     else:
         reached: list[bool] = []
 
@@ -113,8 +118,12 @@ def pull(
         with without_fallback_warnings():
             found = iter(torch.vmap(reached_only)(columns))
         grads = [next(found) if r else None for r in reached]
-    sites = [_zeros(s, trace, columns) if g is None else _samples_first(g, s) for s, g in zip(trace.sites, grads, strict=False)]
-    totals = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads[len(sites) :], strict=True)]
+    pulled = {id(s): g for s, g in zip(inner, grads, strict=False)}
+    at_sites = [pulled.get(id(s), columns) for s in trace.sites]  # at the output, nothing is to be done
+    sites = [
+        _zeros(s, trace, columns) if g is None else _samples_first(g, s) for s, g in zip(trace.sites, at_sites, strict=True)
+    ]
+    totals = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads[len(inner) :], strict=True)]
     return sites, totals
 
 

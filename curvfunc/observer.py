@@ -3,7 +3,6 @@
 For an operation with a rule it keeps a site; on the plain path it follows the sample axis from tensor to tensor.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -413,9 +412,11 @@ def marked(x: Tensor) -> Tensor:
 @contextmanager
 def without_fallback_warnings() -> Iterator[None]:
     """Silence vmap where it runs an operation sample by sample: that is slower, and right."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+    _functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]  # Python's filters take long
+    try:
         yield
+    finally:
+        _functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
 
 
 def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:

@@ -35,8 +35,9 @@ def test_report(scripts, tmp_path):
     for row in report["rows"]:
         assert (row["net"], row["batch"], row["device"], row["precision"]) == ("tiny", 8, "cpu", "float32")
         assert list(row["contenders"]) == list(own)
-        for name in ("gradient", "curvfunc", "reference"):
-            entry = row["contenders"][name]
+        measured = {name: entry for name, entry in row["contenders"].items() if "skipped" not in entry}
+        assert measured.keys() >= {"gradient", "curvfunc", "reference"}
+        for entry in measured.values():
             assert entry["ms"] > 0
             assert entry["ratio"] > 0
             assert entry.get("deviation", 0.0) < 1e-4
