@@ -7,6 +7,8 @@ import optree
 import torch
 from torch import Tensor
 
+from curvfunc.inputs import in_order
+
 __all__ = ["deliver", "parameter_buffers", "read_buffers"]
 
 
@@ -20,13 +22,15 @@ def read_buffers(tree: Any, out: Any) -> list[Any]:
         ) from error
 
 
-def parameter_buffers(quantity: str, params: Any, names: Sequence[str], buffer: Any, lead: tuple[int, ...]) -> list[Tensor]:
+def parameter_buffers(
+    quantity: str, params: Any, names: Sequence[str], leaves: Sequence[Tensor], buffer: Any, lead: tuple[int, ...]
+) -> list[Tensor]:
     """The buffers [*lead, *shape] of a result that has one tensor for each parameter."""
-    try:
-        found: list[Any] = optree.tree_structure(params).flatten_up_to(buffer)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"out for {quantity} must be a tree like params: {error}") from error
-    for name, p, b in zip(names, optree.tree_leaves(params), found, strict=True):
+    tree = optree.tree_structure(params)
+    if optree.tree_structure(buffer) != tree:
+        raise ValueError(f"out for {quantity} must be a tree like params, {tree}, got {optree.tree_structure(buffer)}.")
+    found = in_order(params, buffer)
+    for name, p, b in zip(names, leaves, found, strict=True):
         _check(f"{quantity}, parameter {name!r}", b, torch.Size((*lead, *p.shape)), p)
     return found
 

@@ -35,12 +35,15 @@ class Quantity:
     contractions: ClassVar[tuple[str, ...]] = ()
     forward: ClassVar[str | None] = None
     whole_batch: ClassVar[bool] = False
-    large: ClassVar[bool] = False  # whether a buffer of the caller is written without a copy
 
     @property
     def cotangent(self) -> LossGradient | LossRoot | FullHessian | AveragedHessian:
         """What is backpropagated."""
         return LossGradient()
+
+    def lead(self, columns: int, samples: int) -> tuple[int, ...] | None:
+        """Axes before the parameter's in a result that is formed in the caller's memory; None where it is copied there."""
+        return None
 
     def finish(self, samples: int, *parts: Any) -> Any:
         """The result for one parameter from its contractions, for that many samples."""
@@ -117,8 +120,7 @@ def compute(
         (torch.Size([3, 4]), torch.Size([8]))
     """
     if torch.compiler.is_compiling():
-        found = _compiled(model_fn, params, X, y, specs, loss_fn, subsampling, generator, chunk_size)
-        return found if out is None else pytree.tree_map(_copied, found, out, is_leaf=lambda t: t is None)
+        return _compiled(model_fn, params, X, y, specs, loss_fn, subsampling, generator, chunk_size, out)
     if torch.is_inference_mode_enabled():  # it forbids graphs; tensors that were made in it are copied out of it
         with torch.inference_mode(False):
             params, X, y = (optree.tree_map(_out_of_inference, tree) for tree in (params, X, y))
@@ -234,7 +236,7 @@ class _Run:
             for i, (cotangent, names) in enumerate(wanted.items()):
                 root = cotangent.root(self.loss, whole, self.batch.y, self.generator)
                 last = i == len(wanted) - 1
-                outs = self._outs(specs, cotangents, cotangent, root.num)
+                outs = self._outs(leaves, specs, cotangents, cotangent, root.num)
                 for name, result in self._contract(trace, leaves, root, list(names), differentiable, last, outs).items():
                     parts[cotangent, name] = result
             results = [self._finish(s, c, out, parts) for s, c in zip(specs, cotangents, strict=True)]
@@ -242,13 +244,16 @@ class _Run:
                 results = [deliver(type(s).__name__, r, b) for s, r, b in zip(specs, results, self.buffers, strict=True)]
         return trace.out, results
 
-    def _outs(self, specs: list[Quantity], cotangents: list[Any], cotangent: Any, columns: int) -> dict[str, list[Tensor]]:
+    def _outs(
+        self, leaves: list[Tensor], specs: list[Quantity], cotangents: list[Any], cotangent: Any, columns: int
+    ) -> dict[str, list[Tensor]]:
         """The caller's buffers for the parts of large results, by contraction."""
         found = {}
         for s, c, buffer in zip(specs, cotangents, self.buffers or (), strict=False):
-            if s.large and c == cotangent and buffer is not None:
-                lead = (columns, self.batch.size) if s.contractions == ("per_sample",) else (self.batch.size,)
-                found[s.contractions[0]] = parameter_buffers(type(s).__name__, self.params, self.names, buffer, lead)
+            if buffer is not None and c == cotangent and (lead := s.lead(columns, self.batch.size)) is not None:
+                own = parameter_buffers(type(s).__name__, self.params, self.names, leaves, buffer, lead)
+                (name,) = s.contractions
+                found[name] = [b[None] for b in own] if name == "per_sample" and len(lead) == 1 else own
         return found
 
     def _forward(self, leaves: list[Tensor], sites: bool, layouts: Layouts | None = None, generic: Sequence[int] = ()) -> Trace:
@@ -433,10 +438,6 @@ def _is_part(part: Tensor, buffer: Tensor) -> bool:
     return part.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
 
 
-def _copied(result: Any, buffer: Any) -> Any:
-    return result if buffer is None else buffer.copy_(result)
-
-
 def _combine(contract: Callable[[Bound], Any], how: str, parts: list[Any]) -> Any:
     if how == "join":
         return contract(contractions.join(parts))
@@ -485,7 +486,7 @@ pytree.register_pytree_node(_Static, lambda s: ([], s.items), lambda _, items: _
 
 
 def _compiled(
-    model_fn: Any, params: Any, X: Any, y: Any, specs: Any, loss_fn: Any, subsampling: Any, generator: Any, chunk: Any
+    model_fn: Any, params: Any, X: Any, y: Any, specs: Any, loss_fn: Any, subsampling: Any, generator: Any, chunk: Any, out: Any
 ) -> Any:
     if generator is not None:
         raise ValueError(
@@ -502,7 +503,14 @@ def _compiled(
     else:
         constants, tensors = None if subsampling is None else tuple(subsampling), {}
     static = _Static(model_fn, keys, loss.name, loss.fn, loss.options, constants, chunk)
-    return pytree.tree_unflatten(_traced(static, params, state, X, y, loss.tensors, tensors), tree)
+    results = _traced(static, params, state, X, y, loss.tensors, tensors)
+    if out is not None:
+        buffers = tree.flatten_up_to(out)
+        copied = [
+            r if b is None else pytree.tree_map(lambda t, s: s.copy_(t), r, b) for r, b in zip(results, buffers, strict=True)
+        ]
+        results = copied
+    return pytree.tree_unflatten(results, tree)
 
 
 @torch._dynamo.nonstrict_trace

@@ -9,7 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "flatten_params", "forward_errors", "read_batch"]
+__all__ = ["Batch", "flatten_params", "forward_errors", "in_order", "read_batch"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Batch:
 
 def flatten_params(params: Any) -> tuple[list[str], list[Tensor], Callable[[Sequence[Any]], Any]]:
     """Names, tensors, and the function that puts values in the tensors' places."""
-    if type(params) is dict and all(type(k) is str and isinstance(v, Tensor) for k, v in params.items()):
+    if _is_flat(params):
         names, leaves = list(params), list(params.values())
         rebuild: Callable[[Sequence[Any]], Any] = lambda values: dict(zip(names, values, strict=True))
     else:
@@ -83,6 +83,15 @@ def flatten_params(params: Any) -> tuple[list[str], list[Tensor], Callable[[Sequ
                 "out of params (as buffers of the module, or constants of model_fn)."
             )
     return names, leaves, rebuild
+
+
+def in_order(params: Any, tree: Any) -> list[Any]:
+    """The leaves of a tree like ``params``, in the order in which `flatten_params` has the parameters."""
+    return [tree[name] for name in params] if _is_flat(params) else optree.tree_leaves(tree)
+
+
+def _is_flat(params: Any) -> bool:
+    return type(params) is dict and all(type(k) is str and isinstance(v, Tensor) for k, v in params.items())
 
 
 def read_batch(X: Any, y: Any, subsampling: Sequence[int] | Tensor | None) -> Batch:

@@ -115,7 +115,10 @@ class BatchGrad(Quantity):
     """Per-sample gradients gₙ = R ∇ℓₙ, [N, *shape]."""
 
     contractions = ("per_sample",)
-    large = True
+
+    def lead(self, columns: int, samples: int) -> tuple[int, ...]:
+        """N."""
+        return (samples,)
 
     def finish(self, samples: int, *parts: Tensor) -> Tensor:
         """The only column."""
@@ -160,7 +163,10 @@ class BatchDiagGGN(_Curvature):
     """Each sample's part of the diagonal of the generalized Gauss-Newton matrix, [N, *shape]."""
 
     contractions = ("sample_squares",)
-    large = True
+
+    def lead(self, columns: int, samples: int) -> tuple[int, ...]:
+        """N."""
+        return (samples,)
 
 
 @dataclass(frozen=True)
@@ -184,7 +190,10 @@ class SqrtGGN(_Curvature):
     """Root of the generalized Gauss-Newton matrix, [V, N, *shape]."""
 
     contractions = ("per_sample",)
-    large = True
+
+    def lead(self, columns: int, samples: int) -> tuple[int, ...]:
+        """V and N."""
+        return columns, samples
 
     @property
     def cotangent(self) -> LossRoot:
