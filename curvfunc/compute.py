@@ -230,8 +230,8 @@ class _Run:
                 parts[FullHessian(), "squares"] = [d.sum(0) for d in diagonal] if len(names) > 1 else diagonal
             if chain is not None:
                 wanted.pop(AveragedHessian())
-                root = losses.exact_root(self.loss, whole, self.batch.y, fewest=True)
-                found = kfra.factors(trace, leaves, self.names, chain, root, self.batch.select, differentiable)
+                summed = losses.summed_hessian(self.loss, whole, self.batch.y, self.batch.select)
+                found = kfra.factors(trace, leaves, self.names, chain, summed, differentiable)
                 parts[AveragedHessian(), "factors"] = found
             for i, (cotangent, names) in enumerate(wanted.items()):
                 root = cotangent.root(self.loss, whole, self.batch.y, self.generator)
@@ -330,6 +330,7 @@ class _Run:
                 trace,
                 columns,
                 [leaves[i] for i in others],
+                sites=bool(per_site),
                 create_graph=differentiable,
                 retain_graph=differentiable or derived or not last or stop < root.num,
             )

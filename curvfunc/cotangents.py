@@ -74,7 +74,13 @@ def chunks(total: int, trace: Trace, chunk_size: int | None) -> list[tuple[int, 
 
 
 def pull(
-    trace: Trace, columns: Tensor, leaves: Sequence[Tensor] = (), *, create_graph: bool, retain_graph: bool
+    trace: Trace,
+    columns: Tensor,
+    leaves: Sequence[Tensor] = (),
+    *,
+    sites: bool = True,
+    create_graph: bool,
+    retain_graph: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Backpropagate columns [v, n, ...] of the output.
 
@@ -82,6 +88,7 @@ def pull(
         trace: The forward pass.
         columns: What to backpropagate.
         leaves: Parameters whose total gradient is wanted too (for one column).
+        sites: Whether the cotangents of the sites are wanted.
         create_graph: Whether the results will be differentiated.
         retain_graph: Whether another backward pass follows.
 
@@ -89,10 +96,11 @@ def pull(
         Per site the cotangent of its output [v, n, ...], and per leaf the gradient. Zeros where the output does not
         depend on it.
     """
+    wanted = trace.sites if sites else []
     if not trace.out.requires_grad:
-        return [_zeros(s, trace, columns) for s in trace.sites], [torch.zeros_like(p) for p in leaves]
+        return [_zeros(s, trace, columns) for s in wanted], [torch.zeros_like(p) for p in leaves]
     end = edge_of(trace.out)
-    inner = [s for s in trace.sites if s.edge.node is not end.node or s.edge.output_nr != end.output_nr]
+    inner = [s for s in wanted if s.edge.node is not end.node or s.edge.output_nr != end.output_nr]
     targets: list[Any] = [s.edge for s in inner] + list(leaves)
 
     def backward(column: Tensor) -> tuple[Tensor | None, ...]:
@@ -119,12 +127,10 @@ def pull(
             found = iter(torch.vmap(reached_only)(columns))
         grads = [next(found) if r else None for r in reached]
     pulled = {id(s): g for s, g in zip(inner, grads, strict=False)}
-    at_sites = [pulled.get(id(s), columns) for s in trace.sites]  # at the output, nothing is to be done
-    sites = [
-        _zeros(s, trace, columns) if g is None else _samples_first(g, s) for s, g in zip(trace.sites, at_sites, strict=True)
-    ]
+    at_sites = [(s, pulled.get(id(s), columns)) for s in wanted]  # at the output, nothing is to be done
+    found_at = [_zeros(s, trace, columns) if g is None else _samples_first(g, s) for s, g in at_sites]
     totals = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads[len(inner) :], strict=True)]
-    return sites, totals
+    return found_at, totals
 
 
 def _samples_first(g: Tensor, site: Site) -> Tensor:

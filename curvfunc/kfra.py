@@ -12,7 +12,6 @@ This needs a chain of operations. Three kinds of them have rules:
 - each output selects one input (max pooling): the entries of G are added up where both indices agree.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -24,9 +23,8 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.overrides import TorchFunctionMode
 
 from curvfunc import contractions
-from curvfunc.contractions import Direct, Outer, Rows, bind, per_sample
+from curvfunc.contractions import Direct, Outer, Rows, bind, per_sample, second_moment
 from curvfunc.cotangents import CHUNK_BYTES
-from curvfunc.losses import Root
 from curvfunc.observer import axis_or_none, edge_of, tensors_in
 from curvfunc.residuals import is_affine
 from curvfunc.rules.nonlinear import is_diagonal, is_linear, is_reshape
@@ -108,8 +106,7 @@ def factors(
     leaves: Sequence[Tensor],
     names: Sequence[str],
     chain: Chain,
-    root: Root,
-    select: Callable[[Tensor], Tensor],
+    hessian: Tensor,
     differentiable: bool,
 ) -> list[tuple[Tensor, ...]]:
     """The Kronecker factors of each parameter.
@@ -119,8 +116,7 @@ def factors(
         leaves: The parameters.
         names: Their names.
         chain: The operations of that forward pass.
-        root: Columns of the loss Hessian.
-        select: Takes columns of the whole batch to the subset that is computed.
+        hessian: Of the loss with respect to the output, summed over samples.
         differentiable: Whether the results will be differentiated.
 
     Returns:
@@ -131,7 +127,7 @@ def factors(
         raise NotImplementedError(f"kfra needs a rule for each use of a parameter ({reasons}). Use kflr or kfac.")
     found: dict[int, tuple[Tensor, ...]] = {}
     sites = {(s.edge.node, s.edge.output_nr): s for s in trace.sites}
-    G = _loss_hessian(root, select, trace)
+    G = hessian
     edge = edge_of(trace.out) if trace.out.requires_grad else None
     while edge is not None and sites:
         call = chain.calls.get((edge.node, edge.output_nr))
@@ -139,7 +135,8 @@ def factors(
             raise NotImplementedError(f"kfra cannot see the operation behind {edge.node.name()}. Use kflr or kfac.")
         if call.axis != 0:
             raise NotImplementedError(f"kfra: the samples of the output of {call.name} are not its first axis.")
-        for key in [key for key in sites if key in _inside(call)]:
+        output = (call.output.node, call.output.output_nr)
+        for key in [output] if output in sites else [key for key in sites if key in _inside(call)]:
             site = sites.pop(key)
             at_site = _through_diagonal(call, site.edge, site.shape, G, differentiable)
             for i, form in site.forms.items():
@@ -155,17 +152,6 @@ def factors(
         if edge is not None:
             G = _step_back(call, G, len(trace.out), differentiable)
     return [found[i] if i in found else (p.new_zeros(p.numel(), p.numel()),) for i, p in enumerate(leaves)]
-
-
-def _loss_hessian(root: Root, select: Callable[[Tensor], Tensor], trace: Trace) -> Tensor:
-    """R Σₙ ∇²ℓₙ = Σ_vn s sᵀ, in chunks of columns."""
-    size = max(1, CHUNK_BYTES.get(trace.out.device.type, 1 << 28) // max(1, trace.out.numel() * trace.out.element_size()))
-    parts = []
-    for start in range(0, root.num, size):
-        s = select(root.columns(start, min(start + size, root.num))).to(trace.out.dtype)
-        s = s.reshape(-1, math.prod(trace.out.shape[1:]))
-        parts.append(s.mT @ s)
-    return sum(parts[1:], parts[0])
 
 
 # -- factors of a parameter
@@ -252,9 +238,12 @@ def _through_diagonal(call: _Call, edge: GradientEdge, shape: torch.Size, G: Ten
     if shape.numel() != call.shape.numel() or not all(map(is_diagonal, nodes)):
         _refuse(call)
     ones = torch.ones(call.shape, dtype=G.dtype, device=G.device)
-    d = torch.autograd.grad([call.output], [edge], [ones], retain_graph=True, create_graph=differentiable)[0]
+    if len(nodes) == 1 and not differentiable and len(nodes[0].next_functions) == 1:  # no need of the engine
+        d = nodes[0](ones)  # type: ignore[operator]
+    else:
+        d = torch.autograd.grad([call.output], [edge], [ones], retain_graph=True, create_graph=differentiable)[0]
     d = d.reshape(shape[0], -1)
-    return G * (d.mT @ (d / shape[0]))
+    return G * second_moment(d.mT, 1 / shape[0])
 
 
 def _inside(call: _Call) -> set[tuple[Node, int]]:

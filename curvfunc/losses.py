@@ -36,6 +36,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "mse_loss": {"reduction": "mean"},
     "bce_with_logits": {"reduction": "mean"},
 }
+COLUMNS_BYTES = 1 << 24  # columns that are made together where only their products are kept
 TENSORS: dict[str, tuple[str, ...]] = {
     "cross_entropy": ("weight",),
     "mse_loss": ("weight",),
@@ -250,6 +251,32 @@ def exact_root(loss: Loss, out: Tensor, y: Any, *, fewest: bool = False) -> Root
         return factor[:, :, start:stop].permute(2, 0, 1).reshape(stop - start, *shape).to(out.dtype)
 
     return Root(factor.shape[-1], columns)
+
+
+def summed_hessian(loss: Loss, out: Tensor, y: Any, select: Callable[[Tensor], Tensor]) -> Tensor:
+    """The Hessians of all samples added up, R sum_n Hessian of l_n [D, D]; of those samples that ``select`` leaves.
+
+    Args:
+        loss: The loss; ``check`` has passed.
+        out: Output of the model, [N, *out].
+        y: Targets.
+        select: Takes [v, N, ...] to the samples of a subset.
+
+    Raises:
+        ValueError: As ``exact_root``.
+    """
+    if loss.name == "cross_entropy" and out.ndim == 2:
+        work = _at_least_float32(out)
+        probs = work.softmax(1)
+        weighted, probs = select(torch.stack([_class_mass(loss, work, y) * probs, probs]))
+        return (weighted.sum(0).diag() - weighted.mT @ probs).to(out.dtype)
+    root = exact_root(loss, out, y, fewest=True)
+    size = max(1, COLUMNS_BYTES // max(1, out.numel() * out.element_size()))
+    parts = []
+    for start in range(0, root.num, size):
+        columns = select(root.columns(start, min(start + size, root.num))).reshape(-1, math.prod(out.shape[1:]))
+        parts.append(columns.mT @ columns)
+    return sum(parts[1:], parts[0])
 
 
 def signed_root(loss: Loss, out: Tensor, y: Any) -> tuple[Root, Tensor | None]:
