@@ -65,11 +65,15 @@ class Chain:
         """The same model, its operations written down at each call."""
 
         def recorded(params: Any, X: Any) -> Any:
-            self.calls.clear()
-            with _Recorder(self.calls):
+            with self.recorder():
                 return model_fn(params, X)
 
         return recorded
+
+    def recorder(self) -> TorchFunctionMode:
+        """A mode under which operations are written down, in place of those that were written down before."""
+        self.calls.clear()
+        return _Recorder(self.calls)
 
 
 class _Recorder(TorchFunctionMode):

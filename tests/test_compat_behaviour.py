@@ -21,6 +21,7 @@ from curvfunc.compat import CTX, backpack, extend, extensions, memory_cleanup
 from curvfunc.compat.extensions import (
     GGNMP,
     KFAC,
+    KFRA,
     BatchGrad,
     BatchL2Grad,
     DiagGGNExact,
@@ -291,6 +292,9 @@ def test_no_second_forward_and_no_second_backward_pass() -> None:
     with backpack(DiagGGNExact(), KFAC()):
         loss_fn(model(X), y).backward()
     assert len(forwards) == 2
+    with backpack(KFRA()):
+        loss_fn(model(X), y).backward()
+    assert len(forwards) == 3
 
 
 def test_several_backward_passes_with_retain_graph() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,13 +12,14 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from curvfunc import losses
-from curvfunc.compat.context import paused
+from curvfunc.compat.context import CHAIN, paused
 from curvfunc.compat.delivery import _FREED, check_repeated, repeat, select
 from curvfunc.compat.extensions import BackpropExtension, MatrixProduct
-from curvfunc.compat.notes import LossCall, ModuleUse, RegionOutput, notes
+from curvfunc.compat.notes import LossCall, ModuleUse, Region, RegionOutput, notes
 from curvfunc.compute import CONTRACTIONS, LARGEST_BLOCK, Quantity, _combine, compute
 from curvfunc.contractions import Bound, Direct, Form, Outer, bind, join, merge
-from curvfunc.cotangents import FullHessian, LossRoot, chunks, pull
+from curvfunc.cotangents import AveragedHessian, FullHessian, LossRoot, chunks, pull
+from curvfunc.kfra import Chain, factors
 from curvfunc.residuals import curvature
 from curvfunc.sites import Layouts, Site, Trace
 
@@ -41,6 +43,8 @@ def evaluate(call: LossCall, exts: Sequence[BackpropExtension]) -> None:
                 cotangent = LossRoot(0)
             if spec is not None and isinstance(cotangent, LossRoot):
                 pulled.setdefault(cotangent, []).append((ext, spec))
+            elif isinstance(cotangent, AveragedHessian) and (chain := graph.chain()) is not None:
+                _averaged(call, graph, ext, chain, create_graph)
             else:
                 others.append(ext)
         for cotangent, group in pulled.items():
@@ -60,18 +64,22 @@ class _Graph:
         trace: The recorded operations, and the outputs of calls that have to be repeated.
         repeated: By the position of such an output, the repeated call.
         params: By identity.
+        regions: The calls they belong to.
     """
 
     trace: Trace
     repeated: dict[int, tuple[Trace, list[Tensor]]]
     params: dict[int, Tensor]
+    regions: list[Region]
 
     @classmethod
     def upstream(cls, call: LossCall, create_graph: bool) -> _Graph:
         """Find what was noted before the output."""
-        graph = cls(Trace(call.out, [], "plain"), {}, {})
+        graph = cls(Trace(call.out, [], "plain"), {}, {}, [])
         for node, note in _noted(call.out):
             region = note.region
+            if region not in graph.regions:
+                graph.regions.append(region)
             if region.samples != len(call.out):
                 raise ValueError(
                     f"{region.name} ran on {region.samples} samples, but the loss has {len(call.out)}. Second-order "
@@ -100,6 +108,12 @@ class _Graph:
         found = curvature(Trace(self.trace.out, [], "plain"), list(self.params.values()), Layouts())
         convex = losses.signed_root(call.loss, self.trace.out.detach(), call.y)[1] is None
         return convex and not found.curved and not found.residuals
+
+    def chain(self) -> Chain | None:
+        """Its operations, if it is one call that was recorded with them."""
+        if self.repeated or len(self.regions) != 1 or not CHAIN or CHAIN[0][0] is not self.regions[0]:
+            return None
+        return CHAIN[0][1]
 
     def pull(self, columns: Tensor, create_graph: bool) -> Iterator[tuple[int, Form, Tensor]]:
         """Parameter, form and cotangent for each use."""
@@ -164,6 +178,19 @@ def _pulled(
                 if stop == root.num:  # at once, so that the memory of what was there before can be used again
                     parts = [_whole(name, found.pop((i, k, name))) for name in spec.contractions]
                     _store(graph.params[i], ext, spec, selected.g.shape[1], parts)
+
+
+def _averaged(call: LossCall, graph: _Graph, ext: BackpropExtension, chain: Chain, create_graph: bool) -> None:
+    """KFRA on the operations of the recorded call."""
+    (region,) = graph.regions
+    place = {id(p): i for i, p in enumerate(region.params)}
+    sites = [replace(s, forms={place[i]: form for i, form in s.forms.items()}) for s in graph.trace.sites]
+    out = call.out if create_graph else call.out.detach()
+    hessian = losses.summed_hessian(call.loss, out, call.y, lambda columns: columns)
+    with nullcontext() if create_graph else torch.no_grad():
+        found = factors(replace(graph.trace, sites=sites), region.params, region.names, chain, hessian, create_graph)
+    for p, result in zip(region.params, found, strict=True):
+        setattr(p, ext.savefield, list(result))
 
 
 def _store(p: Tensor, ext: BackpropExtension, spec: Quantity, samples: int, parts: list[Any]) -> None:

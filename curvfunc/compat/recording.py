@@ -12,6 +12,7 @@ region notes its input only, and the backward pass runs the functional core on i
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -26,8 +27,10 @@ from torch.nn.modules.loss import _Loss
 
 from curvfunc import losses
 from curvfunc.compat import delivery
-from curvfunc.compat.context import CTX, PAUSED, disable
+from curvfunc.compat.context import CHAIN, CTX, PAUSED, disable
+from curvfunc.compat.extensions import KFRA
 from curvfunc.compat.notes import Call, LossCall, ModuleUse, Region, RegionOutput, note
+from curvfunc.kfra import Chain
 from curvfunc.observer import BATCH_NORMS, Observer, axis_of, hidden, marked, refuse_batch_statistics
 from curvfunc.sites import Site
 
@@ -202,8 +205,9 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
     _LOCAL.region = region
     if not module._modules:
         region.calls.append(call.module)
+    chain = Chain() if CTX.is_extension_active(KFRA) else None
     try:
-        with mode:
+        with mode, nullcontext() if chain is None else chain.recorder():
             out = forward(*args, **kwargs)
     finally:
         _LOCAL.region = None
@@ -211,6 +215,7 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
             p.__dict__.pop("_curvfunc_axis", None)
     outputs = [t for t in _tensors_in(out) if t.grad_fn is not None]
     _judge(region, mode, outputs)
+    CHAIN[:] = [] if chain is None else [(region, chain)]
     _attach(region, mode.sites, outputs)
     for t in outputs:
         t.__dict__.pop("_curvfunc_axis", None)
