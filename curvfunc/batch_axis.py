@@ -597,6 +597,18 @@ _HARMLESS = {Tensor.requires_grad_, Tensor.detach_}
 
 _unary = _of_self(lambda axis, x, out, args, kw: axis)
 _aligned_self = _of_self(lambda axis, x, out, args, kw: axis - x.ndim + out.ndim)  # expand, repeat
+
+
+def _expand_as(args: Args, kwargs: Kwargs, out: Any, axis_of: AxisOf) -> Axes:
+    """As ``expand``; a constant that is repeated along the sample axis of the other has it, each sample the same."""
+    x, other = args[0], args[1] if len(args) > 1 else kwargs["other"]
+    if axis_of(x) is not None or (axis := axis_of(other)) is None:
+        return _aligned_self(args, kwargs, out, axis_of)
+    inner = axis - out.ndim  # counted from the right, as shapes are broadcast
+    repeated = -inner > x.ndim or (x.shape[inner] == 1 and out.shape[axis] > 1)
+    return axis if repeated else None
+
+
 _any_axis = _keep(lambda axis, x, args, kw: True)
 _first_axis = _keep(lambda axis, x, args, kw: axis == 0 and x.ndim >= 2)
 _reverse = _of_self(lambda axis, x, out, args, kw: x.ndim - 1 - axis)
@@ -665,7 +677,8 @@ _register(_extremum, "max min", torch, Tensor)
 
 _register(_of_self(_reshape), "flatten unflatten view reshape view_as reshape_as ravel squeeze", torch, Tensor)
 _register(_of_self(_unsqueeze), "unsqueeze")
-_register(_aligned_self, "expand expand_as broadcast_to repeat tile", torch, Tensor)
+_register(_aligned_self, "expand broadcast_to repeat tile", torch, Tensor)
+_register(_expand_as, "expand_as", Tensor)
 _register(_of_self(_permute), "permute", torch, Tensor)
 _register(_swap("dim0", "dim1"), "transpose swapdims", torch, Tensor)
 _register(_swap("axis0", "axis1"), "swapaxes", torch, Tensor)
