@@ -421,8 +421,10 @@ def trace(model_fn: Callable[..., Any], params: Any, X: Any) -> tuple[list[str],
 
 
 def _forms_gradients(trace: Trace, uses: list[tuple[int, Any]]) -> bool:
-    """Whether a parameter's gradients of samples take as much work as their sum: sums of outer products over positions."""
-    return bool(uses) and all(isinstance(form, Outer) and len(trace.sites[j].shape) > 2 for j, form in uses)
+    """Whether a parameter's gradients of samples take as much work as their sum: all but those of vectors' matrices."""
+    return bool(uses) and all(
+        isinstance(form, Direct) or (isinstance(form, Outer) and len(trace.sites[j].shape) > 2) for j, form in uses
+    )
 
 
 def _keep(parts: list[Any], part: Any, how: str) -> None:
