@@ -323,12 +323,19 @@ class Count:
         ((DiagGGN(2), DiagGGN(1), DiagGGN(2)), 2),
     ],
 )
-@pytest.mark.parametrize("name", ["mlp, in-place and smooth", "classes at pixels"])
+@pytest.mark.parametrize("name", ["mlp, in-place and smooth", "tied weight"])
 def test_one_forward_pass_and_one_backward_pass_per_cotangent(name: str, specs: Any, backward: int) -> None:
     problem = PROBLEMS[name].make()
     count = Count(problem.model_fn)
     computed(problem._replace(model_fn=count), specs)
     assert (count.forward, count.backward) == (1, backward)
+
+
+def test_the_last_layer_needs_no_backward_pass() -> None:
+    problem = PROBLEMS["classes at pixels"].make()  # one convolution
+    count = Count(problem.model_fn)
+    computed(problem._replace(model_fn=count), (DiagGGN(), KFLR(), BatchGrad()))
+    assert (count.forward, count.backward) == (1, 0)
 
 
 def test_one_backward_pass_per_chunk() -> None:
