@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._C import _functorch
 
 from curvfunc.contractions import Direct
+from curvfunc.losses import values_visible
 from curvfunc.observer import Observer, Opaque, axis_of, calls_may_hide, edge_of, hidden, marked, without_fallback_warnings
 from curvfunc.sites import Layouts, Site, Trace
 
@@ -91,7 +92,30 @@ def _attempt(
             return Trace(out, mode.sites, "plain")
         if not mode.guesses:
             break
-    return _capture_batched(model_fn, leaves, rebuild, X, samples, mode.reasons, layouts)
+    trace = _capture_batched(model_fn, leaves, rebuild, X, samples, mode.reasons, layouts)
+    _check_separate(out, trace.out, lambda: model_fn(rebuild(leaves), X))
+    return trace
+
+
+def _check_separate(whole: Tensor, one_by_one: Tensor, again: Callable[[], Tensor]) -> None:
+    """Refuse a model whose output for the batch is not that of its samples: it mixes them.
+
+    Nothing is said where values cannot be seen, or where they depend on chance (``again`` gives others).
+    """
+    if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None or not values_visible(whole):
+        return
+    with torch.no_grad():
+        scale = 16 * torch.finfo(whole.dtype).eps ** 0.5 * whole.abs().max()
+        if not (whole - one_by_one).abs().max() > scale:  # not finite: nothing to compare
+            return
+        if not torch.equal(again(), whole):
+            return
+        worst = int((whole - one_by_one).abs().flatten(1).amax(1).argmax()) if whole.ndim > 1 else 0
+    raise ValueError(
+        f"the model mixes the samples of a batch: for sample {worst} its output in the batch differs from its output for the "
+        "sample alone, so per-sample gradients and curvature are not defined. Look for reductions, normalizations or "
+        "indices over the first axis."
+    )
 
 
 def _capture_batched(

@@ -13,6 +13,7 @@ Axes: ``n`` sample, ``v`` backpropagated vector, ``q`` group, ``s`` shared posit
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -476,13 +477,24 @@ def second_moment(x: Tensor, scale: float = 1.0) -> Tensor:
     zero = x.new_zeros(1)
     if k < 256 or m < 512 or x.device.type != "cpu":
         return torch.addmm(zero, x, x.mT, beta=0, alpha=scale)
+    edges = [*range(0, k, -(-k // 4)), k]
+    if torch.compiler.is_compiling():  # where slices are not written in place
+        return _mirrored([scale * (x[a:b] @ x[a:].mT) for a, b in pairwise(edges)], edges)
     result = x.new_empty(k, k)
-    step = -(-k // 4)
-    for start in range(0, k, step):
-        stop = min(start + step, k)
+    for start, stop in pairwise(edges):
         torch.addmm(zero, x[start:stop], x[start:].mT, beta=0, alpha=scale, out=result[start:stop, start:])
         result[stop:, start:stop] = result[start:stop, stop:].mT
     return result
+
+
+def _mirrored(upper: list[Tensor], edges: list[int]) -> Tensor:
+    """A symmetric matrix from its rows in blocks, each from the diagonal on."""
+    rows = []
+    for i, block in enumerate(upper):
+        a, b = edges[i], edges[i + 1]
+        left = [above[:, a - edges[j] : b - edges[j]].mT for j, above in enumerate(upper[:i])]
+        rows.append(torch.cat([*left, block], dim=1))
+    return torch.cat(rows)
 
 
 def _sums_positions(b: Bound) -> bool:

@@ -231,6 +231,30 @@ def test_batch_norm_in_training_mode(spec: Any) -> None:
     compute(model_fn, params, X, y, spec)
 
 
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda h: h - h.mean(0),
+        lambda h: h.flip(0),
+        lambda h: h / h.norm(),
+        lambda h: torch.softmax(h @ h.mT, 1) @ h,  # attention over the batch
+    ],
+)
+@pytest.mark.parametrize("spec", [BatchGrad(), DiagGGN()])
+def test_models_that_mix_samples(mix: Callable[[Tensor], Tensor], spec: Any) -> None:
+    params, X, y = {"w": torch.randn(5, C)}, torch.randn(N, 5), torch.arange(N) % C
+    with refused(ValueError, "mixes the samples of a batch", "over the first axis"):
+        compute(lambda p, x: mix(x @ p["w"]), params, X, y, spec)
+
+
+def test_models_that_only_look_as_if_they_mixed_samples() -> None:
+    params, X, y = {"w": torch.randn(5, C)}, torch.randn(N, 5), torch.arange(N) % C
+    whole = curvfunc.batch_grad(lambda p, x: x @ p["w"], params, X, y)
+    apart = curvfunc.batch_grad(lambda p, x: torch.stack([row @ p["w"] for row in x]), params, X, y)
+    torch.testing.assert_close(apart, whole)
+    curvfunc.batch_grad(lambda p, x: torch.stack([F.dropout(row) @ p["w"] for row in x]), params, X, y)  # chance
+
+
 @pytest.mark.parametrize("spec", [BatchGrad(), Grad(), Output()])
 @pytest.mark.parametrize(
     ("output", "what"),

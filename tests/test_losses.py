@@ -50,6 +50,11 @@ def check_against_torch(fn: Callable[..., Tensor], out: Tensor, y: Any, rtol: fl
     close(loss(out, y), fn(out, y))
     close(losses.gradient(loss, out, y), torch.func.grad(lambda f: fn(f, y))(out), rtol)
     close(blocks_of(losses.exact_root(loss, out, y)), true_blocks(fn, out, y), rtol)
+    fewest = losses.exact_root(loss, out, y, fewest=True)
+    close(blocks_of(fewest), true_blocks(fn, out, y), rtol)
+    if loss.name == "cross_entropy":
+        assert fewest.num == max(1, out.shape[1] - 1) * out[0, 0].numel()
+    close(losses.summed_hessian(loss, out, y, lambda columns: columns), true_blocks(fn, out, y).sum(0), rtol)
 
 
 def noise_basis(like: Tensor, mc_samples: int, generator: object) -> Tensor:
