@@ -340,9 +340,10 @@ class _Run:
                 bound = self._bind(trace, leaves[i], uses, gs, inputs, len(columns))
                 wanted = [*per_site, "total"] if i in summed else per_site
                 buffers = {n: buffer[i][start:stop] if n == "per_sample" else buffer[i] for n, buffer in outs.items()}
-                for n, part in self._contracted(wanted, i, bound, start == 0, buffers).items():
+                only = stop - start == root.num
+                for n, part in self._contracted(wanted, i, bound, start == 0, only, buffers).items():
                     _keep(found[n][i], part, CONTRACTIONS[n][1])
-        results = {n: [_combine(*CONTRACTIONS[n], f) for f in found[n]] for n in names}
+        results = {n: [_combine(n, f, outs[n][i] if n in outs else None) for i, f in enumerate(found[n])] for n in names}
         if "per_sample" in results:
             for i, buffer in enumerate(outs.get("per_sample", ())):
                 if len(buffer) == root.num and all(_is_part(part, buffer) for part in found["per_sample"][i]):
@@ -352,8 +353,10 @@ class _Run:
                 results[n] = [r.to(p.dtype) for r, p in zip(results[n], leaves, strict=True)]
         return results
 
-    def _contracted(self, names: list[str], i: int, bound: Bound, first: bool, buffers: dict[str, Tensor]) -> dict[str, Any]:
-        """The contractions of one chunk of columns for one parameter."""
+    def _contracted(
+        self, names: list[str], i: int, bound: Bound, first: bool, only: bool, buffers: dict[str, Tensor]
+    ) -> dict[str, Any]:
+        """The contractions of one chunk of columns for one parameter; a use where all chunks are contracted at the end."""
         found: dict[str, Any] = {}
         if isinstance(bound.form, Outer) and bound.x.shape[2] > 1 and len(shared := [n for n in names if n in FORMED]) > 1:
             found = contractions.formed(bound, shared)
@@ -364,6 +367,8 @@ class _Run:
             self._check_block(n, i, bound)
             if how == "join":
                 found[n] = bound
+            elif n in ("squares", "sample_squares") and not only and contractions.condenses(bound):
+                found[n] = contractions.condensed(bound)
             elif n == "total" and "per_sample" in found:
                 found[n] = found["per_sample"][0].sum(0)
             elif n in buffers and buffers[n].dtype == bound.g.dtype and first | (n == "per_sample"):
@@ -429,7 +434,7 @@ def _forms_gradients(trace: Trace, uses: list[tuple[int, Any]]) -> bool:
 
 def _keep(parts: list[Any], part: Any, how: str) -> None:
     """Add a part to those of earlier chunks; what is summed needs no memory of its own."""
-    if how != "sum" or not parts:
+    if how != "sum" or not parts or isinstance(part, Bound):
         parts.append(part)
     elif contractions.may_overwrite():
         parts[0] += part
@@ -441,12 +446,13 @@ def _is_part(part: Tensor, buffer: Tensor) -> bool:
     return part.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
 
 
-def _combine(contract: Callable[[Bound], Any], how: str, parts: list[Any]) -> Any:
-    if how == "join":
-        return contract(contractions.join(parts))
-    if how in ("first", "sum") or len(parts) == 1:
-        return parts[0]
-    return torch.cat(parts)
+def _combine(name: str, parts: list[Any], buffer: Tensor | None) -> Any:
+    """The result from the parts of all chunks."""
+    contract, how = CONTRACTIONS[name]
+    if isinstance(parts[0], Bound):
+        whole = contractions.join(parts)
+        return contract(whole) if buffer is None or buffer.dtype != whole.g.dtype else contract(whole, out=buffer)
+    return torch.cat(parts) if how == "concatenate" and len(parts) > 1 else parts[0]
 
 
 def _out_of_inference(t: Any) -> Any:

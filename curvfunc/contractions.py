@@ -31,6 +31,8 @@ __all__ = [
     "Through",
     "arranged",
     "bind",
+    "condensed",
+    "condenses",
     "direct",
     "formed",
     "gram",
@@ -396,6 +398,16 @@ def join(parts: list[Bound]) -> Bound:
 def may_overwrite() -> bool:
     """Whether values can be overwritten: no graph and no transformation may ask for them again."""
     return not torch.is_grad_enabled() and _functorch.peek_interpreter_stack() is None
+
+
+def condenses(b: Bound) -> bool:
+    """Whether sums of squares need no more of the vectors than `condensed` leaves."""
+    return isinstance(b.form, Outer) and b.x.shape[2] == 1 and may_overwrite()
+
+
+def condensed(b: Bound) -> Bound:
+    """The same sums of squares from one vector: (g xᵀ)² = g² (x²)ᵀ, so only Σ_v g² counts."""
+    return replace(b, g=b.g.square().sum(0, keepdim=True).sqrt())
 
 
 def _blocks(b: Bound) -> Iterator[tuple[slice, slice]]:

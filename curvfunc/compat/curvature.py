@@ -17,7 +17,7 @@ from curvfunc.compat.delivery import _FREED, check_repeated, repeat, select
 from curvfunc.compat.extensions import BackpropExtension, MatrixProduct
 from curvfunc.compat.notes import LossCall, ModuleUse, Region, RegionOutput, notes
 from curvfunc.compute import CONTRACTIONS, LARGEST_BLOCK, Quantity, _combine, compute
-from curvfunc.contractions import Bound, Direct, Form, Outer, bind, join, merge
+from curvfunc.contractions import Bound, Direct, Form, bind, condensed, condenses, merge
 from curvfunc.cotangents import AveragedHessian, FullHessian, LossRoot, chunks, pull
 from curvfunc.kfra import Chain, factors
 from curvfunc.residuals import curvature
@@ -216,8 +216,8 @@ def _add(parts: list[Any], name: str, bound: Bound, only: bool, create_graph: bo
         parts.append(bound if how == "join" else contract(bound))
     elif how in ("join", "concatenate"):  # results are larger than what they are made of
         parts.append(bound)
-    elif name in ("squares", "sample_squares") and _positionless(bound) and not create_graph:
-        parts.append(replace(bound, g=bound.g.square().sum(0, keepdim=True).sqrt()))  # (g xᵀ)² needs Σ_v g² only
+    elif name in ("squares", "sample_squares") and condenses(bound):
+        parts.append(condensed(bound))
     elif how == "first":
         if not parts:
             parts.append(contract(bound))
@@ -227,14 +227,9 @@ def _add(parts: list[Any], name: str, bound: Bound, only: bool, create_graph: bo
         parts.append(contract(bound))
 
 
-def _positionless(bound: Bound) -> bool:
-    return isinstance(bound.form, Outer) and bound.x.shape[2] == 1
-
-
 def _whole(name: str, parts: list[Any]) -> Any:
     """The contraction of all chunks."""
-    contract, how = CONTRACTIONS[name]
-    return contract(join(parts)) if isinstance(parts[0], Bound) else _combine(contract, how, parts)
+    return _combine(name, parts, None)
 
 
 # -- by the functions, with a forward pass of their own
