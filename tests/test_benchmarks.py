@@ -105,7 +105,7 @@ def test_files_are_merged(scripts, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1].strip() for line in lines[:4]] == ["cpu, float32", "---", "tiny", "logistic"]
     assert all(line.count("×)") == 2 for line in lines[2:4])
-    assert "in 4 cells" in lines[-1]
+    assert "eager or compiled, 4 cells" in lines[-1]
 
 
 def test_picture(scripts, tmp_path):
