@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvfunc.inputs import in_order
 
-__all__ = ["deliver", "parameter_buffers", "read_buffers"]
+__all__ = ["copied", "deliver", "parameter_buffers", "read_buffers"]
 
 
 def read_buffers(tree: Any, out: Any) -> list[Any]:
@@ -46,9 +46,17 @@ def deliver(quantity: str, result: Any, buffer: Any) -> Any:
         raise ValueError(f"out for {quantity} does not have the structure of its result: {error}") from error
     for r, b in zip(results, buffers, strict=True):
         _check(quantity, b, r.shape, r)
+        if b.dtype != r.dtype:
+            raise ValueError(f"out for {quantity} has dtype {b.dtype}, and its result {r.dtype}. Pass an earlier result.")
         if b.data_ptr() != r.data_ptr():
             b.copy_(r)
     return buffer
+
+
+def copied(quantity: str, result: Tensor, buffer: Any) -> Tensor:
+    """A copy of the result in the caller's buffer, which compiled code cannot compare by address."""
+    _check(quantity, buffer, result.shape, result)
+    return buffer.copy_(result)
 
 
 def _check(what: str, buffer: Any, shape: torch.Size, like: Tensor) -> None:

@@ -105,16 +105,17 @@ def _check_separate(whole: Tensor, one_by_one: Tensor, again: Callable[[], Tenso
     if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None or not values_visible(whole):
         return
     with torch.no_grad():
-        scale = 16 * torch.finfo(whole.dtype).eps ** 0.5 * whole.abs().max()
-        if not (whole - one_by_one).abs().max() > scale:  # not finite: nothing to compare
-            return
+        if whole.shape == one_by_one.shape:
+            difference = (whole - one_by_one).abs()
+            scale = 16 * torch.finfo(whole.dtype).eps ** 0.5 * whole.abs()
+            if whole.numel() == 0 or not difference.max() > scale.max():  # not finite: nothing to compare
+                return
         if not torch.equal(again(), whole):
             return
-        worst = int((whole - one_by_one).abs().flatten(1).amax(1).argmax()) if whole.ndim > 1 else 0
     raise ValueError(
-        f"the model mixes the samples of a batch: for sample {worst} its output in the batch differs from its output for the "
-        "sample alone, so per-sample gradients and curvature are not defined. Look for reductions, normalizations or "
-        "indices over the first axis."
+        "the model mixes the samples of a batch: its output for the batch differs from its outputs for the samples one by one, "
+        "so per-sample gradients and curvature are not defined. Look for reductions, normalizations or indices over the "
+        "first axis."
     )
 
 

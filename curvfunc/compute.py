@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from curvfunc import contractions, hessian, kfra, losses
-from curvfunc.buffers import deliver, parameter_buffers, read_buffers
+from curvfunc.buffers import copied, deliver, parameter_buffers, read_buffers
 from curvfunc.capture import capture, check_output
 from curvfunc.contractions import Bound, Direct, Outer, Through, bind, direct
 from curvfunc.cotangents import AveragedHessian, FullHessian, LossGradient, LossRoot, chunks, common, pull
@@ -371,7 +371,7 @@ class _Run:
                 found[n] = contractions.condensed(bound)
             elif n == "total" and "per_sample" in found:
                 found[n] = found["per_sample"][0].sum(0)
-            elif n in buffers and buffers[n].dtype == bound.g.dtype and first | (n == "per_sample"):
+            elif n in buffers and _fits(buffers[n], bound) and (first or n == "per_sample"):
                 found[n] = contract(bound, out=buffers[n])
             else:
                 found[n] = contract(bound)
@@ -442,6 +442,11 @@ def _keep(parts: list[Any], part: Any, how: str) -> None:
         parts[0] = parts[0] + part
 
 
+def _fits(buffer: Tensor, b: Bound) -> bool:
+    """Whether results can be formed in a buffer; else they are copied there."""
+    return buffer.dtype == b.g.dtype and buffer.is_contiguous()
+
+
 def _is_part(part: Tensor, buffer: Tensor) -> bool:
     return part.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
 
@@ -451,7 +456,7 @@ def _combine(name: str, parts: list[Any], buffer: Tensor | None) -> Any:
     contract, how = CONTRACTIONS[name]
     if isinstance(parts[0], Bound):
         whole = contractions.join(parts)
-        return contract(whole) if buffer is None or buffer.dtype != whole.g.dtype else contract(whole, out=buffer)
+        return contract(whole, out=buffer) if buffer is not None and _fits(buffer, whole) else contract(whole)
     return torch.cat(parts) if how == "concatenate" and len(parts) > 1 else parts[0]
 
 
@@ -514,11 +519,9 @@ def _compiled(
     static = _Static(model_fn, keys, loss.name, loss.fn, loss.options, constants, chunk)
     results = _traced(static, params, state, X, y, loss.tensors, tensors)
     if out is not None:
-        buffers = tree.flatten_up_to(out)
-        copied = [
-            r if b is None else pytree.tree_map(lambda t, s: s.copy_(t), r, b) for r, b in zip(results, buffers, strict=True)
-        ]
-        results = copied
+        for i, (spec, buffer) in enumerate(zip(leaves, tree.flatten_up_to(out), strict=True)):
+            if buffer is not None:
+                results[i] = pytree.tree_map(partial(copied, type(spec).__name__), results[i], buffer)
     return pytree.tree_unflatten(results, tree)
 
 

@@ -238,6 +238,7 @@ def test_batch_norm_in_training_mode(spec: Any) -> None:
         lambda h: h.flip(0),
         lambda h: h / h.norm(),
         lambda h: torch.softmax(h @ h.mT, 1) @ h,  # attention over the batch
+        lambda h: h @ h.mT,  # as many outputs as samples
     ],
 )
 @pytest.mark.parametrize("spec", [BatchGrad(), DiagGGN()])

@@ -123,6 +123,25 @@ def test_compiled() -> None:
     assert_close(found, expected)
 
 
+def test_compiled_code_does_not_broadcast_into_buffers() -> None:
+    model_fn, params = functionalize(nn.Linear(4, 3))
+    X, y = torch.randn(1, 4), torch.zeros(1, dtype=torch.long)
+    step = torch.compile(lambda out: compute(model_fn, params, X, y, BatchGrad(), out=out), backend="aot_eager", fullgraph=True)
+    right = compute(model_fn, params, X, y, BatchGrad())
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="ValueError"):
+        step({**right, "weight": right["weight"].expand(5, 3, 4).clone()})
+
+
+def test_buffers_that_are_not_contiguous() -> None:
+    model_fn, params = functionalize(nn.Linear(4, 3))
+    X, y = torch.randn(5, 4), torch.arange(5) % 3
+    expected = compute(model_fn, params, X, y, LARGE)
+    buffers = optree.tree_map(lambda t: torch.full_like(t.mT if t.ndim > 2 else t, torch.nan), expected)
+    buffers = optree.tree_map(lambda t: t.mT if t.ndim > 2 else t, buffers)
+    assert_close(compute(model_fn, params, X, y, LARGE, out=buffers), expected)
+    assert_close(buffers, expected)
+
+
 def test_refusals() -> None:
     model_fn, params = functionalize(nn.Linear(4, 3))
     X, y = torch.randn(5, 4), torch.arange(5) % 3
@@ -141,6 +160,8 @@ def test_refusals() -> None:
         into({**right, "bias": 3})
     with pytest.raises(ValueError, match="DiagGGN has shape"):
         into(right, specs=DiagGGN())
+    with pytest.raises(ValueError, match=r"dtype torch\.float32, and its result torch\.float64"):
+        into({name: t.float() for name, t in right.items()})
     with pytest.raises(ValueError, match="without a graph"):
         into(right, params={k: p.requires_grad_() for k, p in params.items()})
     with pytest.raises(ValueError, match=r"torch\.func transformation"):

@@ -18,7 +18,7 @@ from curvfunc.compat.extensions import BackpropExtension, MatrixProduct
 from curvfunc.compat.notes import LossCall, ModuleUse, Region, RegionOutput, notes
 from curvfunc.compute import CONTRACTIONS, LARGEST_BLOCK, Quantity, _combine, compute
 from curvfunc.contractions import Bound, Direct, Form, bind, condensed, condenses, merge
-from curvfunc.cotangents import AveragedHessian, FullHessian, LossRoot, chunks, pull
+from curvfunc.cotangents import AveragedHessian, FullHessian, LossRoot, chunks, common, pull
 from curvfunc.kfra import Chain, factors
 from curvfunc.residuals import curvature
 from curvfunc.sites import Layouts, Site, Trace
@@ -36,11 +36,11 @@ def evaluate(call: LossCall, exts: Sequence[BackpropExtension]) -> None:
     others: list[BackpropExtension] = []
     with paused():
         graph = _Graph.upstream(call, create_graph)
-        for ext in exts:
-            spec = None if isinstance(ext, MatrixProduct) else ext.quantity()
-            cotangent = None if spec is None else spec.cotangent
-            if cotangent == FullHessian() and graph.hessian_is_ggn(call):
-                cotangent = LossRoot(0)
+        specs = [None if isinstance(ext, MatrixProduct) else ext.quantity() for ext in exts]
+        cotangents = [None if spec is None else spec.cotangent for spec in specs]
+        if FullHessian() in cotangents and graph.hessian_is_ggn(call):
+            cotangents = [LossRoot(0, fewest=True) if c == FullHessian() else c for c in cotangents]
+        for ext, spec, cotangent in zip(exts, specs, common(cotangents), strict=True):
             if spec is not None and isinstance(cotangent, LossRoot):
                 pulled.setdefault(cotangent, []).append((ext, spec))
             elif isinstance(cotangent, AveragedHessian) and (chain := graph.chain()) is not None:
