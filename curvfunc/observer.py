@@ -61,12 +61,7 @@ class Observer(TorchFunctionMode):
             args, kwargs = (self._repeated(a) for a in (args, kwargs))
             tensors = tensors_in(args, kwargs)
         run = _embedding if func is F.embedding and self.level is not None else func
-        taken = [] if self.layouts is None else self._layouts(tensors)
-        if self.layouts is not None:
-            run = self.layouts.substitutes.get(func, run)
-        out = run(*args, **kwargs)
-        if self.layouts is not None and func in self.layouts.functions and taken and out.requires_grad:
-            self.layouts.composites[edge_of(self._raw(out)).node] = taken[0]
+        out = run(*args, **kwargs) if self.layouts is None else self._laid_out(self.layouts, func, run, args, kwargs, tensors)
         if used and _tensor_in(out):
             if not self._derive(func, tensors, out, used):
                 self._use(func, args, kwargs, tensors, out, used)
@@ -250,17 +245,23 @@ class Observer(TorchFunctionMode):
 
     # -- samples
 
-    def _layouts(self, tensors: list[Tensor]) -> list[GradientEdge]:
-        """Note the layout of the tensors with a gradient; before the call, which may change them in place."""
-        edges = []
+    def _laid_out(
+        self, layouts: Layouts, func: Any, run: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
+    ) -> Any:
+        """Run an operation; note before it, since it may change them in place, the layouts of the tensors with a gradient."""
+        source = None
         for t in tensors:
             if t.requires_grad:
                 raw = self._raw(t)
                 axis = axis_or_none(t) if self.level is None else _functorch.maybe_get_bdim(t) if raw is not t else None
-                edges.append(edge := edge_of(raw))
                 if axis is not None:
-                    self.layouts.of[edge.node, edge.output_nr] = (axis, raw.shape)  # type: ignore[union-attr]
-        return edges
+                    layouts.note(edge_of(raw), axis, raw.shape)
+                if source is None and func in layouts.functions:
+                    source = edge_of(raw)
+        out = layouts.substitutes.get(func, run)(*args, **kwargs)
+        if source is not None and out.requires_grad:
+            layouts.note_composite(edge_of(self._raw(out)).node, source)
+        return out
 
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], out: Any) -> None:
         """Mark each tensor of ``out`` with its sample axis."""

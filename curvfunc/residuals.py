@@ -95,7 +95,7 @@ class Curvature:
                 found.append(j)
                 for producer in self._trace.sites[j].producers:
                     before |= self._masks.get(producer, 0)
-            elif j is None and (node in self._layouts.composites or is_diagonal(node)):
+            elif j is None and (self._layouts.composite(node) or is_diagonal(node)):
                 stack.extend(_inputs(node, self._layouts))
             else:
                 others |= mask
@@ -145,8 +145,8 @@ def curvature(trace: Trace, leaves: Sequence[Tensor], layouts: Layouts) -> Curva
 
 
 def _inputs(node: Node, layouts: Layouts) -> list[GradientEdge]:
-    if node in layouts.composites:
-        return [layouts.composites[node]]
+    if (source := layouts.composite(node)) is not None:
+        return [source]
     return [GradientEdge(child, k) for child, k in node.next_functions if child is not None]
 
 
@@ -167,7 +167,7 @@ def _from_below(top: Node, ends: dict[Node, int], layouts: Layouts) -> Iterator[
 
 def _elementwise(node: Node, layouts: Layouts) -> tuple[int, ...]:
     """Positions among all inputs that require grad."""
-    if node in layouts.composites:
+    if layouts.composite(node):
         return (0,)
     position: dict[int, int] = {}
     for k, (child, _) in enumerate(node.next_functions):
@@ -178,7 +178,7 @@ def _elementwise(node: Node, layouts: Layouts) -> tuple[int, ...]:
 
 def _kinks(node: Node, own: Sequence[int], layouts: Layouts) -> int:
     """Parameters for which the operation curves otherwise than elementwise in one input."""
-    if node in layouts.composites:
+    if layouts.composite(node):
         return 0
     known = curve(node)
     if known.unknown is None:
@@ -195,7 +195,7 @@ def _kinks(node: Node, own: Sequence[int], layouts: Layouts) -> int:
 
 def _residual(node: Node, source: GradientEdge, layouts: Layouts) -> Residual | None:
     """The residual of an operation in one input, if the layout of that is known and nothing is broadcast."""
-    layout = layouts.of.get((source.node, source.output_nr))
+    layout = layouts.of(source)
     if layout is None or torch.Size(node._input_metadata[0].shape) != layout[1]:
         return None
     return Residual(GradientEdge(node, 0), source, *layout, 0)

@@ -83,18 +83,32 @@ class Layouts:
     """What a forward pass notes on request about the tensors that it passes through, by graph node and output number.
 
     Attributes:
-        of: Sample axis and shape of each tensor that an operation took.
-        composites: For a call of a function in ``functions``, the edge of its input by the node of its output.
         functions: Python functions of one tensor that count as one operation.
         substitutes: Functions that run in place of others.
     """
 
     functions: frozenset[Any] = frozenset()
     substitutes: dict[Any, Callable[..., Any]] = field(default_factory=dict)
-    of: dict[tuple[Node, int], tuple[int, torch.Size]] = field(default_factory=dict)
-    composites: dict[Node, GradientEdge] = field(default_factory=dict)
+    _of: dict[tuple[Node, int], tuple[int, torch.Size]] = field(default_factory=dict)
+    _composites: dict[Node, GradientEdge] = field(default_factory=dict)
+
+    def note(self, edge: GradientEdge, axis: int, shape: torch.Size) -> None:
+        """An operation took this tensor."""
+        self._of[edge.node, edge.output_nr] = axis, shape
+
+    def note_composite(self, node: Node, source: GradientEdge) -> None:
+        """A function in ``functions`` made the output of ``node`` from the tensor at ``source``."""
+        self._composites[node] = source
+
+    def of(self, edge: GradientEdge) -> tuple[int, torch.Size] | None:
+        """Sample axis and shape of a tensor."""
+        return self._of.get((edge.node, edge.output_nr))
+
+    def composite(self, node: Node) -> GradientEdge | None:
+        """The input of the function that ``node`` is the last operation of."""
+        return self._composites.get(node)
 
     def clear(self) -> None:
         """Forget everything, before another forward pass."""
-        self.of.clear()
-        self.composites.clear()
+        self._of.clear()
+        self._composites.clear()

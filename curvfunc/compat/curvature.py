@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from curvfunc import losses
+from curvfunc import hessian, losses
 from curvfunc.compat.context import CHAIN, paused
 from curvfunc.compat.delivery import _FREED, check_repeated, repeat, select
 from curvfunc.compat.extensions import BackpropExtension, MatrixProduct
-from curvfunc.compat.notes import LossCall, ModuleUse, Region, RegionOutput, notes
+from curvfunc.compat.notes import LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, notes
 from curvfunc.compute import CONTRACTIONS, LARGEST_BLOCK, Quantity, _combine, compute
 from curvfunc.contractions import Bound, Direct, Form, bind, condensed, condenses, merge
 from curvfunc.cotangents import AveragedHessian, FullHessian, LossRoot, chunks, common, pull
 from curvfunc.kfra import Chain, factors
-from curvfunc.residuals import curvature
-from curvfunc.sites import Layouts, Site, Trace
+from curvfunc.residuals import Curvature, curvature
+from curvfunc.sites import Site, Trace
 
 __all__ = ["evaluate"]
 
@@ -38,17 +38,23 @@ def evaluate(call: LossCall, exts: Sequence[BackpropExtension]) -> None:
         graph = _Graph.upstream(call, create_graph)
         specs = [None if isinstance(ext, MatrixProduct) else ext.quantity() for ext in exts]
         cotangents = [None if spec is None else spec.cotangent for spec in specs]
-        if FullHessian() in cotangents and graph.hessian_is_ggn(call):
+        curved = graph.curvature() if FullHessian() in cotangents else None
+        if curved is not None and curved.is_ggn(call):
             cotangents = [LossRoot(0, fewest=True) if c == FullHessian() else c for c in cotangents]
+        diagonals: list[BackpropExtension] = []
         for ext, spec, cotangent in zip(exts, specs, common(cotangents), strict=True):
             if spec is not None and isinstance(cotangent, LossRoot):
                 pulled.setdefault(cotangent, []).append((ext, spec))
             elif isinstance(cotangent, AveragedHessian) and (chain := graph.chain()) is not None:
                 _averaged(call, graph, ext, chain, create_graph)
+            elif isinstance(cotangent, FullHessian) and curved is not None and curved.suffices(call, create_graph):
+                diagonals.append(ext)
             else:
                 others.append(ext)
         for cotangent, group in pulled.items():
             _pulled(call, graph, cotangent, group, create_graph)
+        if curved is not None and diagonals:
+            _diagonals(call, curved, diagonals, create_graph)
         if others:
             _rerun(call, others)
 
@@ -90,9 +96,7 @@ class _Graph:
                 if note.site is None:
                     raise RuntimeError(_FREED)
                 site = note.site
-                graph.trace.sites.append(
-                    Site(site.name, _by_identity(site.forms, region.params), edge, site.axis, site.inputs, site.shape, [])
-                )
+                graph.trace.sites.append(replace(site, forms=_by_identity(site.forms, region.params), edge=edge))
             elif region.refusal is not None or region.reason is not None:
                 graph.repeated[len(graph.trace.sites)] = (repeat(note, create_graph)[0], region.params)
                 graph.trace.sites.append(Site(region.name, {}, edge, 0, [], note.value.shape, []))
@@ -101,13 +105,14 @@ class _Graph:
             graph.params.update({id(p): p for p in region.params})
         return graph
 
-    def hessian_is_ggn(self, call: LossCall) -> bool:
-        """Whether all operations are linear by pieces, and the loss is convex."""
-        if self.repeated or call.loss.name is None:
-            return False
-        found = curvature(Trace(self.trace.out, [], "plain"), list(self.params.values()), Layouts())
-        convex = losses.signed_root(call.loss, self.trace.out.detach(), call.y)[1] is None
-        return convex and not found.curved and not found.residuals
+    def curvature(self) -> _Curved | None:
+        """How it curves, if nothing has to be repeated."""
+        if self.repeated:
+            return None
+        places = {p: i for i, p in enumerate(self.params)}
+        sites = [replace(s, forms={places[p]: form for p, form in s.forms.items()}) for s in self.trace.sites]
+        trace, leaves = replace(self.trace, sites=sites), list(self.params.values())
+        return _Curved(trace, leaves, curvature(trace, leaves, NodeLayouts()), self.regions)
 
     def chain(self) -> Chain | None:
         """Its operations, if it is one call that was recorded with them."""
@@ -126,6 +131,35 @@ class _Graph:
                     yield from ((i, f, h) for i, f in _by_identity(inner_site.forms, params).items())
             else:
                 yield from ((i, form, g) for i, form in site.forms.items())
+
+
+@dataclass
+class _Curved:
+    """A graph with its curvature.
+
+    Attributes:
+        trace: The recorded operations, by position of the parameter.
+        leaves: The parameters.
+        curvature: Of ``trace``.
+        regions: The calls they belong to.
+    """
+
+    trace: Trace
+    leaves: list[Tensor]
+    curvature: Curvature
+    regions: list[Region]
+
+    def is_ggn(self, call: LossCall) -> bool:
+        """Whether the Hessian is the GGN: all operations are linear by pieces, and the loss is convex."""
+        if call.loss.name is None or self.curvature.curved or self.curvature.residuals:
+            return False
+        return losses.signed_root(call.loss, self.trace.out.detach(), call.y)[1] is None
+
+    def suffices(self, call: LossCall, create_graph: bool) -> bool:
+        """Whether the Hessian can be read off this graph: of one call, whose operations can be differentiated often enough."""
+        if len(self.regions) != 1 or _whole_model(call) is None or self.curvature.split:
+            return False
+        return not self.curvature.curved or (self.regions[0].twice and not create_graph)
 
 
 def _by_identity(forms: dict[int, Form], params: list[Tensor]) -> dict[int, Form]:
@@ -193,6 +227,28 @@ def _averaged(call: LossCall, graph: _Graph, ext: BackpropExtension, chain: Chai
         setattr(p, ext.savefield, list(result))
 
 
+def _diagonals(call: LossCall, curved: _Curved, exts: list[BackpropExtension], create_graph: bool) -> None:
+    """The Hessian's diagonal on the operations of the recorded call."""
+    out = call.out if create_graph else call.out.detach()
+    batched = any("sample_squares" in ext.quantity().contractions for ext in exts)
+    with nullcontext() if create_graph else torch.no_grad():
+        root, weights = losses.signed_root(call.loss, out, call.y)
+        found = hessian.diagonal(
+            curved.trace,
+            curved.leaves,
+            curved.curvature,
+            hessian.Columns(root.num, lambda start, stop: root.columns(start, stop).to(out.dtype), weights),
+            losses.gradient(call.loss, out, call.y, create_graph=create_graph),
+            batched=batched,
+            chunk_size=None,
+            differentiable=create_graph,
+        )
+        for ext in exts:
+            summed = batched and "squares" in ext.quantity().contractions
+            for p, result in zip(curved.leaves, found, strict=True):
+                setattr(p, ext.savefield, result.sum(0) if summed else result)
+
+
 def _store(p: Tensor, ext: BackpropExtension, spec: Quantity, samples: int, parts: list[Any]) -> None:
     result = spec.finish(samples, *parts)
     if "per_sample" in spec.contractions:  # sums of squares stay in single precision
@@ -237,7 +293,13 @@ def _whole(name: str, parts: list[Any]) -> Any:
 
 def _rerun(call: LossCall, exts: list[BackpropExtension]) -> None:
     """Run the functions that bear the extensions' names on the module whose output went into the loss."""
-    region = _whole_model(call, exts)
+    region = _whole_model(call)
+    if region is None:
+        names = ", ".join(type(e).__name__ for e in exts)
+        raise NotImplementedError(
+            f"{names} needs the whole model as one extended module whose output goes straight into the extended loss. Extend "
+            "a module that holds all of it, or use curvfunc.diag_hessian, kfra, hmp, ggnmp or pchmp on curvfunc.functionalize."
+        )
     if region.refusal is not None:
         raise NotImplementedError(region.refusal)
     if region.inputs is None:
@@ -266,13 +328,11 @@ def _rerun(call: LossCall, exts: list[BackpropExtension]) -> None:
             setattr(p, savefield, list(value) if isinstance(value, tuple) else value)
 
 
-def _whole_model(call: LossCall, exts: list[BackpropExtension]) -> Any:
+def _whole_model(call: LossCall) -> Region | None:
+    """The call whose output went straight into the loss."""
     edge = get_gradient_edge(call.out)
     for note in notes(edge.node):
         if isinstance(note, RegionOutput) and note.output == edge.output_nr:
-            return note.region
-    names = ", ".join(type(e).__name__ for e in exts)
-    raise NotImplementedError(
-        f"{names} needs the whole model as one extended module whose output goes straight into the extended loss. Extend "
-        "a module that holds all of it, or use curvfunc.diag_hessian, kfra, hmp, ggnmp or pchmp on curvfunc.functionalize."
-    )
+            region: Region = note.region
+            return region
+    return None

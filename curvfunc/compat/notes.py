@@ -12,16 +12,20 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 from torch.func import functional_call
 
 from curvfunc import losses
 from curvfunc.compat.context import paused
-from curvfunc.sites import Site
+from curvfunc.rules.nonlinear import COMPOSITES
+from curvfunc.sites import Layouts, Site
 
-__all__ = ["Call", "LossCall", "ModuleUse", "Region", "RegionOutput", "note", "notes"]
+__all__ = ["Call", "LossCall", "ModuleUse", "NodeLayouts", "Region", "RegionOutput", "note", "notes"]
 
-KEY = "curvfunc"  # of the notes in a node's metadata
+# In a node's metadata.
+KEY = "curvfunc"
+LAYOUTS = "curvfunc layouts"  # by output
+COMPOSITE = "curvfunc composite"
 
 
 @dataclass(eq=False)
@@ -39,6 +43,7 @@ class Region:
         inputs: The call itself, to be able to repeat it; None once the graph was freed.
         refusal: Why no quantity is defined.
         reason: Why the plain path does not hold.
+        twice: Whether its operations ran in a way that can be differentiated twice.
         pending: How many of its notes are still waiting for a backward pass.
     """
 
@@ -52,6 +57,7 @@ class Region:
     calls: list["weakref.ref[nn.Module]"] = field(default_factory=list)
     refusal: str | None = None
     reason: str | None = None
+    twice: bool = False
     pending: int = 0
 
     def release(self) -> None:
@@ -144,6 +150,35 @@ class Call:
         assert module is not None
         with paused(), _random_state(self.random_state):
             return functional_call(module, params, args, kwargs)
+
+
+class NodeLayouts(Layouts):
+    """Layouts that lie on the nodes themselves, and go when the graph goes."""
+
+    def __init__(self, substitutes: dict[Any, Any] | None = None) -> None:
+        super().__init__(COMPOSITES, substitutes or {})
+
+    def note(self, edge: GradientEdge, axis: int, shape: torch.Size) -> None:
+        """An operation took this tensor."""
+        metadata: Any = edge.node.metadata
+        metadata.setdefault(LAYOUTS, {})[edge.output_nr] = (axis, shape)
+
+    def note_composite(self, node: Node, source: GradientEdge) -> None:
+        """A function in ``functions`` made the output of ``node`` from the tensor at ``source``."""
+        metadata: Any = node.metadata
+        metadata[COMPOSITE] = source
+
+    def of(self, edge: GradientEdge) -> tuple[int, torch.Size] | None:
+        """Sample axis and shape of a tensor."""
+        metadata: Any = edge.node.metadata
+        found: tuple[int, torch.Size] | None = metadata.get(LAYOUTS, {}).get(edge.output_nr)
+        return found
+
+    def composite(self, node: Node) -> GradientEdge | None:
+        """The input of the function that ``node`` is the last operation of."""
+        metadata: Any = node.metadata
+        found: GradientEdge | None = metadata.get(COMPOSITE)
+        return found
 
 
 @contextmanager

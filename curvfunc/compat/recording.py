@@ -23,15 +23,17 @@ import torch
 from torch import Tensor, nn
 from torch._C import _functorch
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.loss import _Loss
 
 from curvfunc import losses
 from curvfunc.compat import delivery
 from curvfunc.compat.context import CHAIN, CTX, PAUSED, disable
-from curvfunc.compat.extensions import KFRA
-from curvfunc.compat.notes import Call, LossCall, ModuleUse, Region, RegionOutput, note
+from curvfunc.compat.extensions import KFRA, BatchDiagHessian, DiagHessian
+from curvfunc.compat.notes import Call, LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, note
 from curvfunc.kfra import Chain
 from curvfunc.observer import BATCH_NORMS, Observer, axis_of, hidden, marked, refuse_batch_statistics
+from curvfunc.rules.nonlinear import SUBSTITUTES
 from curvfunc.sites import Site
 
 __all__ = ["extend", "memory_cleanup"]
@@ -201,13 +203,15 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
         leaves[i] = marked(leaves[i])
     called = optree.tree_unflatten(tree, leaves)
     args, kwargs = called
-    mode = _Recording(dict(enumerate(tensors)), None, len(first))
+    region.twice = CTX.is_extension_active(DiagHessian, BatchDiagHessian)
+    mode = _Recording(dict(enumerate(tensors)), None, len(first), NodeLayouts(SUBSTITUTES if region.twice else None))
     _LOCAL.region = region
     if not module._modules:
         region.calls.append(call.module)
     chain = Chain() if CTX.is_extension_active(KFRA) else None
     try:
-        with mode, nullcontext() if chain is None else chain.recorder():
+        fused = sdpa_kernel(SDPBackend.MATH) if region.twice else nullcontext()  # it has no second derivative
+        with mode, fused, nullcontext() if chain is None else chain.recorder():
             out = forward(*args, **kwargs)
     finally:
         _LOCAL.region = None
@@ -268,7 +272,7 @@ def _attach(region: Region, sites: list[Site], outputs: list[Tensor]) -> None:
     for site in sites if plain else ():
         node, output, *_ = site.edge
         use = ModuleUse(site, region, output)
-        site.edge = site.producers = None  # type: ignore[assignment]
+        site.edge = None  # type: ignore[assignment]
         for i in site.forms:
             region.uses[i] = region.uses.get(i, 0) + 1
         region.pending += 1
