@@ -14,13 +14,13 @@ from torch._C import _functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from curvfunc import contractions, hessian, kfra, losses
+from curvfunc import hessian, kfra, losses
 from curvfunc.buffers import copied, deliver, parameter_buffers, read_buffers
 from curvfunc.capture import capture, check_output
-from curvfunc.contractions import Bound, Direct, Outer, Through, bind, direct
-from curvfunc.cotangents import AveragedHessian, FullHessian, LossGradient, LossRoot, chunks, common, pull
+from curvfunc.cotangents import AveragedHessian, FullHessian, LossGradient, LossRoot, common
 from curvfunc.inputs import Batch, flatten_params, forward_errors, read_batch
 from curvfunc.model import ModelFunction
+from curvfunc.passes import BackwardPass, check_unchanged
 from curvfunc.residuals import Curvature, curvature
 from curvfunc.rules.nonlinear import COMPOSITES, SUBSTITUTES, THIRD_ORDER_SUBSTITUTES
 from curvfunc.sites import Layouts, Trace
@@ -52,27 +52,6 @@ class Quantity:
     def key(self) -> tuple[Any, ...]:
         """The constructor's arguments."""
         return tuple([getattr(self, f.name) for f in fields(self)])
-
-
-# Each contraction, and how its parts from several chunks of columns become one.
-CONTRACTIONS: dict[str, tuple[Callable[..., Any], str]] = {
-    "total": (contractions.total, "sum"),
-    "per_sample": (contractions.per_sample, "concatenate"),
-    "squares": (contractions.squares, "sum"),
-    "sample_squares": (contractions.sample_squares, "sum"),
-    "sample_norms": (contractions.sample_norms, "sum"),
-    "gram": (contractions.gram, "join"),  # products of columns from different chunks: contracted once all are there
-}
-for approximation in (None, "expand", "reduce"):
-    suffix = f"_{approximation}" if approximation else ""
-    CONTRACTIONS["output_factor" + suffix] = (partial(contractions.output_factor, approximation=approximation), "sum")
-    CONTRACTIONS["input_factor" + suffix] = (partial(contractions.input_factor, approximation=approximation), "first")
-
-# Contractions of first order for which gradients are formed where a use has several positions; one pass serves all.
-FORMED = frozenset({"total", "squares", "sample_squares", "sample_norms"})
-
-# A block larger than this many rows is refused: 2**15 rows take 4 GiB in float32.
-LARGEST_BLOCK = 1 << 15
 
 
 def compute(
@@ -231,14 +210,15 @@ class _Run:
             if chain is not None:
                 wanted.pop(AveragedHessian())
                 summed = losses.summed_hessian(self.loss, whole, self.batch.y, self.batch.select)
-                found = kfra.factors(trace, leaves, self.names, chain, summed, differentiable)
-                parts[AveragedHessian(), "factors"] = found
+                factors = kfra.factors(trace, leaves, self.names, chain, summed, differentiable)
+                parts[AveragedHessian(), "factors"] = factors
+            backward = BackwardPass(trace, leaves, self.names, self.batch.select, self.chunk_size, differentiable)
             for i, (cotangent, names) in enumerate(wanted.items()):
                 root = cotangent.root(self.loss, whole, self.batch.y, self.generator)
                 last = i == len(wanted) - 1
                 outs = self._outs(leaves, specs, cotangents, cotangent, root.num)
-                for name, result in self._contract(trace, leaves, root, list(names), differentiable, last, outs).items():
-                    parts[cotangent, name] = result
+                found = backward.run(root, list(names), retain_graph=not last, outs=outs)
+                parts.update({(cotangent, name): result for name, result in found.items()})
             results = [self._finish(s, c, out, parts) for s, c in zip(specs, cotangents, strict=True)]
             if self.buffers is not None:
                 results = [deliver(type(s).__name__, r, b) for s, r, b in zip(specs, results, self.buffers, strict=True)]
@@ -280,8 +260,8 @@ class _Run:
         self, trace: Trace, curved: Curvature, leaves: list[Tensor], batched: bool, differentiable: bool
     ) -> list[Tensor]:
         """The Hessian's diagonal per parameter."""
-        for j in range(len(trace.sites)):
-            _check_unchanged(trace, j)
+        for site in trace.sites:
+            check_unchanged(site)
         whole = self.batch.spread(trace.out if differentiable else trace.out.detach())
         root, weights = losses.signed_root(self.loss, whole, self.batch.y)
         gradient = losses.gradient(self.loss, whole, self.batch.y, create_graph=differentiable)
@@ -302,112 +282,6 @@ class _Run:
             differentiable=differentiable,
         )
 
-    def _contract(
-        self,
-        trace: Trace,
-        leaves: list[Tensor],
-        root: losses.Root,
-        names: list[str],
-        differentiable: bool,
-        last: bool,
-        outs: dict[str, list[Tensor]],
-    ) -> dict[str, list[Any]]:
-        """Each named contraction per parameter, over all columns of the root."""
-        sites: dict[int, list[tuple[int, Any]]] = {i: [] for i in range(len(leaves))}
-        for j, site in enumerate(trace.sites):
-            for i, form in site.forms.items():
-                sites[i].append((j, form))
-        per_site = [n for n in names if n != "total"]
-        # where gradients of samples are formed anyway, their sum is at hand; else autograd's is faster
-        summed = [i for i in sites if "total" in names and per_site and _forms_gradients(trace, sites[i])]
-        others = [i for i in sites if "total" in names and i not in summed]
-        found: dict[str, list[list[Any]]] = {n: [[] for _ in leaves] for n in names}
-        inputs: dict[int, Tensor] = {}
-        derived = any(isinstance(form, Through) for uses in sites.values() for _, form in uses)  # have a pullback to come
-        for start, stop in chunks(root.num, trace, self.chunk_size):
-            columns = self.batch.select(root.columns(start, stop)).to(trace.out.dtype)
-            gs, totals = pull(
-                trace,
-                columns,
-                [leaves[i] for i in others],
-                sites=bool(per_site),
-                create_graph=differentiable,
-                retain_graph=differentiable or derived or not last or stop < root.num,
-            )
-            for i, t in zip(others, totals, strict=True):
-                found["total"][i].append(t)
-            for i, uses in sites.items() if per_site else ():
-                bound = self._bind(trace, leaves[i], uses, gs, inputs, len(columns))
-                wanted = [*per_site, "total"] if i in summed else per_site
-                buffers = {n: buffer[i][start:stop] if n == "per_sample" else buffer[i] for n, buffer in outs.items()}
-                only = stop - start == root.num
-                for n, part in self._contracted(wanted, i, bound, start == 0, only, buffers).items():
-                    _keep(found[n][i], part, CONTRACTIONS[n][1])
-        results = {n: [_combine(n, f, outs[n][i] if n in outs else None) for i, f in enumerate(found[n])] for n in names}
-        if "per_sample" in results:
-            for i, buffer in enumerate(outs.get("per_sample", ())):
-                if len(buffer) == root.num and all(_is_part(part, buffer) for part in found["per_sample"][i]):
-                    results["per_sample"][i] = buffer
-        for n in ("per_sample", "total"):  # in low precision, sums of squares stay in single precision
-            if n in results:
-                results[n] = [r.to(p.dtype) for r, p in zip(results[n], leaves, strict=True)]
-        return results
-
-    def _contracted(
-        self, names: list[str], i: int, bound: Bound, first: bool, only: bool, buffers: dict[str, Tensor]
-    ) -> dict[str, Any]:
-        """The contractions of one chunk of columns for one parameter; a use where all chunks are contracted at the end."""
-        found: dict[str, Any] = {}
-        if isinstance(bound.form, Outer) and bound.x.shape[2] > 1 and len(shared := [n for n in names if n in FORMED]) > 1:
-            found = contractions.formed(bound, shared)
-        for n in names:
-            contract, how = CONTRACTIONS[n]
-            if n in found or (how == "first" and not first):
-                continue
-            self._check_block(n, i, bound)
-            if how == "join":
-                found[n] = bound
-            elif n in ("squares", "sample_squares") and not only and contractions.condenses(bound):
-                found[n] = contractions.condensed(bound)
-            elif n == "total" and "per_sample" in found:
-                found[n] = found["per_sample"][0].sum(0)
-            elif n in buffers and _fits(buffers[n], bound) and (first or n == "per_sample"):
-                found[n] = contract(bound, out=buffers[n])
-            else:
-                found[n] = contract(bound)
-        return found
-
-    def _bind(
-        self,
-        trace: Trace,
-        leaf: Tensor,
-        uses: list[tuple[int, Any]],
-        gs: list[Tensor],
-        inputs: dict[int, Tensor],
-        columns: int,
-    ) -> Bound:
-        """A parameter's uses with their tensors; inputs are prepared once for all chunks."""
-        if not uses:
-            return direct(leaf.new_zeros(()).expand(columns, self.batch.size, *leaf.shape))
-
-        def once(form: Any) -> Tensor:
-            if id(form) not in inputs:
-                inputs[id(form)] = form.inputs()
-            return inputs[id(form)]
-
-        for j, _ in uses:
-            _check_unchanged(trace, j)
-        return contractions.merge([bind(form, gs[j], once) for j, form in uses])
-
-    def _check_block(self, contraction: str, i: int, bound: Bound) -> None:
-        if not contraction.startswith("output_factor") or not isinstance(bound.form, Direct):
-            return
-        if (rows := bound.form.shape.numel()) > LARGEST_BLOCK:
-            raise NotImplementedError(
-                f"parameter {self.names[i]!r} of shape {tuple(bound.form.shape)} has no Kronecker structure here, and "
-                f"its exact block would have {rows} rows. Leave it out of params, or use diag_ggn."
-            )
-
     def _finish(self, spec: Quantity, cotangent: Any, out: Tensor, parts: dict[tuple[Any, str], list[Any]]) -> Any:
         if spec.forward == "output":
             return out
@@ -425,41 +299,6 @@ def trace(model_fn: Callable[..., Any], params: Any, X: Any) -> tuple[list[str],
         return names, capture(model_fn, [_leaf(p) for p in leaves], rebuild, X, batch.size)
 
 
-def _forms_gradients(trace: Trace, uses: list[tuple[int, Any]]) -> bool:
-    """Whether a parameter's gradients of samples take as much work as their sum: all but those of vectors' matrices."""
-    return bool(uses) and all(
-        isinstance(form, Direct) or (isinstance(form, Outer) and len(trace.sites[j].shape) > 2) for j, form in uses
-    )
-
-
-def _keep(parts: list[Any], part: Any, how: str) -> None:
-    """Add a part to those of earlier chunks; what is summed needs no memory of its own."""
-    if how != "sum" or not parts or isinstance(part, Bound):
-        parts.append(part)
-    elif contractions.may_overwrite():
-        parts[0] += part
-    else:
-        parts[0] = parts[0] + part
-
-
-def _fits(buffer: Tensor, b: Bound) -> bool:
-    """Whether results can be formed in a buffer; else they are copied there."""
-    return buffer.dtype == b.g.dtype and buffer.is_contiguous()
-
-
-def _is_part(part: Tensor, buffer: Tensor) -> bool:
-    return part.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
-
-
-def _combine(name: str, parts: list[Any], buffer: Tensor | None) -> Any:
-    """The result from the parts of all chunks."""
-    contract, how = CONTRACTIONS[name]
-    if isinstance(parts[0], Bound):
-        whole = contractions.join(parts)
-        return contract(whole, out=buffer) if buffer is not None and _fits(buffer, whole) else contract(whole)
-    return torch.cat(parts) if how == "concatenate" and len(parts) > 1 else parts[0]
-
-
 def _out_of_inference(t: Any) -> Any:
     if not isinstance(t, Tensor):
         return t
@@ -468,15 +307,6 @@ def _out_of_inference(t: Any) -> Any:
 
 def _leaf(p: Tensor) -> Tensor:
     return p.detach().requires_grad_()
-
-
-def _check_unchanged(trace: Trace, j: int) -> None:
-    site = trace.sites[j]
-    if any(t._version != version for t, version in site.inputs):
-        raise RuntimeError(
-            f"the input of {site.name} was changed in place after the call, so its gradient is lost (autograd would "
-            "refuse it too). Use the out-of-place operation instead."
-        )
 
 
 def _will_be_differentiated(tensors: list[Tensor]) -> bool:

@@ -16,10 +16,11 @@ from curvfunc.compat.context import CHAIN, paused
 from curvfunc.compat.delivery import _FREED, check_repeated, repeat, select
 from curvfunc.compat.extensions import BackpropExtension, MatrixProduct
 from curvfunc.compat.notes import LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, notes
-from curvfunc.compute import CONTRACTIONS, LARGEST_BLOCK, Quantity, _combine, compute
-from curvfunc.contractions import Bound, Direct, Form, bind, condensed, condenses, merge
+from curvfunc.compute import Quantity, compute
+from curvfunc.contractions import Form, bind, merge
 from curvfunc.cotangents import AveragedHessian, FullHessian, LossRoot, chunks, common, pull
 from curvfunc.kfra import Chain, factors
+from curvfunc.passes import CONTRACTIONS, check_block, combine, contracted, keep
 from curvfunc.residuals import Curvature, curvature
 from curvfunc.sites import Site, Trace
 
@@ -205,12 +206,12 @@ def _pulled(
         for i in list(uses):
             bound = merge([bind(form, g, once) for form, g in uses.pop(i)])
             for k, (ext, spec) in enumerate(group):
-                _check_block(ext, spec, bound)
+                check_block(spec.contractions, bound, f"{type(ext).__name__}: a parameter")
                 selected = select(bound, ext.get_subsampling())
-                for name in spec.contractions:
-                    _add(found.setdefault((i, k, name), []), name, selected, len(ranges) == 1, create_graph)
+                for name, part in contracted(spec.contractions, selected, start == 0, len(ranges) == 1, {}).items():
+                    keep(found.setdefault((i, k, name), []), part, CONTRACTIONS[name][1])
                 if stop == root.num:  # at once, so that the memory of what was there before can be used again
-                    parts = [_whole(name, found.pop((i, k, name))) for name in spec.contractions]
+                    parts = [combine(name, found.pop((i, k, name))) for name in spec.contractions]
                     _store(graph.params[i], ext, spec, selected.g.shape[1], parts)
 
 
@@ -254,38 +255,6 @@ def _store(p: Tensor, ext: BackpropExtension, spec: Quantity, samples: int, part
     if "per_sample" in spec.contractions:  # sums of squares stay in single precision
         result = result.to(p.dtype)
     setattr(p, ext.savefield, list(result) if isinstance(result, tuple) else result)
-
-
-def _check_block(ext: BackpropExtension, spec: Quantity, bound: Bound) -> None:
-    kronecker = any(name.startswith("output_factor") for name in spec.contractions)
-    if kronecker and isinstance(bound.form, Direct) and bound.form.shape.numel() > LARGEST_BLOCK:
-        raise NotImplementedError(
-            f"{type(ext).__name__}: a parameter of shape {tuple(bound.form.shape)} has no Kronecker structure, and its exact "
-            f"block would have {bound.form.shape.numel()} rows. Freeze it, or use DiagGGNExact."
-        )
-
-
-def _add(parts: list[Any], name: str, bound: Bound, only: bool, create_graph: bool) -> None:
-    """Contract one chunk of columns, or keep it where one contraction of all chunks is cheaper."""
-    contract, how = CONTRACTIONS[name]
-    if only:
-        parts.append(bound if how == "join" else contract(bound))
-    elif how in ("join", "concatenate"):  # results are larger than what they are made of
-        parts.append(bound)
-    elif name in ("squares", "sample_squares") and condenses(bound):
-        parts.append(condensed(bound))
-    elif how == "first":
-        if not parts:
-            parts.append(contract(bound))
-    elif parts and not create_graph:
-        parts[0] += contract(bound)
-    else:
-        parts.append(contract(bound))
-
-
-def _whole(name: str, parts: list[Any]) -> Any:
-    """The contraction of all chunks."""
-    return _combine(name, parts, None)
 
 
 # -- by the functions, with a forward pass of their own

@@ -24,9 +24,10 @@ from torch.autograd import Variable
 from curvfunc.capture import capture
 from curvfunc.compat.context import CTX, PAUSED, RUNNING, no_op
 from curvfunc.compat.notes import LossCall, ModuleUse, Region, RegionOutput
-from curvfunc.compute import CONTRACTIONS, Quantity
+from curvfunc.compute import Quantity
 from curvfunc.contractions import Bound, Direct, bind, merge, total
 from curvfunc.cotangents import pull
+from curvfunc.passes import CONTRACTIONS
 from curvfunc.sites import Trace
 
 Grads = tuple[Tensor | None, ...]

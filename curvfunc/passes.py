@@ -1,0 +1,218 @@
+"""One backward pass, contracted: columns go back to the sites in chunks, and each chunk is contracted for each parameter."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvfunc import contractions, losses
+from curvfunc.contractions import Bound, Direct, Form, Outer, Through, bind, direct
+from curvfunc.cotangents import chunks, pull
+from curvfunc.sites import Site, Trace
+
+__all__ = ["CONTRACTIONS", "BackwardPass", "check_block", "check_unchanged", "combine", "contracted", "keep"]
+
+# Each contraction, and how its parts from several chunks of columns become one.
+CONTRACTIONS: dict[str, tuple[Callable[..., Any], str]] = {
+    "total": (contractions.total, "sum"),
+    "per_sample": (contractions.per_sample, "concatenate"),
+    "squares": (contractions.squares, "sum"),
+    "sample_squares": (contractions.sample_squares, "sum"),
+    "sample_norms": (contractions.sample_norms, "sum"),
+    "gram": (contractions.gram, "join"),  # products of columns from different chunks: contracted once all are there
+}
+for approximation in (None, "expand", "reduce"):
+    suffix = f"_{approximation}" if approximation else ""
+    CONTRACTIONS["output_factor" + suffix] = (partial(contractions.output_factor, approximation=approximation), "sum")
+    CONTRACTIONS["input_factor" + suffix] = (partial(contractions.input_factor, approximation=approximation), "first")
+
+# Contractions of first order for which gradients are formed where a use has several positions; one pass serves all.
+FORMED = frozenset({"total", "squares", "sample_squares", "sample_norms"})
+
+# A block larger than this many rows is refused: 2**15 rows take 4 GiB in float32.
+LARGEST_BLOCK = 1 << 15
+
+
+@dataclass
+class BackwardPass:
+    """Contracts columns of the output over one forward pass.
+
+    Attributes:
+        trace: The forward pass.
+        leaves: The parameters.
+        names: Their names.
+        select: Takes columns [v, n, ...] of the whole batch to the samples that ``trace`` is of.
+        chunk_size: Number of columns that are backpropagated together; by default chosen by memory.
+        differentiable: Whether the results will be differentiated.
+    """
+
+    trace: Trace
+    leaves: Sequence[Tensor]
+    names: Sequence[str]
+    select: Callable[[Tensor], Tensor]
+    chunk_size: int | None
+    differentiable: bool
+    _inputs: dict[int, Tensor] = field(default_factory=dict)
+
+    def run(
+        self, root: losses.Root, contracted_as: Sequence[str], retain_graph: bool, outs: dict[str, list[Tensor]]
+    ) -> dict[str, list[Any]]:
+        """Each named contraction per parameter, over all columns of the root.
+
+        Args:
+            root: The columns.
+            contracted_as: Keys of `CONTRACTIONS`.
+            retain_graph: Whether another pass follows.
+            outs: Memory for the results of some contractions.
+        """
+        trace, leaves, names = self.trace, self.leaves, list(contracted_as)
+        uses: list[list[tuple[Site, Form]]] = [[] for _ in leaves]
+        for site in trace.sites:
+            for i, form in site.forms.items():
+                uses[i].append((site, form))
+        per_site = [n for n in names if n != "total"]
+        # where gradients of samples are formed anyway, their sum is at hand; else autograd's is faster
+        summed = {i for i, mine in enumerate(uses) if "total" in names and per_site and _forms_gradients(mine)}
+        others = [i for i in range(len(leaves)) if "total" in names and i not in summed]
+        found: dict[str, list[list[Any]]] = {n: [[] for _ in leaves] for n in names}
+        retain_graph |= self.differentiable or any(isinstance(f, Through) for mine in uses for _, f in mine)  # has a pullback
+        for start, stop in chunks(root.num, trace, self.chunk_size):
+            columns = self.select(root.columns(start, stop)).to(trace.out.dtype)
+            gs, totals = pull(
+                trace,
+                columns,
+                [leaves[i] for i in others],
+                sites=bool(per_site),
+                create_graph=self.differentiable,
+                retain_graph=retain_graph or stop < root.num,
+            )
+            for i, t in zip(others, totals, strict=True):
+                found["total"][i].append(t)
+            at = {id(site): g for site, g in zip(trace.sites, gs, strict=True)} if per_site else {}
+            for i, mine in enumerate(uses) if per_site else ():
+                bound = self._bind(leaves[i], mine, at, columns)
+                wanted = [*per_site, "total"] if i in summed else per_site
+                buffers = {n: buffer[i][start:stop] if n == "per_sample" else buffer[i] for n, buffer in outs.items()}
+                check_block(wanted, bound, f"parameter {self.names[i]!r}")
+                for n, part in contracted(wanted, bound, start == 0, stop - start == root.num, buffers).items():
+                    keep(found[n][i], part, CONTRACTIONS[n][1])
+        results = {n: [combine(n, f, outs[n][i] if n in outs else None) for i, f in enumerate(found[n])] for n in names}
+        for n in ("per_sample", "total"):  # in low precision, sums of squares stay in single precision
+            if n in results:
+                results[n] = [r.to(p.dtype) for r, p in zip(results[n], leaves, strict=True)]
+        return results
+
+    def _bind(self, leaf: Tensor, uses: list[tuple[Site, Form]], at: dict[int, Tensor], columns: Tensor) -> Bound:
+        """A parameter's uses with their tensors; inputs are prepared once for all chunks."""
+        if not uses:
+            return direct(leaf.new_zeros(()).expand(*columns.shape[:2], *leaf.shape))
+        for site, _ in uses:
+            check_unchanged(site)
+        return contractions.merge([bind(form, at[id(site)], self.inputs) for site, form in uses])
+
+    def inputs(self, form: Any) -> Tensor:
+        """What a form takes from the forward pass."""
+        if id(form) not in self._inputs:
+            self._inputs[id(form)] = form.inputs()
+        return self._inputs[id(form)]
+
+
+def contracted(names: Sequence[str], bound: Bound, first: bool, only: bool, buffers: dict[str, Tensor]) -> dict[str, Any]:
+    """The contractions of one chunk of columns for one parameter.
+
+    Args:
+        names: Keys of `CONTRACTIONS`.
+        bound: The parameter's use.
+        first: Whether this is the first chunk.
+        only: Whether there is no other.
+        buffers: Memory for some of the results.
+
+    Returns:
+        ``{name: part}``, where a part is a use if all chunks are to be contracted together.
+    """
+    found: dict[str, Any] = {}
+    if isinstance(bound.form, Outer) and bound.x.shape[2] > 1 and len(shared := [n for n in names if n in FORMED]) > 1:
+        found = contractions.formed(bound, shared)
+    for n in names:
+        contract, how = CONTRACTIONS[n]
+        if n in found or (how == "first" and not first):
+            continue
+        if how == "join" or (how == "concatenate" and not only and _is_smaller(bound)):
+            found[n] = bound
+        elif n in ("squares", "sample_squares") and not only and contractions.condenses(bound):
+            found[n] = contractions.condensed(bound)
+        elif n == "total" and "per_sample" in found:
+            found[n] = found["per_sample"][0].sum(0)
+        elif n in buffers and (first or n == "per_sample"):
+            found[n] = _into(contract, bound, buffers[n])
+        else:
+            found[n] = contract(bound)
+    return found
+
+
+def keep(parts: list[Any], part: Any, how: str) -> None:
+    """Add a part to those of earlier chunks; what is summed needs no memory of its own."""
+    if how != "sum" or not parts or isinstance(part, Bound):
+        parts.append(part)
+    elif contractions.may_overwrite():
+        parts[0] += part
+    else:
+        parts[0] = parts[0] + part
+
+
+def combine(name: str, parts: list[Any], buffer: Tensor | None = None) -> Any:
+    """The result from the parts of all chunks; in ``buffer`` where it could be formed there."""
+    contract, how = CONTRACTIONS[name]
+    if isinstance(parts[0], Bound):
+        return _into(contract, contractions.join(parts), buffer)
+    if how != "concatenate" or len(parts) == 1:
+        return parts[0]
+    if buffer is not None and all(_is_part(part, buffer) for part in parts):
+        return buffer
+    return torch.cat(parts)
+
+
+def check_block(names: Sequence[str], bound: Bound, parameter: str) -> None:
+    """Raise if a parameter without Kronecker structure is so large that nobody can want its exact block."""
+    if not isinstance(bound.form, Direct) or not any(n.startswith("output_factor") for n in names):
+        return
+    if (rows := bound.form.shape.numel()) > LARGEST_BLOCK:
+        raise NotImplementedError(
+            f"{parameter} of shape {tuple(bound.form.shape)} has no Kronecker structure here, and its exact block would have "
+            f"{rows} rows. Leave it out, or use a diagonal (diag_ggn)."
+        )
+
+
+def check_unchanged(site: Site) -> None:
+    """Raise if what a form takes from the forward pass was overwritten since."""
+    if any(t._version != version for t, version in site.inputs):
+        raise RuntimeError(
+            f"the input of {site.name} was changed in place after the call, so its gradient is lost (autograd would "
+            "refuse it too). Use the out-of-place operation instead."
+        )
+
+
+def _forms_gradients(uses: list[tuple[Site, Form]]) -> bool:
+    """Whether a parameter's gradients of samples take as much work as their sum: all but those of vectors' matrices."""
+    return bool(uses) and all(
+        isinstance(form, Direct) or (isinstance(form, Outer) and len(site.shape) > 2) for site, form in uses
+    )
+
+
+def _into(contract: Callable[..., Any], b: Bound, buffer: Tensor | None) -> Any:
+    """Contract, in the memory given if the result has its layout."""
+    if buffer is None or buffer.dtype != b.g.dtype or not buffer.is_contiguous():
+        return contract(b)
+    return contract(b, out=buffer)
+
+
+def _is_smaller(b: Bound) -> bool:
+    """Whether a use takes less memory than the gradients that it stands for."""
+    return b.g.shape[2:].numel() < b.form.shape.numel()
+
+
+def _is_part(part: Tensor, buffer: Tensor) -> bool:
+    return part.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
