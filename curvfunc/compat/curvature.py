@@ -13,8 +13,9 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from curvfunc import hessian, losses
 from curvfunc.compat.context import CHAIN, paused
-from curvfunc.compat.delivery import _FREED, check_repeated, repeat, select
+from curvfunc.compat.delivery import _FREED, check_repeated, repeat, select, store
 from curvfunc.compat.extensions import BackpropExtension, MatrixProduct
+from curvfunc.compat.memory import earlier
 from curvfunc.compat.notes import LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, notes
 from curvfunc.compute import Quantity, compute
 from curvfunc.contractions import Form, bind, merge
@@ -191,6 +192,7 @@ def _pulled(
     out = call.out if create_graph else call.out.detach()
     root = cotangent.root(call.loss, out, call.y, None)
     found: dict[tuple[int, int, str], list[Any]] = {}  # by parameter, extension and contraction
+    memory: dict[tuple[int, int], dict[str, Tensor]] = {}
     inputs: dict[int, Tensor] = {}
 
     def once(form: Any) -> Tensor:
@@ -208,11 +210,16 @@ def _pulled(
             for k, (ext, spec) in enumerate(group):
                 check_block(spec.contractions, bound, f"{type(ext).__name__}: a parameter")
                 selected = select(bound, ext.get_subsampling())
-                for name, part in contracted(spec.contractions, selected, start == 0, len(ranges) == 1, {}).items():
+                if start == 0:
+                    p, samples = graph.params[i], selected.g.shape[1]
+                    memory[i, k] = earlier(p, ext.savefield, spec, root.num, samples)
+                whole = memory[i, k]
+                buffers = {name: m[start:stop] if name == "per_sample" else m for name, m in whole.items()}
+                for name, part in contracted(spec.contractions, selected, start == 0, len(ranges) == 1, buffers).items():
                     keep(found.setdefault((i, k, name), []), part, CONTRACTIONS[name][1])
                 if stop == root.num:  # at once, so that the memory of what was there before can be used again
-                    parts = [combine(name, found.pop((i, k, name))) for name in spec.contractions]
-                    _store(graph.params[i], ext, spec, selected.g.shape[1], parts)
+                    parts = [combine(name, found.pop((i, k, name)), whole.get(name)) for name in spec.contractions]
+                    store(graph.params[i], ext, spec, spec.finish(selected.g.shape[1], *parts))
 
 
 def _averaged(call: LossCall, graph: _Graph, ext: BackpropExtension, chain: Chain, create_graph: bool) -> None:
@@ -248,13 +255,6 @@ def _diagonals(call: LossCall, curved: _Curved, exts: list[BackpropExtension], c
             summed = batched and "squares" in ext.quantity().contractions
             for p, result in zip(curved.leaves, found, strict=True):
                 setattr(p, ext.savefield, result.sum(0) if summed else result)
-
-
-def _store(p: Tensor, ext: BackpropExtension, spec: Quantity, samples: int, parts: list[Any]) -> None:
-    result = spec.finish(samples, *parts)
-    if "per_sample" in spec.contractions:  # sums of squares stay in single precision
-        result = result.to(p.dtype)
-    setattr(p, ext.savefield, list(result) if isinstance(result, tuple) else result)
 
 
 # -- by the functions, with a forward pass of their own

@@ -23,11 +23,13 @@ from torch.autograd import Variable
 
 from curvfunc.capture import capture
 from curvfunc.compat.context import CTX, PAUSED, RUNNING, no_op
+from curvfunc.compat.extensions import BackpropExtension
+from curvfunc.compat.memory import earlier
 from curvfunc.compat.notes import LossCall, ModuleUse, Region, RegionOutput
 from curvfunc.compute import Quantity
-from curvfunc.contractions import Bound, Direct, bind, merge, total
+from curvfunc.contractions import Bound, Direct, bind, merge
 from curvfunc.cotangents import pull
-from curvfunc.passes import CONTRACTIONS
+from curvfunc.passes import contracted
 from curvfunc.sites import Trace
 
 Grads = tuple[Tensor | None, ...]
@@ -223,8 +225,10 @@ class Pass:
         for ext, spec in self.first_order:
             if self.debug:
                 print("[DEBUG] Running extension", ext, "on a parameter of shape", tuple(p.shape))
-            result = contracted(spec, select(bound, ext.get_subsampling()))
-            setattr(p, ext.savefield, result.to(p.dtype) if "per_sample" in spec.contractions else result)
+            selected = select(bound, ext.get_subsampling())
+            memory = earlier(p, ext.savefield, spec, 1, selected.g.shape[1])
+            result = first_order(spec, selected, memory)
+            store(p, ext, spec, result)
 
     def _call_hook(self, region: Region, owner: int) -> None:
         """The extension hook on a module, after those without parameters that were called later."""
@@ -310,10 +314,20 @@ def select(b: Bound, subsampling: Sequence[int] | None) -> Bound:
     return replace(b, g=g, x=g if isinstance(b.form, Direct) else b.x[list(subsampling)])
 
 
-def contracted(spec: Quantity, b: Bound) -> Any:
+def first_order(spec: Quantity, b: Bound, memory: dict[str, Tensor] | None = None) -> Any:
     """The result of a first-order quantity for one parameter."""
-    parts = [total(b) if name == "total" else CONTRACTIONS[name][0](b) for name in spec.contractions]
-    return spec.finish(b.g.shape[1], *parts)
+    parts = contracted(spec.contractions, b, first=True, only=True, buffers=memory or {})
+    return spec.finish(b.g.shape[1], *[parts[name] for name in spec.contractions])
+
+
+def store(p: Tensor, ext: BackpropExtension, spec: Quantity, result: Any) -> None:
+    """Put a result on a parameter."""
+    if isinstance(result, Tensor):
+        if "per_sample" in spec.contractions:  # sums of squares stay in single precision
+            result = result.to(p.dtype)
+        if not torch.is_grad_enabled():
+            result = result.detach()  # no view, so that it is the only one to hold its memory
+    setattr(p, ext.savefield, list(result) if isinstance(result, tuple) else result)
 
 
 def _owned(b: Bound, cotangent: Tensor) -> Bound:
