@@ -5,8 +5,10 @@
     python benchmarks/compare.py --device cuda --precision float32 tf32 bfloat16 --out gpu.json
     python benchmarks/compare.py --from results.json gpu.json --picture all.png --table
 
-A cell is a net with a quantity. In each of its rounds every contender runs once (many times where a step is short), the
-first one being another each round, so that drifts of the machine meet all alike. Times are medians over rounds, ratios
+A cell is a net with a quantity. In each of its rounds every contender runs once (many times where a step is short), in an
+order that is drawn anew each round, so that drifts of the machine meet all alike and nobody has the same predecessor. Steps
+of less than 0.1 s run once more before they are timed: eager and compiled code have threads of their own, which wait for
+each other where one follows the other, and in a training loop a step follows its like. Times are medians over rounds, ratios
 medians of each round's own ratio to the plain gradient. Steps let go of their results.
 
 - The first call of a contender is not counted (on CUDA the first five). Where it takes more than ``--patience`` seconds,
@@ -32,6 +34,7 @@ import gc
 import json
 import math
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -51,6 +54,7 @@ from report import picture, table
 TOLERANCE = {"float32": 1e-3, "tf32": 1e-2, "bfloat16": 1e-1}
 SKIP = ("*GN:*hessian", "GPT:*hessian", "[23]C[23]D:kfra", "All-CNN-C:kfra", "ResNet*:kfra", "GPT:kfra")
 SHORTEST = 0.01  # seconds: shorter steps are repeated within a measurement
+WARM = 0.1  # seconds: shorter steps run once before they are timed
 
 
 def seconds(step: Step, repeats: int, device: str) -> float:
@@ -120,9 +124,10 @@ def measure(cell: Problem, names: Sequence[str], rounds: int, patience: float) -
             step()
         repeats[name] = math.ceil(SHORTEST / seconds(step, 1, cell.device))
     times: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
     for k in range(rounds):
-        for name in order[k % len(order) :] + order[: k % len(order)]:
+        for name in random.Random(k).sample(list(steps), len(steps)):
+            if entries[name]["first"] < WARM:
+                steps[name]()
             times[name].append(seconds(steps[name], repeats[name], cell.device))
     for name in names:
         entry = entries[name]

@@ -3,8 +3,8 @@
     python benchmarks/compat.py --out compat.json
     python benchmarks/compat.py --nets mlp 2c2d --extensions BatchGrad KFAC --rounds 5
 
-In each round, a step without any extension, BackPACK's and the shim's run one after the other, so that all meet the same
-state of the machine. A step is forward pass and backward pass; for `HMP`, `GGNMP` and `PCHMP` it includes one product with
+In each round, a step without any extension, BackPACK's and the shim's run one after the other, in an order that is drawn
+anew, so that all meet the same states of the machine; each once before it is timed. A step is forward pass and backward pass; for `HMP`, `GGNMP` and `PCHMP` it includes one product with
 ten vectors per parameter. Times are medians over the rounds, in milliseconds.
 """
 
@@ -12,6 +12,7 @@ import argparse
 import copy
 import json
 import platform
+import random
 import statistics
 import sys
 import time
@@ -128,8 +129,8 @@ def measure(net: str, extension: str, rounds: int, device: torch.device) -> dict
             row[f"{name}_error"] = str(error).splitlines()[0] if str(error) else type(error).__name__
             del steps[name]
     for k in range(rounds):
-        order = list(steps)
-        for name in order[k % len(order) :] + order[: k % len(order)]:
+        for name in random.Random(k).sample(list(steps), len(steps)):
+            steps[name]()
             times[name].append(seconds(steps[name], device))
     for name in steps:
         row[f"{name}_ms"] = round(1e3 * statistics.median(times[name]), 3)
