@@ -4,8 +4,9 @@
     python benchmarks/compat.py --nets mlp 2c2d --extensions BatchGrad KFAC --rounds 5
 
 In each round, a step without any extension, BackPACK's and the shim's run one after the other, in an order that is drawn
-anew, so that all meet the same states of the machine; each once before it is timed. A step is forward pass and backward pass; for `HMP`, `GGNMP` and `PCHMP` it includes one product with
-ten vectors per parameter. Times are medians over the rounds, in milliseconds.
+anew, so that all meet the same states of the machine; each runs once before it is timed. A step is forward pass and backward
+pass; for `HMP`, `GGNMP` and `PCHMP` it includes one product with ten vectors per parameter. Times are medians over the
+rounds, in milliseconds.
 """
 
 import argparse
