@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch
 
+from curvfunc import pages
+
 __all__ = [
     "Bound",
     "Direct",
@@ -192,19 +194,16 @@ def arranged(b: Bound, result: Tensor) -> Tensor:
 
 def per_sample(b: Bound, out: Tensor | None = None) -> Tensor:
     """The gradients themselves, [v, n, *shape]; written to ``out`` if given."""
-    if isinstance(b.form, Outer) and (out is None or (b.form.arrange is None and not b.form.inputs_first)):
+    if isinstance(b.form, Outer) and (out is None or _is_flat(b)):
         v, n, q, s, o = b.g.shape
-        into = None if out is None else out.view(v, n, q, o, b.x.shape[3])
-        if into is None and v > 1 and s > 1 and may_overwrite():
-            into = b.g.new_empty(v, n, q, o, b.x.shape[3])
         if s == 1:
-            g = b.g.contiguous().mT  # the layout of g, from vmap, would be that of the result
-            result = g * b.x if into is None else torch.mul(g, b.x, out=into)
-        elif into is None:
+            result = _outer(b.g.contiguous().mT, b.x, out)  # the layout of g, from vmap, would be that of the result
+        elif out is None and not may_overwrite():
             result = torch.stack([g.mT @ b.x for g in b.g]) if v > 1 else (b.g[0].mT @ b.x)[None]
         else:
-            result = into
-            for g, to in zip(b.g, into, strict=True):
+            k = b.x.shape[3]
+            result = pages.empty(b.g, v, n, q, o, k) if out is None else out.view(v, n, q, o, k)
+            for g, to in zip(b.g, result, strict=True):
                 torch.matmul(g.mT, b.x, out=to)
         return arranged(b, result) if out is None else out
     if isinstance(b.form, Rows):
@@ -212,6 +211,19 @@ def per_sample(b: Bound, out: Tensor | None = None) -> Tensor:
     else:
         result = b.g if isinstance(b.form, Direct) else per_sample(b)
     return result if out is None else out.copy_(result)
+
+
+def _is_flat(b: Bound) -> bool:
+    """Whether what is formed, [..., q, o, k], is [..., *shape] in memory."""
+    return isinstance(b.form, Outer) and b.form.arrange is None and not b.form.inputs_first
+
+
+def _outer(g: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
+    """g x for columns g [..., o, 1] and rows x [n, q, 1, k]."""
+    if out is None and not may_overwrite():
+        return g * x
+    shape = (*g.shape[:-1], x.shape[-1])
+    return torch.mul(g, x, out=pages.empty(g, *shape) if out is None else out.view(shape))
 
 
 def total(b: Bound) -> Tensor:
@@ -233,26 +245,23 @@ def squares(b: Bound) -> Tensor:
         return _scatter(part.flatten(0, 1), b.x.flatten(), b.form.shape[0])
     if b.x.shape[2] == 1:  # (g xᵀ)² = g² (x²)ᵀ, so the sum over samples is one matrix product
         g, x = b.g.square().sum(0)[:, :, 0], b.x.square()[:, :, 0]
-        return arranged(b, g.permute(1, 2, 0) @ x.transpose(0, 1))
+        return arranged(b, _matmul(g.permute(1, 2, 0), x.transpose(0, 1)))
     return formed(b, ["squares"])["squares"]
 
 
 def sample_squares(b: Bound, out: Tensor | None = None) -> Tensor:
     """Squared gradients summed over vectors, Σ_v g²: [n, *shape]; written to ``out`` if given."""
+    into = out if _is_flat(b) else None
     if isinstance(b.form, Direct):
         result = b.g.square().sum(0)
     elif isinstance(b.form, Rows):
         result = _scatter((b.g * _same_row(b)).sum(0), b.x, b.form.shape[0])
     elif b.x.shape[2] > 1:
-        result = formed(b, ["sample_squares"])["sample_squares"]
+        result = formed(b, ["sample_squares"], out=into)["sample_squares"]
     else:
-        assert isinstance(b.form, Outer)
         g, x = b.g.square().sum(0).contiguous().mT, b.x.square()
-        if out is not None and b.form.arrange is None and not b.form.inputs_first:
-            torch.mul(g, x, out=out.view(*g.shape[:3], x.shape[3]))
-            return out
-        result = arranged(b, g * x)
-    return result if out is None else out.copy_(result)
+        result = arranged(b, _outer(g, x, into))
+    return result if out is None else out if into is not None else out.copy_(result)
 
 
 def weighted_squares(b: Bound, weights: Tensor) -> Tensor:
@@ -279,13 +288,14 @@ def weighted_sample_squares(b: Bound, weights: Tensor) -> Tensor:
     return arranged(b, g.unsqueeze(-1) * b.x.square())
 
 
-def formed(b: Bound, names: Sequence[str], weights: Tensor | None = None) -> dict[str, Tensor]:
+def formed(b: Bound, names: Sequence[str], weights: Tensor | None = None, out: Tensor | None = None) -> dict[str, Tensor]:
     """Contractions of an `Outer` use for which its gradients have to be formed, in blocks that stay in cache.
 
     Args:
         b: The use.
         names: Any of "squares", "sample_squares", "sample_norms", and for one vector "total", its sum over samples.
         weights: Weights [v, n] of the squares.
+        out: Memory for "sample_squares".
 
     Returns:
         ``{name: result}``.
@@ -302,13 +312,10 @@ def formed(b: Bound, names: Sequence[str], weights: Tensor | None = None) -> dic
             squared = (w @ squared.flatten(3)).unflatten(3, squared.shape[3:])
         if "squares" in found:
             _add(found["squares"], squared.sum((0, 2)))
-        for name in found.keys() & {"sample_squares", "sample_norms"}:
-            part = squared.sum(2) if name == "sample_squares" else squared.flatten(1).sum(1)
-            if vectors.start == 0:
-                found[name].append(part)
-            else:  # blocks of samples are the same for all vectors
-                k = samples.start // (samples.stop - samples.start) if samples.stop < b.g.shape[1] else -1
-                found[name][k] = found[name][k] + part
+        if "sample_squares" in found:
+            _place(found["sample_squares"], squared.sum(2), vectors, samples, b.g.shape[1], out)
+        if "sample_norms" in found:
+            _place(found["sample_norms"], squared.flatten(1).sum(1), vectors, samples, b.g.shape[1])
     results = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in found.items()}
     return {name: r if name == "sample_norms" else arranged(b, r) for name, r in results.items()}
 
@@ -321,6 +328,26 @@ def _add(parts: list[Tensor], part: Tensor) -> None:
         parts[0] += part
     else:
         parts[0] = parts[0] + part
+
+
+def _place(parts: list[Tensor], part: Tensor, vectors: slice, samples: slice, num: int, out: Tensor | None = None) -> None:
+    """Put the results of a block of ``num`` samples in their place, or add them to those of the vectors before."""
+    if not may_overwrite():
+        if vectors.start == 0:
+            parts.append(part)
+        else:  # blocks of samples are the same for all vectors
+            k = samples.start // (samples.stop - samples.start) if samples.stop < num else -1
+            parts[k] = parts[k] + part
+        return
+    if not parts:
+        if out is None and len(part) == num:
+            parts.append(part)
+            return
+        parts.append(pages.empty(part, num, *part.shape[1:]) if out is None else out.view(num, *part.shape[1:]))
+    if vectors.start == 0:
+        parts[0][samples] = part
+    else:
+        parts[0][samples] += part
 
 
 def squared_inputs(b: Bound, batched: bool) -> Tensor:
@@ -410,6 +437,11 @@ def condensed(b: Bound) -> Bound:
     return replace(b, g=b.g.square().sum(0, keepdim=True).sqrt())
 
 
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a b for a [q, n, m], b [q, m, k]."""
+    return torch.matmul(a, b, out=pages.empty(a, *a.shape[:2], b.shape[2])) if may_overwrite() else a @ b
+
+
 def _blocks(b: Bound) -> Iterator[tuple[slice, slice]]:
     """Vectors and samples whose gradients [m, q, v, o, k] are formed together, so that they stay in cache."""
     v, n, q, _, o = b.g.shape
@@ -488,11 +520,11 @@ def second_moment(x: Tensor, scale: float = 1.0) -> Tensor:
         return x @ x.mT * scale
     zero = x.new_zeros(1)
     if k < 256 or m < 512 or x.device.type != "cpu":
-        return torch.addmm(zero, x, x.mT, beta=0, alpha=scale)
+        return torch.addmm(zero, x, x.mT, beta=0, alpha=scale, out=pages.empty(x, k, k))
     edges = [*range(0, k, -(-k // 4)), k]
     if torch.compiler.is_compiling():  # where slices are not written in place
         return _mirrored([scale * (x[a:b] @ x[a:].mT) for a, b in pairwise(edges)], edges)
-    result = x.new_empty(k, k)
+    result = pages.empty(x, k, k)
     for start, stop in pairwise(edges):
         torch.addmm(zero, x[start:stop], x[start:].mT, beta=0, alpha=scale, out=result[start:stop, start:])
         result[stop:, start:stop] = result[start:stop, stop:].mT
