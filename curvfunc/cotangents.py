@@ -4,22 +4,24 @@ The cotangents of the output are columns [v, n, ...]: the loss gradient (one col
 exact or sampled. One backward pass carries a chunk of columns to every site at once and forms no parameter gradient.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.autograd.graph import Node
 
 from curvfunc import losses
 from curvfunc.observer import edge_of, without_fallback_warnings
 from curvfunc.sites import Site, Trace
 
-__all__ = ["AveragedHessian", "FullHessian", "LossGradient", "LossRoot", "chunks", "common", "pull"]
+__all__ = ["AveragedHessian", "FullHessian", "LossGradient", "LossRoot", "chunks", "common", "pull", "stream"]
 
 # Columns travel together as long as the largest intermediate stays below this many bytes: on CPU, larger tensors come
 # from fresh memory pages at each call, which costs more than a second pass.
-CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
+CHUNK_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,71 @@ def pull(
     found_at = [_zeros(s, trace, columns) if g is None else _samples_first(g, s) for s, g in at_sites]
     totals = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads[len(inner) :], strict=True)]
     return found_at, totals
+
+
+def stream(
+    trace: Trace, column: Tensor, leaves: Sequence[Tensor], receive: Callable[[Site, Tensor], None], *, retain_graph: bool
+) -> list[Tensor]:
+    """Backpropagate one column [n, ...] of the output, and keep no cotangent: ``receive`` has each as soon as it is there.
+
+    Args:
+        trace: The forward pass. If its sites are held by nobody else, their inputs go as the pass goes on.
+        column: What to backpropagate.
+        leaves: Parameters whose total gradient is wanted too.
+        receive: Called for each site with the cotangent of its output [1, n, ...]; zeros where the output does not depend
+            on it. It runs inside of the backward pass.
+        retain_graph: Whether another backward pass follows.
+
+    Returns:
+        Per leaf the gradient.
+    """
+    end, at = edge_of(trace.out), dict[Node, list[Site]]()
+    for site in trace.sites:
+        at.setdefault(site.edge.node, []).append(site)
+    inner = _lead_on(end.node, {*at, *(edge_of(p).node for p in leaves)}) if trace.out.requires_grad else set()
+    final = [site for node, sites in at.items() if node not in inner for site in sites]  # are not passed: asked for
+
+    def arrive(sites: list[Site], grads: Sequence[Tensor | None]) -> None:
+        for site in [s for s in sites if grads[s.edge.output_nr] is not None]:
+            sites.remove(site)
+            receive(site, _samples_first(grads[site.edge.output_nr][None], site))  # type: ignore[index]
+
+    handles = [node.register_prehook(partial(arrive, at[node])) for node in inner & at.keys()]
+    try:
+        targets: list[Any] = [*[site.edge for site in final], *leaves]
+        grads: list[Tensor | None] = []
+        if trace.out.requires_grad and targets:
+            found = torch.autograd.grad(trace.out, targets, column, retain_graph=retain_graph, allow_unused=True)
+            grads = list(found)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for site, g in zip(final, grads, strict=False):
+        if g is not None:
+            at[site.edge.node].remove(site)
+            receive(site, _samples_first(g[None], site))
+    for site in [site for sites in at.values() for site in sites]:
+        receive(site, _zeros(site, trace, column[None]))
+    totals = grads[len(final) :] if grads else [None] * len(leaves)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, totals, strict=True)]
+
+
+def _lead_on(end: Node, wanted: set[Node]) -> set[Node]:
+    """The nodes, among those before ``end``, that a wanted one lies before: a backward pass to the wanted ones runs them."""
+    inner: set[Node] = set()
+    seen: set[Node] = set()
+    stack = [(end, False)]
+    while stack:
+        node, done = stack.pop()
+        before = [n for n, _ in node.next_functions if n is not None]
+        if done:
+            if any(n in wanted or n in inner for n in before):
+                inner.add(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend([(n, False) for n in before])
+    return inner
 
 
 def _samples_first(g: Tensor, site: Site) -> Tensor:

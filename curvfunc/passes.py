@@ -1,7 +1,7 @@
 """One backward pass, contracted: columns go back to the sites in chunks, and each chunk is contracted for each parameter."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvfunc import contractions, losses
 from curvfunc.contractions import Bound, Direct, Form, Outer, Through, bind, direct
-from curvfunc.cotangents import chunks, pull
+from curvfunc.cotangents import chunks, pull, stream
 from curvfunc.sites import Site, Trace
 
 __all__ = ["CONTRACTIONS", "BackwardPass", "check_block", "check_unchanged", "combine", "contracted", "keep"]
@@ -31,6 +31,9 @@ for approximation in (None, "expand", "reduce"):
 
 # Contractions of first order for which gradients are formed where a use has several positions; one pass serves all.
 FORMED = frozenset({"total", "squares", "sample_squares", "sample_norms"})
+
+# Where the cotangents of all sites are smaller than this, they may as well be kept until the backward pass is over.
+STREAMED_BYTES = 1 << 20
 
 # A block larger than this many rows is refused: 2**15 rows take 4 GiB in float32.
 LARGEST_BLOCK = 1 << 15
@@ -78,40 +81,92 @@ class BackwardPass:
         summed = {i for i, mine in enumerate(uses) if "total" in names and per_site and _forms_gradients(mine)}
         others = [i for i in range(len(leaves)) if "total" in names and i not in summed]
         found: dict[str, list[list[Any]]] = {n: [[] for _ in leaves] for n in names}
-        retain_graph |= self.differentiable or any(isinstance(f, Through) for mine in uses for _, f in mine)  # has a pullback
-        for start, stop in chunks(root.num, trace, self.chunk_size):
-            columns = self.select(root.columns(start, stop)).to(trace.out.dtype)
-            gs, totals = pull(
-                trace,
-                columns,
-                [leaves[i] for i in others],
-                sites=bool(per_site),
-                create_graph=self.differentiable,
-                retain_graph=retain_graph or stop < root.num,
-            )
+
+        def contract(i: int, bounds: list[Bound], start: int, stop: int) -> None:
+            if bounds:
+                bound = contractions.merge(bounds)
+            else:
+                bound = direct(leaves[i].new_zeros(()).expand(stop - start, len(trace.out), *leaves[i].shape))
+            wanted = [*per_site, "total"] if i in summed else per_site
+            buffers = {n: buffer[i][start:stop] if n == "per_sample" else buffer[i] for n, buffer in outs.items()}
+            check_block(wanted, bound, f"parameter {self.names[i]!r}")
+            for n, part in contracted(wanted, bound, start == 0, stop - start == root.num, buffers).items():
+                keep(found[n][i], part, CONTRACTIONS[n][1])
+
+        derived = any(isinstance(form, Through) for mine in uses for _, form in mine)  # have a pullback to come
+        retain_graph |= self.differentiable or derived
+        if per_site and root.num == 1 and self._is_large():
+            column = self._columns(root, 0, 1)[0]
+            totals = self._stream(column, uses, [leaves[i] for i in others], contract, retain_graph)
             for i, t in zip(others, totals, strict=True):
                 found["total"][i].append(t)
-            at = {id(site): g for site, g in zip(trace.sites, gs, strict=True)} if per_site else {}
-            for i, mine in enumerate(uses) if per_site else ():
-                bound = self._bind(leaves[i], mine, at, columns)
-                wanted = [*per_site, "total"] if i in summed else per_site
-                buffers = {n: buffer[i][start:stop] if n == "per_sample" else buffer[i] for n, buffer in outs.items()}
-                check_block(wanted, bound, f"parameter {self.names[i]!r}")
-                for n, part in contracted(wanted, bound, start == 0, stop - start == root.num, buffers).items():
-                    keep(found[n][i], part, CONTRACTIONS[n][1])
+        else:
+            for start, stop in chunks(root.num, trace, self.chunk_size):
+                gs, totals = pull(
+                    trace,
+                    self._columns(root, start, stop),
+                    [leaves[i] for i in others],
+                    sites=bool(per_site),
+                    create_graph=self.differentiable,
+                    retain_graph=retain_graph or stop < root.num,
+                )
+                for i, t in zip(others, totals, strict=True):
+                    found["total"][i].append(t)
+                at = {id(site): g for site, g in zip(trace.sites, gs, strict=True)} if per_site else {}
+                for i, mine in enumerate(uses) if per_site else ():
+                    contract(i, [self._bind(site, form, at[id(site)]) for site, form in mine], start, stop)
         results = {n: [combine(n, f, outs[n][i] if n in outs else None) for i, f in enumerate(found[n])] for n in names}
         for n in ("per_sample", "total"):  # in low precision, sums of squares stay in single precision
             if n in results:
                 results[n] = [r.to(p.dtype) for r, p in zip(results[n], leaves, strict=True)]
         return results
 
-    def _bind(self, leaf: Tensor, uses: list[tuple[Site, Form]], at: dict[int, Tensor], columns: Tensor) -> Bound:
-        """A parameter's uses with their tensors; inputs are prepared once for all chunks."""
-        if not uses:
-            return direct(leaf.new_zeros(()).expand(*columns.shape[:2], *leaf.shape))
-        for site, _ in uses:
-            check_unchanged(site)
-        return contractions.merge([bind(form, at[id(site)], self.inputs) for site, form in uses])
+    def _columns(self, root: losses.Root, start: int, stop: int) -> Tensor:
+        return self.select(root.columns(start, stop)).to(self.trace.out.dtype)
+
+    def _is_large(self) -> bool:
+        """Whether it pays to contract inside of the backward pass, and can be done."""
+        if self.differentiable or not contractions.may_overwrite() or torch.compiler.is_compiling():
+            return False
+        return sum(site.shape.numel() for site in self.trace.sites) * self.trace.out.element_size() >= STREAMED_BYTES
+
+    def _stream(
+        self,
+        column: Tensor,
+        uses: list[list[tuple[Site, Form]]],
+        leaves: list[Tensor],
+        contract: Callable[[int, list[Bound], int, int], None],
+        retain_graph: bool,
+    ) -> list[Tensor]:
+        """Contract one column inside of the backward pass, each parameter as soon as all its uses were reached."""
+        places = [{id(site): k for k, (site, _) in enumerate(mine)} for mine in uses]
+        arrived: list[dict[int, Bound]] = [{} for _ in uses]
+        trace = self.trace
+        for i, mine in enumerate(uses):
+            if not mine:
+                contract(i, [], 0, 1)
+        if not retain_graph:  # nothing else refers to what the operations took, so that it goes as soon as it was used
+            trace = replace(trace, sites=list(trace.sites))
+            self.trace.sites.clear()
+            uses.clear()
+
+        def receive(site: Site, g: Tensor) -> None:
+            for i, form in site.forms.items():
+                arrived[i][places[i][id(site)]] = self._bind(site, form, g)
+                if len(arrived[i]) == len(places[i]):
+                    contract(i, [arrived[i][k] for k in sorted(arrived[i])], 0, 1)
+                    arrived[i].clear()
+            if not retain_graph:
+                for form in site.forms.values():
+                    self._inputs.pop(id(form), None)
+                site.forms, site.inputs = {}, []
+
+        return stream(trace, column, leaves, receive, retain_graph=retain_graph)
+
+    def _bind(self, site: Site, form: Form, g: Tensor) -> Bound:
+        """A use with its tensors; inputs are prepared once for all chunks."""
+        check_unchanged(site)
+        return bind(form, g, self.inputs)
 
     def inputs(self, form: Any) -> Tensor:
         """What a form takes from the forward pass."""
