@@ -128,8 +128,8 @@ def pull(
         with without_fallback_warnings():
             found = iter(torch.vmap(reached_only)(columns))
         grads = [next(found) if r else None for r in reached]
-    pulled = {id(s): g for s, g in zip(inner, grads, strict=False)}
-    at_sites = [(s, pulled.get(id(s), columns)) for s in wanted]  # at the output, nothing is to be done
+    pulled = dict(zip(inner, grads, strict=False))
+    at_sites = [(s, pulled.get(s, columns)) for s in wanted]  # at the output, nothing is to be done
     found_at = [_zeros(s, trace, columns) if g is None else _samples_first(g, s) for s, g in at_sites]
     totals = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads[len(inner) :], strict=True)]
     return found_at, totals
@@ -151,35 +151,42 @@ def stream(
     Returns:
         Per leaf the gradient.
     """
-    end, at = edge_of(trace.out), dict[Node, list[Site]]()
+    if not trace.out.requires_grad:
+        for site in trace.sites:
+            receive(site, _zeros(site, trace, column[None]))
+        return [torch.zeros_like(p) for p in leaves]
+    end = edge_of(trace.out)
+    at: dict[Node, list[Site]] = {}
     for site in trace.sites:
         at.setdefault(site.edge.node, []).append(site)
-    inner = _lead_on(end.node, {*at, *(edge_of(p).node for p in leaves)}) if trace.out.requires_grad else set()
-    final = [site for node, sites in at.items() if node not in inner for site in sites]  # are not passed: asked for
+    inner = _lead_on(end.node, {*at, *(edge_of(p).node for p in leaves)})  # a backward pass to the others runs these
+    last = [s for node, sites in at.items() if node not in inner for s in sites]
+    asked = [s for s in last if s.edge.node is not end.node or s.edge.output_nr != end.output_nr]
 
-    def arrive(sites: list[Site], grads: Sequence[Tensor | None]) -> None:
-        for site in [s for s in sites if grads[s.edge.output_nr] is not None]:
-            sites.remove(site)
-            receive(site, _samples_first(grads[site.edge.output_nr][None], site))  # type: ignore[index]
-
-    handles = [node.register_prehook(partial(arrive, at[node])) for node in inner & at.keys()]
-    try:
-        targets: list[Any] = [*[site.edge for site in final], *leaves]
-        grads: list[Tensor | None] = []
-        if trace.out.requires_grad and targets:
-            found = torch.autograd.grad(trace.out, targets, column, retain_graph=retain_graph, allow_unused=True)
-            grads = list(found)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for site, g in zip(final, grads, strict=False):
+    def arrive(site: Site, g: Tensor | None) -> None:
         if g is not None:
             at[site.edge.node].remove(site)
             receive(site, _samples_first(g[None], site))
-    for site in [site for sites in at.values() for site in sites]:
+
+    def before(node: Node, grads: Sequence[Tensor | None]) -> None:
+        for site in list(at[node]):
+            arrive(site, grads[site.edge.output_nr])
+
+    handles = [node.register_prehook(partial(before, node)) for node in inner & at.keys()]
+    try:
+        targets: list[Any] = [*[site.edge for site in asked], *leaves]
+        grads: list[Tensor | None] = []
+        if targets:
+            grads += torch.autograd.grad(trace.out, targets, column, retain_graph=retain_graph, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found_at = dict(zip(asked, grads, strict=False))
+    for site in last:
+        arrive(site, found_at.get(site, column))
+    for site in [s for sites in at.values() for s in sites]:
         receive(site, _zeros(site, trace, column[None]))
-    totals = grads[len(final) :] if grads else [None] * len(leaves)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, totals, strict=True)]
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads[len(asked) :], strict=True)]
 
 
 def _lead_on(end: Node, wanted: set[Node]) -> set[Node]:

@@ -112,9 +112,9 @@ class BackwardPass:
                 )
                 for i, t in zip(others, totals, strict=True):
                     found["total"][i].append(t)
-                at = {id(site): g for site, g in zip(trace.sites, gs, strict=True)} if per_site else {}
+                at = dict(zip(trace.sites, gs, strict=True)) if per_site else {}
                 for i, mine in enumerate(uses) if per_site else ():
-                    contract(i, [self._bind(site, form, at[id(site)]) for site, form in mine], start, stop)
+                    contract(i, [self._bind(site, form, at[site]) for site, form in mine], start, stop)
         results = {n: [combine(n, f, outs[n][i] if n in outs else None) for i, f in enumerate(found[n])] for n in names}
         for n in ("per_sample", "total"):  # in low precision, sums of squares stay in single precision
             if n in results:
@@ -139,7 +139,7 @@ class BackwardPass:
         retain_graph: bool,
     ) -> list[Tensor]:
         """Contract one column inside of the backward pass, each parameter as soon as all its uses were reached."""
-        places = [{id(site): k for k, (site, _) in enumerate(mine)} for mine in uses]
+        places = [{site: k for k, (site, _) in enumerate(mine)} for mine in uses]
         arrived: list[dict[int, Bound]] = [{} for _ in uses]
         trace = self.trace
         for i, mine in enumerate(uses):
@@ -152,7 +152,7 @@ class BackwardPass:
 
         def receive(site: Site, g: Tensor) -> None:
             for i, form in site.forms.items():
-                arrived[i][places[i][id(site)]] = self._bind(site, form, g)
+                arrived[i][places[i][site]] = self._bind(site, form, g)
                 if len(arrived[i]) == len(places[i]):
                     contract(i, [arrived[i][k] for k in sorted(arrived[i])], 0, 1)
                     arrived[i].clear()

@@ -13,7 +13,7 @@ from curvfunc.contractions import Form
 __all__ = ["Layouts", "Parameter", "Site", "Trace"]
 
 
-@dataclass
+@dataclass(eq=False)
 class Site:
     """A use of parameters: forms by parameter index, and how to read the cotangent of the output.
 
