@@ -1,0 +1,130 @@
+"""Memory of large results: advice to the system, and results of the shim in the memory of those that they replace."""
+
+import mmap
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_close
+from torch import Tensor, nn
+
+import curvfunc
+from curvfunc import pages
+from curvfunc.compat import backpack, extend, extensions, memory
+
+# -- huge pages
+
+
+def test_advice_stays_inside_of_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(pages, "MADVISE", lambda *args: asked.append(args))
+    monkeypatch.setattr(pages, "LEAST_BYTES", 1 << 16)
+    large = pages.empty(torch.empty(0, dtype=torch.float64), 30, 1000)
+    pages.empty(large, 10, 10)
+    ((start, size, advice),) = asked
+    assert large.shape == (30, 1000)
+    assert large.dtype == torch.float64
+    assert start % mmap.PAGESIZE == 0
+    assert advice == pages.HUGE
+    assert large.data_ptr() <= start < start + size <= large.data_ptr() + large.nbytes
+    assert size > large.nbytes - 2 * mmap.PAGESIZE
+
+
+@pytest.mark.parametrize("system", ["with advice", "without"])
+def test_results_do_not_depend_on_it(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model_fn, params = curvfunc.functionalize(nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 300)))
+    X, y = torch.randn(70, 2, 6, 6), torch.arange(70)
+    specs = (curvfunc.BatchGrad(), curvfunc.SumGradSquared(), curvfunc.BatchDiagGGN(mc_samples=0), curvfunc.KFAC())
+
+    def found() -> Any:
+        return curvfunc.compute(model_fn, params, X, y, specs, generator=torch.Generator().manual_seed(0))
+
+    want = found()
+    monkeypatch.setattr(pages, "LEAST_BYTES", 1)
+    if system == "without":
+        monkeypatch.setattr(pages, "MADVISE", None)
+    assert_close(found(), want, rtol=1e-7)
+
+
+# -- results that replace others
+
+HOLDERS: dict[str, Callable[[Tensor], Any]] = {
+    "name": lambda t: t,
+    "list": lambda t: [t],
+    "view": lambda t: t[1:],
+    "detached": lambda t: t.detach(),
+    "array": lambda t: t.numpy(),
+    "memory": lambda t: t.untyped_storage(),
+    "graph": lambda t: (t * torch.ones((), requires_grad=True)).sum(),
+    "capsule": torch.utils.dlpack.to_dlpack,
+}
+EXTENSIONS = ["BatchGrad", "BatchDiagGGNExact", "BatchDiagGGNMC", "SqrtGGNExact", "SqrtGGNMC"]
+
+
+class Steps:
+    """Backward passes with one extension."""
+
+    def __init__(self, extension: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(memory, "LEAST_BYTES", 1)
+        net = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 5))
+        self.model, self.loss_fn = extend(net), extend(nn.CrossEntropyLoss())
+        self.extension = getattr(extensions, extension)()
+        self.weights = [net[0].weight, net[3].weight]
+
+    def step(self, X: Tensor, **options: Any) -> None:
+        torch.manual_seed(3)
+        with backpack(self.extension), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's about create_graph
+            self.loss_fn(self.model(X), torch.arange(len(X)) % 5).backward(**options)
+
+    def results(self) -> list[Tensor]:
+        return [getattr(p, self.extension.savefield) for p in self.weights]
+
+    def addresses(self) -> list[int]:
+        return [r.data_ptr() for r in self.results()]
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_a_result_takes_the_place_of_the_one_before(extension: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, X = Steps(extension, monkeypatch), torch.randn(6, 2, 6)
+    steps.step(torch.randn(6, 2, 6))
+    for _ in range(3):
+        before = steps.addresses()
+        steps.step(X)
+        assert steps.addresses() == before
+    got = [r.clone() for r in steps.results()]
+    for p in steps.weights:
+        delattr(p, steps.extension.savefield)
+    steps.step(X)
+    assert_close(steps.results(), got, rtol=1e-6)
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_what_somebody_holds_is_not_overwritten(extension: str, holder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(extension, monkeypatch)
+    steps.step(torch.randn(6, 2, 6))
+    before, copies = steps.addresses(), [r.clone() for r in steps.results()]
+    held = [HOLDERS[holder](r) for r in steps.results()]
+    steps.step(torch.randn(6, 2, 6))
+    assert not {*steps.addresses()} & {*before}
+    if holder == "name":
+        assert_close(held, copies, rtol=0.0)
+
+
+@pytest.mark.parametrize("change", ["samples", "type", "graph"])
+def test_what_does_not_fit_is_new(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps("BatchGrad", monkeypatch)
+    steps.step(torch.randn(6, 2, 6))
+    if change == "type":
+        steps.model.double()
+    X = torch.randn(5 if change == "samples" else 6, 2, 6, dtype=torch.float64 if change == "type" else torch.float32)
+    steps.step(X, create_graph=change == "graph")
+    for p, r in zip(steps.weights, steps.results(), strict=True):
+        assert r.shape == (len(X), *p.shape)
+        assert r.dtype == p.dtype
+        assert r.requires_grad == (change == "graph")
+    for p in steps.model.parameters():
+        p.grad = None
