@@ -2,7 +2,6 @@
 
 from curvfunc import reference
 from curvfunc.compute import compute
-from curvfunc.contractions import Direct, Outer, Rows
 from curvfunc.estimators import (
     Spectrum,
     eigsh,
@@ -13,6 +12,7 @@ from curvfunc.estimators import (
     xdiag,
 )
 from curvfunc.explain import Explanation, explain
+from curvfunc.forms import Direct, Outer, Rows
 from curvfunc.gram import BatchDot, GGNGram, batch_dot, batch_dot_total, ggn_gram, ggn_gram_total
 from curvfunc.model import ModelFunction, functionalize
 from curvfunc.operators import LinearOperator, fisher_operator, ggn_operator, hessian_operator

@@ -23,7 +23,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch._C import _functorch
 
-from curvfunc.contractions import Direct
+from curvfunc.forms import Direct
 from curvfunc.losses import values_visible
 from curvfunc.observer import Observer, Opaque, axis_of, calls_may_hide, edge_of, hidden, marked, without_fallback_warnings
 from curvfunc.sites import Layouts, Site, Trace

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from curvfunc.compute import trace
-from curvfunc.contractions import Through
+from curvfunc.forms import Through
 from curvfunc.sites import Trace
 
 __all__ = ["Explanation", "Row", "explain"]

@@ -21,18 +21,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from curvfunc.contractions import (
-    Bound,
-    Outer,
-    bind,
-    merge,
-    sample_squares,
-    squared_inputs,
-    squares,
-    weighted_sample_squares,
-    weighted_squares,
-)
+from curvfunc.contractions import sample_squares, squared_inputs, squares, weighted_sample_squares, weighted_squares
 from curvfunc.cotangents import CHUNK_BYTES
+from curvfunc.forms import Bound, Outer, bind, merge
 from curvfunc.hessian_products import HessianProducts
 from curvfunc.observer import without_fallback_warnings
 from curvfunc.residuals import Curvature, Meeting, Residual

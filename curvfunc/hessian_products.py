@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from curvfunc.contractions import Outer, Through, arranged, bind, per_sample
+from curvfunc.forms import Outer, Through, arranged, bind, per_sample
 from curvfunc.observer import without_fallback_warnings
 from curvfunc.residuals import is_affine
 from curvfunc.sites import Trace

@@ -22,12 +22,13 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.overrides import TorchFunctionMode
 
-from curvfunc import contractions
-from curvfunc.contractions import Direct, Outer, Rows, bind, per_sample, second_moment
+from curvfunc import second_moments
 from curvfunc.cotangents import CHUNK_BYTES
+from curvfunc.forms import Direct, Outer, Rows, bind, per_sample
 from curvfunc.observer import axis_or_none, edge_of, tensors_in
 from curvfunc.residuals import is_affine
 from curvfunc.rules.nonlinear import is_diagonal, is_linear, is_reshape
+from curvfunc.second_moments import second_moment
 from curvfunc.sites import Site, Trace
 
 __all__ = ["Chain", "factors"]
@@ -174,7 +175,7 @@ def _parameter_factors(form: Any, G: Tensor, site: Site) -> tuple[Tensor, ...]:
     if not isinstance(form, (Outer, Rows)):
         return (_block(lambda g: per_sample(bind(form, g, inputs)), G, samples, shape),)
     b = bind(form, G.new_zeros(1, samples, *shape[1:]), inputs)
-    A = contractions.input_factor(b)
+    A = second_moments.input_factor(b)
     assert A is not None
     B = G if isinstance(form, Outer) and b.x.shape[1:3] == (1, 1) else _output_factor(form, G, shape)
     return (A.factor, B) if A.first else (B, A.factor)

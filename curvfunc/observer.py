@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from curvfunc.batch_axis import mutates, propagate
-from curvfunc.contractions import Direct, Form, Through, rows_of, sum_to_shape, transposed
+from curvfunc.forms import Direct, Form, Through, rows_of, sum_to_shape, transposed
 from curvfunc.rules import DECOMPOSITIONS, EXPANSIONS, ROWS, RULES, TRANSPOSES, Use
 from curvfunc.sites import Layouts, Parameter, Site
 

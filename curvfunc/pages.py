@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
-__all__ = ["empty"]
+__all__ = ["empty", "may_overwrite"]
 
 # From here on glibc always maps new memory (its DEFAULT_MMAP_THRESHOLD_MAX).
 LEAST_BYTES = 1 << 25
@@ -28,6 +29,11 @@ def empty(like: Tensor, *shape: int) -> Tensor:
             start = -(-result.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
             MADVISE(start, size - mmap.PAGESIZE, HUGE)  # advice: whether it is taken makes no difference to the result
     return result
+
+
+def may_overwrite() -> bool:
+    """Whether values can be overwritten: no graph and no transformation may ask for them again."""
+    return not torch.is_grad_enabled() and _functorch.peek_interpreter_stack() is None
 
 
 def _madvise() -> Callable[[int, int, int | None], int] | None:

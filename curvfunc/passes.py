@@ -8,26 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvfunc import contractions, losses
-from curvfunc.contractions import Bound, Direct, Form, Outer, Through, bind, direct
+from curvfunc import contractions, forms, losses, pages, second_moments
 from curvfunc.cotangents import chunks, pull, stream
+from curvfunc.forms import Bound, Direct, Form, Outer, Through, bind, direct
 from curvfunc.sites import Site, Trace
 
 __all__ = ["CONTRACTIONS", "BackwardPass", "check_block", "check_unchanged", "combine", "contracted", "keep"]
 
 # Each contraction, and how its parts from several chunks of columns become one.
 CONTRACTIONS: dict[str, tuple[Callable[..., Any], str]] = {
-    "total": (contractions.total, "sum"),
-    "per_sample": (contractions.per_sample, "concatenate"),
+    "total": (forms.total, "sum"),
+    "per_sample": (forms.per_sample, "concatenate"),
     "squares": (contractions.squares, "sum"),
     "sample_squares": (contractions.sample_squares, "sum"),
     "sample_norms": (contractions.sample_norms, "sum"),
-    "gram": (contractions.gram, "join"),  # products of columns from different chunks: contracted once all are there
+    "gram": (second_moments.gram, "join"),  # products of columns from different chunks: contracted once all are there
 }
 for approximation in (None, "expand", "reduce"):
     suffix = f"_{approximation}" if approximation else ""
-    CONTRACTIONS["output_factor" + suffix] = (partial(contractions.output_factor, approximation=approximation), "sum")
-    CONTRACTIONS["input_factor" + suffix] = (partial(contractions.input_factor, approximation=approximation), "first")
+    CONTRACTIONS["output_factor" + suffix] = (partial(second_moments.output_factor, approximation=approximation), "sum")
+    CONTRACTIONS["input_factor" + suffix] = (partial(second_moments.input_factor, approximation=approximation), "first")
 
 # Contractions of first order for which gradients are formed where a use has several positions; one pass serves all.
 FORMED = frozenset({"total", "squares", "sample_squares", "sample_norms"})
@@ -84,7 +84,7 @@ class BackwardPass:
 
         def contract(i: int, bounds: list[Bound], start: int, stop: int) -> None:
             if bounds:
-                bound = contractions.merge(bounds)
+                bound = forms.merge(bounds)
             else:
                 bound = direct(leaves[i].new_zeros(()).expand(stop - start, len(trace.out), *leaves[i].shape))
             wanted = [*per_site, "total"] if i in summed else per_site
@@ -126,7 +126,7 @@ class BackwardPass:
 
     def _is_large(self) -> bool:
         """Whether it pays to contract inside of the backward pass, and can be done."""
-        if self.differentiable or not contractions.may_overwrite() or torch.compiler.is_compiling():
+        if self.differentiable or not pages.may_overwrite() or torch.compiler.is_compiling():
             return False
         return sum(site.shape.numel() for site in self.trace.sites) * self.trace.out.element_size() >= STREAMED_BYTES
 
@@ -212,7 +212,7 @@ def keep(parts: list[Any], part: Any, how: str) -> None:
     """Add a part to those of earlier chunks; what is summed needs no memory of its own."""
     if how != "sum" or not parts or isinstance(part, Bound):
         parts.append(part)
-    elif contractions.may_overwrite():
+    elif pages.may_overwrite():
         parts[0] += part
     else:
         parts[0] = parts[0] + part
@@ -222,7 +222,7 @@ def combine(name: str, parts: list[Any], buffer: Tensor | None = None) -> Any:
     """The result from the parts of all chunks; in ``buffer`` where it could be formed there."""
     contract, how = CONTRACTIONS[name]
     if isinstance(parts[0], Bound):
-        return _into(contract, contractions.join(parts), buffer)
+        return _into(contract, forms.join(parts), buffer)
     if how != "concatenate" or len(parts) == 1:
         return parts[0]
     if buffer is not None and all(_is_part(part, buffer) for part in parts):

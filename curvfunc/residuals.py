@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from curvfunc.contractions import Direct, Outer
+from curvfunc.forms import Direct, Outer
 from curvfunc.rules.nonlinear import curve, is_diagonal
 from curvfunc.sites import Layouts, Site, Trace
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from curvfunc.contractions import Form
+from curvfunc.forms import Form
 
 __all__ = ["Layouts", "Parameter", "Site", "Trace"]
 

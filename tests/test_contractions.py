@@ -8,7 +8,9 @@ from helpers import assert_close
 from torch import Tensor
 
 from curvfunc import contractions
-from curvfunc.contractions import Bound, Outer, formed, per_sample, second_moment
+from curvfunc.contractions import formed
+from curvfunc.forms import Bound, Outer, per_sample
+from curvfunc.second_moments import second_moment
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -10,7 +10,7 @@ from helpers import assert_close
 from torch import Tensor, nn
 
 import curvfunc
-from curvfunc import contractions
+from curvfunc import second_moments
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -69,7 +69,7 @@ def gram(vectors: Tensor, batch_dims: int) -> Tensor:
 @pytest.mark.parametrize("block", [1 << 21, 64])
 @pytest.mark.parametrize("net", NETS)
 def test_gram_matrices_of_the_vectors(net: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contractions, "BLOCK_BYTES", block)
+    monkeypatch.setattr(second_moments, "BLOCK_BYTES", block)
     model_fn, params, X, y = make(net)
     for options in ({}, {"subsampling": [2, 0, 2]}, {"loss_fn": nn.CrossEntropyLoss(reduction="sum")}):
         gradients = curvfunc.batch_grad(model_fn, params, X, y, **options)
@@ -87,8 +87,8 @@ def test_both_ways_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """The contraction of positions where they are few, and no larger intermediate than it says."""
     taken = []
     for name in ("_gram_of_positions", "_gram_of_gradients"):
-        original = getattr(contractions, name)
-        monkeypatch.setattr(contractions, name, lambda b, name=name, original=original: (taken.append(name), original(b))[1])
+        original = getattr(second_moments, name)
+        monkeypatch.setattr(second_moments, name, lambda b, name=name, original=original: (taken.append(name), original(b))[1])
     curvfunc.batch_dot(*make("mlp"))
     assert set(taken) == {"_gram_of_positions"}
     taken.clear()

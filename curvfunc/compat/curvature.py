@@ -18,8 +18,8 @@ from curvfunc.compat.extensions import BackpropExtension, MatrixProduct
 from curvfunc.compat.memory import earlier
 from curvfunc.compat.notes import LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, notes
 from curvfunc.compute import Quantity, compute
-from curvfunc.contractions import Form, bind, merge
 from curvfunc.cotangents import AveragedHessian, FullHessian, LossRoot, chunks, common, pull
+from curvfunc.forms import Form, bind, merge
 from curvfunc.kfra import Chain, factors
 from curvfunc.passes import CONTRACTIONS, check_block, combine, contracted, keep
 from curvfunc.residuals import Curvature, curvature

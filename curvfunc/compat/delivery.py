@@ -27,8 +27,8 @@ from curvfunc.compat.extensions import BackpropExtension
 from curvfunc.compat.memory import earlier
 from curvfunc.compat.notes import LossCall, ModuleUse, Region, RegionOutput
 from curvfunc.compute import Quantity
-from curvfunc.contractions import Bound, Direct, bind, merge
 from curvfunc.cotangents import pull
+from curvfunc.forms import Bound, Direct, bind, merge
 from curvfunc.passes import contracted
 from curvfunc.sites import Trace
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from curvfunc import batch_axis
-from curvfunc.contractions import Form
+from curvfunc.forms import Form
 
 __all__ = ["DECOMPOSITIONS", "EXPANSIONS", "ROWS", "RULES", "TRANSPOSES", "Rule", "Use", "operation", "rule"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvfunc.contractions import Direct, Form, Outer
+from curvfunc.forms import Direct, Form, Outer
 from curvfunc.rules import Use, rule
 
 

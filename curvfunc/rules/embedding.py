@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvfunc.contractions import Rows
+from curvfunc.forms import Rows
 from curvfunc.rules import rule
 
 

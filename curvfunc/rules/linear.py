@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvfunc.contractions import Direct, Form, Outer
+from curvfunc.forms import Direct, Form, Outer
 from curvfunc.rules import rule
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvfunc.contractions import Direct, Form, Outer, sum_to_shape
+from curvfunc.forms import Direct, Form, Outer, sum_to_shape
 from curvfunc.rules import Use, rule
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvfunc.contractions import Direct, Form, sum_to_shape
+from curvfunc.forms import Direct, Form, sum_to_shape
 from curvfunc.rules import DECOMPOSITIONS, Use, rule
 
 

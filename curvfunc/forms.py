@@ -1,0 +1,265 @@
+"""How a parameter's use at a layer, and a cotangent of the layer's output, give its gradient.
+
+Every use of a parameter has one of three *forms*:
+
+- `Outer`: the gradient is a sum of outer products, dW[v,n] = Σ_s g[v,n,s] x[n,s]ᵀ (linear, convolution, ...);
+- `Rows`: as `Outer` with one-hot x, which selects rows (embeddings);
+- `Direct`: the gradient is formed as such, [v, n, *shape] (biases, norms, and everything without structure).
+
+A new layer says which form it has. Every quantity is a contraction of forms: their sums of squares are in
+`curvfunc.contractions`, their products with each other in `curvfunc.second_moments`.
+
+Axes: ``n`` sample, ``v`` backpropagated vector, ``q`` group, ``s`` shared position, ``o``/``k`` features out/in.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from curvfunc import pages
+from curvfunc.pages import may_overwrite
+
+__all__ = [
+    "Bound",
+    "Direct",
+    "Form",
+    "Outer",
+    "Rows",
+    "Through",
+    "arranged",
+    "bind",
+    "direct",
+    "flat_vectors",
+    "is_flat",
+    "join",
+    "merge",
+    "outer",
+    "per_sample",
+    "rows_of",
+    "scatter",
+    "sum_to_shape",
+    "sums_positions",
+    "total",
+    "transposed",
+]
+
+
+@dataclass(frozen=True)
+class Outer:
+    """dW[v,n,q] = Σ_s g[v,n,q,s] x[n,q,s]ᵀ.
+
+    Attributes:
+        inputs: Gives x [n, q, s, k]; called at most once, and only when needed.
+        cotangent: Maps the cotangent of the operation's output [v, n, ...] to g [v, n, q, s, o].
+        shape: Shape of the parameter.
+        arrange: Maps [..., q, o, k] to [..., *shape]; a reshape unless given.
+        inputs_first: Whether the parameter's axes are those of x before those of g, as in x @ W.
+        sum_positions: Whether the Kronecker output factor sums g over s first (the convention of convolutions).
+    """
+
+    inputs: Callable[[], Tensor]
+    cotangent: Callable[[Tensor], Tensor]
+    shape: torch.Size
+    arrange: Callable[[Tensor], Tensor] | None = None
+    inputs_first: bool = False
+    sum_positions: bool = False
+
+
+@dataclass(frozen=True)
+class Rows:
+    """dW[v,n,r] = Σ_{s: i[n,s] = r} g[v,n,s].
+
+    Attributes:
+        inputs: Gives the rows i [n, s], integers; a negative entry selects none.
+        cotangent: Maps the cotangent of the operation's output [v, n, ...] to g [v, n, s, d].
+        shape: Shape of the parameter, (rows, d).
+    """
+
+    inputs: Callable[[], Tensor]
+    cotangent: Callable[[Tensor], Tensor]
+    shape: torch.Size
+
+
+@dataclass(frozen=True)
+class Direct:
+    """A per-sample gradient [v, n, *shape], made by ``cotangent`` from the output's cotangent [v, n, ...]."""
+
+    cotangent: Callable[[Tensor], Tensor]
+    shape: torch.Size
+
+
+@dataclass(frozen=True)
+class Through:
+    """The use of a parameter p that enters as W = h(p).
+
+    Attributes:
+        form: Of the use of W.
+        pullback: Takes per-sample gradients [v, n, *W.shape] through h's VJP to [v, n, *shape].
+        shape: Shape of p.
+    """
+
+    form: "Form"
+    pullback: Callable[[Tensor], Tensor]
+    shape: torch.Size
+
+
+Form = Outer | Rows | Direct | Through
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A form with its tensors: g and x for `Outer`, g and i for `Rows`; for `Direct`, g is the gradient itself."""
+
+    form: Form
+    g: Tensor
+    x: Tensor
+
+
+def bind(form: Form, cotangent: Tensor, inputs: Callable[[Form], Tensor]) -> Bound:
+    """The form with its tensors, in at least single precision: low precision is not enough for sums of squares."""
+    if isinstance(form, Through):
+        return direct(form.pullback(per_sample(bind(form.form, cotangent, inputs))))
+    g = _wide(form.cotangent(cotangent))
+    if isinstance(form, Direct):
+        return Bound(form, g, g)
+    x = inputs(form)
+    if isinstance(form, Rows):
+        none = x < 0  # these positions get a row of their own, which is dropped
+        return Bound(form, g.masked_fill(none.unsqueeze(-1), 0), x.masked_fill(none, form.shape[0]))
+    if x.dtype != g.dtype:
+        dtype = torch.promote_types(g.dtype, x.dtype)
+        g, x = g.to(dtype), _wide(x.to(dtype))
+    return Bound(form, g, x)
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+
+
+def direct(gradient: Tensor) -> Bound:
+    """Per-sample gradients [v, n, *shape] as a bound form."""
+    return Bound(Direct(lambda g: g, gradient.shape[2:]), gradient, gradient)
+
+
+def merge(parts: list[Bound]) -> Bound:
+    """Several uses of one parameter as one: gradients add up before anything is squared.
+
+    Uses with the same features join along the shared positions; others add their per-sample gradients.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    form = parts[0].form
+    if all(_features(p) == _features(parts[0]) for p in parts):
+        if isinstance(form, Outer) and form.arrange is None:
+            form = replace(form, sum_positions=all(sums_positions(p) for p in parts))
+            return Bound(form, torch.cat([p.g for p in parts], dim=3), torch.cat([p.x for p in parts], dim=2))
+        if isinstance(form, Rows):
+            return Bound(form, torch.cat([p.g for p in parts], dim=2), torch.cat([p.x for p in parts], dim=1))
+    return direct(sum([per_sample(p) for p in parts[1:]], per_sample(parts[0])))
+
+
+def _features(b: Bound) -> tuple[object, ...]:
+    if isinstance(b.form, Outer):
+        return Outer, b.form.arrange, b.form.inputs_first, b.x.shape[1], b.x.shape[3], b.g.shape[4]
+    return (type(b.form),)
+
+
+def join(parts: list[Bound]) -> Bound:
+    """Chunks of the same use, with different vectors, as one."""
+    return parts[0] if len(parts) == 1 else replace(parts[0], g=torch.cat([p.g for p in parts]))
+
+
+def arranged(b: Bound, result: Tensor) -> Tensor:
+    """[..., q, o, k] as [..., *shape]."""
+    form = b.form
+    assert isinstance(form, Outer)
+    if form.arrange is not None:
+        return form.arrange(result)
+    if form.inputs_first:
+        result = result.mT
+    return result.reshape(*result.shape[:-3], *form.shape)
+
+
+def per_sample(b: Bound, out: Tensor | None = None) -> Tensor:
+    """The gradients themselves, [v, n, *shape]; written to ``out`` if given."""
+    if isinstance(b.form, Outer) and (out is None or is_flat(b)):
+        v, n, q, s, o = b.g.shape
+        if s == 1:
+            result = outer(b.g.contiguous().mT, b.x, out)  # the layout of g, from vmap, would be that of the result
+        elif out is None and not may_overwrite():
+            result = torch.stack([g.mT @ b.x for g in b.g]) if v > 1 else (b.g[0].mT @ b.x)[None]
+        else:
+            k = b.x.shape[3]
+            result = pages.empty(b.g, v, n, q, o, k) if out is None else out.view(v, n, q, o, k)
+            for g, to in zip(b.g, result, strict=True):
+                torch.matmul(g.mT, b.x, out=to)
+        return arranged(b, result) if out is None else out
+    if isinstance(b.form, Rows):
+        result = scatter(b.g, b.x.expand(b.g.shape[:-1]), b.form.shape[0])
+    else:
+        result = b.g if isinstance(b.form, Direct) else per_sample(b)
+    return result if out is None else out.copy_(result)
+
+
+def is_flat(b: Bound) -> bool:
+    """Whether what is formed, [..., q, o, k], is [..., *shape] in memory."""
+    return isinstance(b.form, Outer) and b.form.arrange is None and not b.form.inputs_first
+
+
+def outer(g: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
+    """g x for columns g [..., o, 1] and rows x [n, q, 1, k]."""
+    if out is None and not may_overwrite():
+        return g * x
+    shape = (*g.shape[:-1], x.shape[-1])
+    return torch.mul(g, x, out=pages.empty(g, *shape) if out is None else out.view(shape))
+
+
+def total(b: Bound) -> Tensor:
+    """The gradient, Σ_n of the only vector: all samples are treated as one."""
+    if isinstance(b.form, Outer):
+        g, x = b.g.transpose(1, 2).flatten(2, 3).unsqueeze(1), b.x.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+        return per_sample(replace(b, g=g, x=x))[0, 0]
+    if isinstance(b.form, Rows):
+        return per_sample(replace(b, g=b.g.flatten(1, 2).unsqueeze(1), x=b.x.flatten().unsqueeze(0)))[0, 0]
+    return b.g[0].sum(0)
+
+
+def flat_vectors(g: Tensor) -> Tensor:
+    """[v, n, *shape] as [v, n, numel]; a parameter without axes has one entry."""
+    return g.reshape(*g.shape[:2], g.shape[2:].numel())
+
+
+def scatter(values: Tensor, rows: Tensor, size: int) -> Tensor:
+    """Sums values [..., s, d] into rows [..., s] of [..., size, d]; the row ``size`` is dropped."""
+    zeros = values.new_zeros(*values.shape[:-2], size + 1, values.shape[-1])
+    return zeros.scatter_add(-2, rows.unsqueeze(-1).expand(values.shape), values)[..., :size, :]
+
+
+def sums_positions(b: Bound) -> bool:
+    """Whether the Kronecker factor of the outputs sums the shared positions unless it is asked otherwise."""
+    return isinstance(b.form, Outer) and b.form.sum_positions
+
+
+def transposed(form: Form) -> Form | None:
+    """The form of the use of a matrix's transpose; None if it has to be formed."""
+    if isinstance(form, Outer) and form.arrange is None and len(form.shape) == 2:
+        return replace(form, inputs_first=not form.inputs_first, shape=torch.Size(form.shape[::-1]))
+    return None
+
+
+def rows_of(form: Form, start: int, shape: torch.Size) -> Form | None:
+    """The form of a matrix of that shape, of which the rows from ``start`` are used; None if it has to be formed."""
+    if not isinstance(form, Outer) or form.arrange is not None or form.inputs_first:
+        return None
+    after = shape[0] - start - form.shape[0]
+    return replace(form, cotangent=lambda g: F.pad(form.cotangent(g), (start, after)), shape=shape)
+
+
+def sum_to_shape(g: Tensor, shape: torch.Size) -> Tensor:
+    """Gradients [v, n, *broadcast] summed to [v, n, *shape], where ``shape`` was broadcast from the right."""
+    extra = g.ndim - 2 - len(shape)
+    axes = [*range(2, 2 + extra), *[2 + extra + d for d, size in enumerate(shape) if size == 1]]
+    return (g.sum(axes) if axes else g).reshape(*g.shape[:2], *shape)

@@ -1,0 +1,132 @@
+"""Products of gradients with each other, and of what they are made of: Gram matrices and Kronecker factors.
+
+Axes as in `curvfunc.forms`: ``n`` sample, ``v`` backpropagated vector, ``q`` group, ``s`` shared position, ``o``/``k``
+features out/in.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from curvfunc import pages
+from curvfunc.contractions import BLOCK_BYTES
+from curvfunc.forms import Bound, Direct, Outer, Rows, flat_vectors, per_sample, scatter, sums_positions
+from curvfunc.pages import may_overwrite
+
+__all__ = ["InputFactor", "gram", "input_factor", "output_factor", "second_moment"]
+
+
+def gram(b: Bound) -> Tensor:
+    """Inner products of the gradients, [v, n, v, n]."""
+    v, n = b.g.shape[:2]
+    if isinstance(b.form, Outer):
+        s, o, k = b.x.shape[2], b.g.shape[4], b.x.shape[3]
+        # ⟨Σ_s g xᵀ, Σ_t h yᵀ⟩ = Σ_st (g hᵀ)(x yᵀ) costs v² n² s² o + n² s² k, the gradients themselves v n s o k + v² n² o k
+        if s * s * (v * v * o + k) * n <= (s + v * n) * v * o * k:
+            return _gram_of_positions(b)
+        return _gram_of_gradients(b)
+    flat = flat_vectors(per_sample(b)).flatten(0, 1)
+    return (flat @ flat.mT).view(v, n, v, n)
+
+
+def _gram_of_positions(b: Bound) -> Tensor:
+    """Inner products at all pairs of positions, in blocks of samples; no gradient is formed."""
+    v, n, q, s, _ = b.g.shape
+    g, x = b.g.permute(2, 0, 1, 3, 4), b.x.transpose(0, 1)  # [q, v, n, s, o], [q, n, s, k]
+    everything, inputs = g.flatten(1, 3), x.flatten(1, 2)
+    size = max(1, BLOCK_BYTES // (v * v * n * q * s * s * b.g.element_size()))
+    rows = []
+    for j in range(0, n, size):
+        m = min(size, n - j)
+        outer = g[:, :, j : j + m].flatten(1, 3) @ everything.mT  # [q, v m s, v n s]
+        inner = x[:, j : j + m].flatten(1, 2) @ inputs.mT  # [q, m s, n s]
+        product = outer.view(q, v, m, s, v, n, s) * inner.view(q, 1, m, s, 1, n, s)
+        rows.append(product.sum((0, 3, 6)))
+    return torch.cat(rows, dim=1)
+
+
+def _gram_of_gradients(b: Bound) -> Tensor:
+    """Inner products of the gradients, formed for one block of output features at a time."""
+    v, n, q, s, o = b.g.shape
+    size = max(1, 8 * BLOCK_BYTES // (v * n * q * b.x.shape[3] * b.g.element_size()))
+    total = None
+    for j in range(0, o, size):
+        g = b.g[..., j : j + size].mT  # [v, n, q, j, s]
+        part = g @ b.x if s > 1 else g * b.x
+        flat = part.flatten(2).flatten(0, 1)
+        total = flat @ flat.mT if total is None else total + flat @ flat.mT
+    assert total is not None
+    return total.view(v, n, v, n)
+
+
+def output_factor(b: Bound, approximation: str | None = None) -> Tensor:
+    """The Kronecker factor of the outputs, B [o, o]; for `Direct`, the exact block [numel, numel].
+
+    B = Σ_vns g gᵀ in the expand approximation, B = Σ_vn (Σ_s g)(Σ_s g)ᵀ in the reduce approximation and, if none is
+    given, for convolutions.
+    """
+    if isinstance(b.form, Direct):
+        g = flat_vectors(b.g).flatten(0, 1)
+        return g.mT @ g
+    g = b.g.transpose(2, 3).flatten(3) if isinstance(b.form, Outer) else b.g  # [v, n, s, q o]
+    if approximation == "reduce" or (approximation is None and sums_positions(b)):
+        g = g.sum(2, keepdim=True)
+    return second_moment(g.flatten(0, 2).mT)
+
+
+class InputFactor(NamedTuple):
+    """A Kronecker factor, and whether it comes before the one of the outputs."""
+
+    factor: Tensor
+    first: bool
+
+
+def input_factor(b: Bound, approximation: str | None = None) -> InputFactor | None:
+    """The Kronecker factor of the inputs, A [k, k]; None for `Direct`. Groups are averaged.
+
+    A = 1/(N S) Σ_ns x xᵀ in the expand approximation, A = 1/N Σ_n (1/S Σ_s x)(1/S Σ_s x)ᵀ in the reduce approximation;
+    if none is given, A = 1/N Σ_ns x xᵀ for convolutions.
+    """
+    if isinstance(b.form, Direct):
+        return None
+    if isinstance(b.form, Rows):
+        weight = b.g.new_full((*b.x.shape, 1), 1 / b.x.shape[1])
+        x = scatter(weight, b.x, b.form.shape[0]).squeeze(2)  # [n, rows]: how often each row occurs
+        return InputFactor(x.mT @ x / len(x) if approximation == "reduce" else x.mean(0).diag(), True)
+    assert isinstance(b.form, Outer)
+    n, q, s, _ = b.x.shape
+    x = b.x.mean(2, keepdim=True) if approximation == "reduce" else b.x
+    positions = s if approximation == "expand" or (approximation is None and not sums_positions(b)) else 1
+    # features first, as patches are stored, or last, as all other inputs are
+    x = x.flatten(0, 2).mT if x.stride(3) == 1 else x.permute(3, 1, 0, 2).flatten(1)
+    return InputFactor(second_moment(x, 1 / (n * q * positions)), b.form.inputs_first)
+
+
+def second_moment(x: Tensor, scale: float = 1.0) -> Tensor:
+    """``scale`` x xᵀ for x [k, m]. Where it is large, only what lies on one side of the diagonal is computed."""
+    k, m = x.shape
+    if not may_overwrite():
+        return x @ x.mT * scale
+    zero = x.new_zeros(1)
+    if k < 256 or m < 512 or x.device.type != "cpu":
+        return torch.addmm(zero, x, x.mT, beta=0, alpha=scale, out=pages.empty(x, k, k))
+    edges = [*range(0, k, -(-k // 4)), k]
+    if torch.compiler.is_compiling():  # where slices are not written in place
+        return _mirrored([scale * (x[a:b] @ x[a:].mT) for a, b in pairwise(edges)], edges)
+    result = pages.empty(x, k, k)
+    for start, stop in pairwise(edges):
+        torch.addmm(zero, x[start:stop], x[start:].mT, beta=0, alpha=scale, out=result[start:stop, start:])
+        result[stop:, start:stop] = result[start:stop, stop:].mT
+    return result
+
+
+def _mirrored(upper: list[Tensor], edges: list[int]) -> Tensor:
+    """A symmetric matrix from its rows in blocks, each from the diagonal on."""
+    rows = []
+    for i, block in enumerate(upper):
+        a, b = edges[i], edges[i + 1]
+        left = [above[:, a - edges[j] : b - edges[j]].mT for j, above in enumerate(upper[:i])]
+        rows.append(torch.cat([*left, block], dim=1))
+    return torch.cat(rows)
