@@ -39,7 +39,7 @@ def squares(b: Bound) -> Tensor:
         return scatter(part.flatten(0, 1), b.x.flatten(), b.form.shape[0])
     if b.x.shape[2] == 1:  # (g xᵀ)² = g² (x²)ᵀ, so the sum over samples is one matrix product
         g, x = b.g.square().sum(0)[:, :, 0], b.x.square()[:, :, 0]
-        return arranged(b, _matmul(g.permute(1, 2, 0), x.transpose(0, 1)))
+        return arranged(b, g.permute(1, 2, 0) @ x.transpose(0, 1))
     return formed(b, ["squares"])["squares"]
 
 
@@ -176,11 +176,6 @@ def condenses(b: Bound) -> bool:
 def condensed(b: Bound) -> Bound:
     """The same sums of squares from one vector: (g xᵀ)² = g² (x²)ᵀ, so only Σ_v g² counts."""
     return replace(b, g=b.g.square().sum(0, keepdim=True).sqrt())
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a b for a [q, n, m], b [q, m, k]."""
-    return torch.matmul(a, b, out=pages.empty(a, *a.shape[:2], b.shape[2])) if may_overwrite() else a @ b
 
 
 def _blocks(b: Bound) -> Iterator[tuple[slice, slice]]:

@@ -27,10 +27,12 @@ __all__ = [
     "Direct",
     "Form",
     "Outer",
+    "Products",
     "Rows",
     "Through",
     "arranged",
     "bind",
+    "bind_products",
     "direct",
     "flat_vectors",
     "is_flat",
@@ -58,6 +60,7 @@ class Outer:
         arrange: Maps [..., q, o, k] to [..., *shape]; a reshape unless given.
         inputs_first: Whether the parameter's axes are those of x before those of g, as in x @ W.
         sum_positions: Whether the Kronecker output factor sums g over s first (the convention of convolutions).
+        moment: Gives Σ_ns x xᵀ [k, k] of a single group, where that takes less than x.
     """
 
     inputs: Callable[[], Tensor]
@@ -66,6 +69,7 @@ class Outer:
     arrange: Callable[[Tensor], Tensor] | None = None
     inputs_first: bool = False
     sum_positions: bool = False
+    moment: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,13 @@ class Through:
     shape: torch.Size
 
 
+@dataclass(frozen=True)
+class Products:
+    """The use of a parameter of which no more than products are wanted: Σ_ns x xᵀ takes the place of x."""
+
+    form: Outer
+
+
 Form = Outer | Rows | Direct | Through
 
 
@@ -113,7 +124,7 @@ Form = Outer | Rows | Direct | Through
 class Bound:
     """A form with its tensors: g and x for `Outer`, g and i for `Rows`; for `Direct`, g is the gradient itself."""
 
-    form: Form
+    form: Form | Products
     g: Tensor
     x: Tensor
 
@@ -133,6 +144,12 @@ def bind(form: Form, cotangent: Tensor, inputs: Callable[[Form], Tensor]) -> Bou
         dtype = torch.promote_types(g.dtype, x.dtype)
         g, x = g.to(dtype), _wide(x.to(dtype))
     return Bound(form, g, x)
+
+
+def bind_products(form: Outer, cotangent: Tensor, moment: Tensor) -> Bound:
+    """The form with g and Σ_ns x xᵀ."""
+    g = _wide(form.cotangent(cotangent))
+    return Bound(Products(form), g, moment.to(torch.promote_types(g.dtype, moment.dtype)))
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -240,7 +257,8 @@ def scatter(values: Tensor, rows: Tensor, size: int) -> Tensor:
 
 def sums_positions(b: Bound) -> bool:
     """Whether the Kronecker factor of the outputs sums the shared positions unless it is asked otherwise."""
-    return isinstance(b.form, Outer) and b.form.sum_positions
+    form = b.form.form if isinstance(b.form, Products) else b.form
+    return isinstance(form, Outer) and form.sum_positions
 
 
 def transposed(form: Form) -> Form | None:

@@ -10,10 +10,20 @@ from torch import Tensor
 
 from curvfunc import contractions, forms, losses, pages, second_moments
 from curvfunc.cotangents import chunks, pull, stream
-from curvfunc.forms import Bound, Direct, Form, Outer, Through, bind, direct
+from curvfunc.forms import Bound, Direct, Form, Outer, Products, Through, bind, direct
 from curvfunc.sites import Site, Trace
 
-__all__ = ["CONTRACTIONS", "BackwardPass", "check_block", "check_unchanged", "combine", "contracted", "keep"]
+__all__ = [
+    "CONTRACTIONS",
+    "BackwardPass",
+    "Prepared",
+    "check_block",
+    "check_unchanged",
+    "combine",
+    "contracted",
+    "keep",
+    "takes_products",
+]
 
 # Each contraction, and how its parts from several chunks of columns become one.
 CONTRACTIONS: dict[str, tuple[Callable[..., Any], str]] = {
@@ -32,11 +42,45 @@ for approximation in (None, "expand", "reduce"):
 # Contractions of first order for which gradients are formed where a use has several positions; one pass serves all.
 FORMED = frozenset({"total", "squares", "sample_squares", "sample_norms"})
 
+# Contractions for which an operation may give products of its inputs in place of these.
+OF_PRODUCTS = frozenset({"output_factor", "input_factor", "output_factor_expand", "input_factor_expand"})
+
 # Where the cotangents of all sites are smaller than this, they may as well be kept until the backward pass is over.
 STREAMED_BYTES = 1 << 20
 
 # A block larger than this many rows is refused: 2**15 rows take 4 GiB in float32.
 LARGEST_BLOCK = 1 << 15
+
+
+class Prepared:
+    """What forms take from the forward pass, prepared once."""
+
+    def __init__(self) -> None:
+        self._inputs: dict[tuple[int, bool], Tensor] = {}
+
+    def bind(self, form: Form, g: Tensor, products: bool) -> Bound:
+        """A form with its tensors; with products of its inputs in place of these, if they will do and it has them."""
+        if products and isinstance(form, Outer) and form.moment is not None:
+            return forms.bind_products(form, g, self._once(form, True, form.moment))
+        return bind(form, g, self._of)
+
+    def forget(self, form: Form) -> None:
+        """Let go of what a form took."""
+        self._inputs.pop((id(form), True), None)
+        self._inputs.pop((id(form), False), None)
+
+    def _of(self, form: Any) -> Tensor:
+        return self._once(form, False, form.inputs)
+
+    def _once(self, form: Form, products: bool, prepare: Callable[[], Tensor]) -> Tensor:
+        if (id(form), products) not in self._inputs:
+            self._inputs[id(form), products] = prepare()
+        return self._inputs[id(form), products]
+
+
+def takes_products(names: Sequence[str]) -> bool:
+    """Whether all contractions can be made of products of the inputs of an operation."""
+    return OF_PRODUCTS.issuperset(names)
 
 
 @dataclass
@@ -58,7 +102,7 @@ class BackwardPass:
     select: Callable[[Tensor], Tensor]
     chunk_size: int | None
     differentiable: bool
-    _inputs: dict[int, Tensor] = field(default_factory=dict)
+    prepared: "Prepared" = field(default_factory=lambda: Prepared())
 
     def run(
         self, root: losses.Root, contracted_as: Sequence[str], retain_graph: bool, outs: dict[str, list[Tensor]]
@@ -97,7 +141,8 @@ class BackwardPass:
         retain_graph |= self.differentiable or derived
         if per_site and root.num == 1 and self._is_large():
             column = self._columns(root, 0, 1)[0]
-            totals = self._stream(column, uses, [leaves[i] for i in others], contract, retain_graph)
+            products = takes_products(per_site)
+            totals = self._stream(column, uses, [leaves[i] for i in others], contract, products, retain_graph)
             for i, t in zip(others, totals, strict=True):
                 found["total"][i].append(t)
         else:
@@ -114,7 +159,8 @@ class BackwardPass:
                     found["total"][i].append(t)
                 at = dict(zip(trace.sites, gs, strict=True)) if per_site else {}
                 for i, mine in enumerate(uses) if per_site else ():
-                    contract(i, [self._bind(site, form, at[site]) for site, form in mine], start, stop)
+                    products = len(mine) == 1 and takes_products(per_site)
+                    contract(i, [self._bind(site, form, at[site], products) for site, form in mine], start, stop)
         results = {n: [combine(n, f, outs[n][i] if n in outs else None) for i, f in enumerate(found[n])] for n in names}
         for n in ("per_sample", "total"):  # in low precision, sums of squares stay in single precision
             if n in results:
@@ -136,6 +182,7 @@ class BackwardPass:
         uses: list[list[tuple[Site, Form]]],
         leaves: list[Tensor],
         contract: Callable[[int, list[Bound], int, int], None],
+        products: bool,
         retain_graph: bool,
     ) -> list[Tensor]:
         """Contract one column inside of the backward pass, each parameter as soon as all its uses were reached."""
@@ -152,27 +199,21 @@ class BackwardPass:
 
         def receive(site: Site, g: Tensor) -> None:
             for i, form in site.forms.items():
-                arrived[i][places[i][site]] = self._bind(site, form, g)
+                arrived[i][places[i][site]] = self._bind(site, form, g, products and len(places[i]) == 1)
                 if len(arrived[i]) == len(places[i]):
                     contract(i, [arrived[i][k] for k in sorted(arrived[i])], 0, 1)
                     arrived[i].clear()
             if not retain_graph:
                 for form in site.forms.values():
-                    self._inputs.pop(id(form), None)
+                    self.prepared.forget(form)
                 site.forms, site.inputs = {}, []
 
         return stream(trace, column, leaves, receive, retain_graph=retain_graph)
 
-    def _bind(self, site: Site, form: Form, g: Tensor) -> Bound:
+    def _bind(self, site: Site, form: Form, g: Tensor, products: bool) -> Bound:
         """A use with its tensors; inputs are prepared once for all chunks."""
         check_unchanged(site)
-        return bind(form, g, self.inputs)
-
-    def inputs(self, form: Any) -> Tensor:
-        """What a form takes from the forward pass."""
-        if id(form) not in self._inputs:
-            self._inputs[id(form)] = form.inputs()
-        return self._inputs[id(form)]
+        return self.prepared.bind(form, g, products)
 
 
 def contracted(names: Sequence[str], bound: Bound, first: bool, only: bool, buffers: dict[str, Tensor]) -> dict[str, Any]:
@@ -266,7 +307,7 @@ def _into(contract: Callable[..., Any], b: Bound, buffer: Tensor | None) -> Any:
 
 def _is_smaller(b: Bound) -> bool:
     """Whether a use takes less memory than the gradients that it stands for."""
-    return b.g.shape[2:].numel() < b.form.shape.numel()
+    return not isinstance(b.form, Products) and b.g.shape[2:].numel() < b.form.shape.numel()
 
 
 def _is_part(part: Tensor, buffer: Tensor) -> bool:

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from curvfunc import pages
 from curvfunc.contractions import BLOCK_BYTES
-from curvfunc.forms import Bound, Direct, Outer, Rows, flat_vectors, per_sample, scatter, sums_positions
+from curvfunc.forms import Bound, Direct, Outer, Products, Rows, flat_vectors, per_sample, scatter, sums_positions
 from curvfunc.pages import may_overwrite
 
 __all__ = ["InputFactor", "gram", "input_factor", "output_factor", "second_moment"]
@@ -70,7 +69,7 @@ def output_factor(b: Bound, approximation: str | None = None) -> Tensor:
     if isinstance(b.form, Direct):
         g = flat_vectors(b.g).flatten(0, 1)
         return g.mT @ g
-    g = b.g.transpose(2, 3).flatten(3) if isinstance(b.form, Outer) else b.g  # [v, n, s, q o]
+    g = b.g if isinstance(b.form, Rows) else b.g.transpose(2, 3).flatten(3)  # [v, n, s, q o]
     if approximation == "reduce" or (approximation is None and sums_positions(b)):
         g = g.sum(2, keepdim=True)
     return second_moment(g.flatten(0, 2).mT)
@@ -95,8 +94,11 @@ def input_factor(b: Bound, approximation: str | None = None) -> InputFactor | No
         weight = b.g.new_full((*b.x.shape, 1), 1 / b.x.shape[1])
         x = scatter(weight, b.x, b.form.shape[0]).squeeze(2)  # [n, rows]: how often each row occurs
         return InputFactor(x.mT @ x / len(x) if approximation == "reduce" else x.mean(0).diag(), True)
+    n, q, s = b.g.shape[1:4]
+    if isinstance(b.form, Products):
+        positions = s if approximation == "expand" or not sums_positions(b) else 1
+        return InputFactor(b.x / (n * positions), b.form.form.inputs_first)
     assert isinstance(b.form, Outer)
-    n, q, s, _ = b.x.shape
     x = b.x.mean(2, keepdim=True) if approximation == "reduce" else b.x
     positions = s if approximation == "expand" or (approximation is None and not sums_positions(b)) else 1
     # features first, as patches are stored, or last, as all other inputs are
@@ -111,11 +113,11 @@ def second_moment(x: Tensor, scale: float = 1.0) -> Tensor:
         return x @ x.mT * scale
     zero = x.new_zeros(1)
     if k < 256 or m < 512 or x.device.type != "cpu":
-        return torch.addmm(zero, x, x.mT, beta=0, alpha=scale, out=pages.empty(x, k, k))
+        return torch.addmm(zero, x, x.mT, beta=0, alpha=scale)
     edges = [*range(0, k, -(-k // 4)), k]
     if torch.compiler.is_compiling():  # where slices are not written in place
         return _mirrored([scale * (x[a:b] @ x[a:].mT) for a, b in pairwise(edges)], edges)
-    result = pages.empty(x, k, k)
+    result = x.new_empty(k, k)
     for start, stop in pairwise(edges):
         torch.addmm(zero, x[start:stop], x[start:].mT, beta=0, alpha=scale, out=result[start:stop, start:])
         result[stop:, start:stop] = result[start:stop, stop:].mT

@@ -19,9 +19,9 @@ from curvfunc.compat.memory import earlier
 from curvfunc.compat.notes import LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, notes
 from curvfunc.compute import Quantity, compute
 from curvfunc.cotangents import AveragedHessian, FullHessian, LossRoot, chunks, common, pull
-from curvfunc.forms import Form, bind, merge
+from curvfunc.forms import Form, merge
 from curvfunc.kfra import Chain, factors
-from curvfunc.passes import CONTRACTIONS, check_block, combine, contracted, keep
+from curvfunc.passes import CONTRACTIONS, Prepared, check_block, combine, contracted, keep, takes_products
 from curvfunc.residuals import Curvature, curvature
 from curvfunc.sites import Site, Trace
 
@@ -193,20 +193,16 @@ def _pulled(
     root = cotangent.root(call.loss, out, call.y, None)
     found: dict[tuple[int, int, str], list[Any]] = {}  # by parameter, extension and contraction
     memory: dict[tuple[int, int], dict[str, Tensor]] = {}
-    inputs: dict[int, Tensor] = {}
-
-    def once(form: Any) -> Tensor:
-        if id(form) not in inputs:
-            inputs[id(form)] = form.inputs()
-        return inputs[id(form)]
-
+    prepared, names = Prepared(), [name for _, spec in group for name in spec.contractions]
+    products = takes_products(names) and all(ext.get_subsampling() is None for ext, _ in group)
     ranges = chunks(root.num, graph.trace, None)
     for start, stop in ranges:
         uses: dict[int, list[tuple[Form, Tensor]]] = {}
         for i, form, g in graph.pull(root.columns(start, stop).to(call.out.dtype), create_graph):
             uses.setdefault(i, []).append((form, g))
         for i in list(uses):
-            bound = merge([bind(form, g, once) for form, g in uses.pop(i)])
+            mine = uses.pop(i)
+            bound = merge([prepared.bind(form, g, products and len(mine) == 1) for form, g in mine])
             for k, (ext, spec) in enumerate(group):
                 check_block(spec.contractions, bound, f"{type(ext).__name__}: a parameter")
                 selected = select(bound, ext.get_subsampling())

@@ -3,11 +3,16 @@
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from curvfunc.forms import Direct, Form, Outer
+from curvfunc.pages import may_overwrite
 from curvfunc.rules import Use, rule
+
+# Patches with fewer products than this are formed: products of rows take many small steps.
+MOMENT_PRODUCTS = 2 * 10**8
 
 
 @rule(
@@ -39,7 +44,14 @@ def conv(
     def cotangent(g: Tensor) -> Tensor:
         return _grouped(g.reshape(*g.shape[:2], -1, g.shape[-dims - 1], math.prod(g.shape[-dims:])), groups)
 
-    forms: dict[str, Form] = {"weight": Outer(inputs=inputs, cotangent=cotangent, shape=weight.shape, sum_positions=True)}
+    def moment() -> Tensor:
+        x = input.reshape(-1, *input.shape[-dims - 1 :])
+        return patch_moment(x, weight.shape[2:], stride, padding, dilation)
+
+    whole = groups == 1 and "weight" not in use.sampled and input.numel() > 0
+    shared = whole and moment_pays(input.shape, weight.shape[2:], stride, padding, dilation)
+    outer = Outer(inputs, cotangent, weight.shape, sum_positions=True, moment=moment if shared else None)
+    forms: dict[str, Form] = {"weight": outer}
     if bias is not None:
         forms["bias"] = Direct(cotangent=lambda g: _sum_positions(g, dims), shape=bias.shape)
     return forms
@@ -124,6 +136,85 @@ def unfold(
     # features, samples, positions in memory: neither sums over samples nor those of one sample need another copy
     x = x.permute(1, *range(2 + dims, 2 + 2 * dims), 0, *range(2, 2 + dims))
     return x.flatten(0, dims).flatten(2).transpose(0, 1)
+
+
+def moment_pays(
+    shape: Sequence[int],
+    kernel: Sequence[int],
+    stride: int | Sequence[int],
+    padding: str | int | Sequence[int],
+    dilation: int | Sequence[int],
+) -> bool:
+    """Whether `patch_moment` takes less time than patches and their products, for an input [..., c, *space]."""
+    dims = len(kernel)
+    stride, dilation = _tuple(stride, dims), _tuple(dilation, dims)
+    if kernel[0] == 1 or stride[0] > 1 or dilation[0] > 1:
+        return False
+    before, after = _padding(padding, kernel, dilation)
+    space = [size + b + a for size, b, a in zip(shape[-dims:], before, after, strict=True)]
+    reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    positions = math.prod(shape[: -dims - 1]) * math.prod(
+        max(0, (size - r) // t + 1) for size, r, t in zip(space, reach, stride, strict=True)
+    )
+    features = shape[-dims - 1] * math.prod(kernel)
+    return 2 * positions >= features and positions * features**2 >= MOMENT_PRODUCTS
+
+
+def patch_moment(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: int | Sequence[int],
+    padding: str | int | Sequence[int],
+    dilation: int | Sequence[int],
+) -> Tensor:
+    """Σ p pᵀ over the patches p of `unfold` and all samples, [c * prod(kernel), c * prod(kernel)].
+
+    With stride 1 along the first dimension, the rows of a patch are rows r[h] of the input, and products of rows that are
+    as far apart recur: block (i, j) of the result, of rows i and j of a patch, is Σ_h r[h + i] r[h + j]ᵀ over the positions
+    h. All blocks with j - i = d are sums of the same r[h] r[h + d]ᵀ over windows of h, which have all but 2 (k - 1 - d) of
+    them in common. That is about 1/k of the products, and patches are formed along the other dimensions only.
+    """
+    dims = len(kernel)
+    stride, dilation = _tuple(stride, dims), _tuple(dilation, dims)
+    before, after = _padding(padding, kernel, dilation)
+    x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    if any(before) or any(after):
+        x = F.pad(x, [p for pair in zip(reversed(before), reversed(after), strict=True) for p in pair])
+    for d in range(1, dims):  # [n, c, h, *positions, *kernel]
+        x = x.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])[..., :: dilation[d]]
+    x = x.permute(1, *range(2 + dims, 1 + 2 * dims), 2, 0, *range(3, 2 + dims))
+    c, k, height = x.shape[0], kernel[0], x.shape[dims]
+    rows = x.flatten(0, dims - 1).flatten(2)  # [c * other kernel dimensions, h, n * other positions]
+    windows = height - k + 1
+    blocks = {}
+    for d in range(k):
+        found = _window_sums(rows, d, k, windows)  # [k - d, f, f]
+        for i, block in enumerate(found.unflatten(2, (c, -1)).unflatten(1, (c, -1))):
+            blocks[i, i + d] = block
+            blocks[i + d, i] = block.permute(2, 3, 0, 1) if d else block
+    if not may_overwrite() or torch.compiler.is_compiling():
+        rows_of_blocks = [torch.stack([blocks[i, j] for j in range(k)], dim=3) for i in range(k)]  # [c, f, c, k, f]
+        return torch.stack(rows_of_blocks, dim=1).flatten(3).flatten(0, 2)
+    f = len(rows) // c
+    result = rows.new_empty(c, k, f, c, k, f)
+    for (i, j), block in blocks.items():
+        result[:, i, :, :, j] = block
+    return result.view(c * k * f, c * k * f)
+
+
+def _window_sums(rows: Tensor, d: int, k: int, windows: int) -> Tensor:
+    """Σ_h rows[:, h + i] rows[:, h + i + d]ᵀ over ``windows`` positions h, for i = 0 ... k - 1 - d: [k - d, f, f]."""
+    first, last = k - 1 - d, windows  # from first to last, all windows have the products in common
+    parts = []
+    if last > first:
+        parts.append((rows[:, first:last].flatten(1) @ rows[:, first + d : last + d].flatten(1).mT).unsqueeze(0))
+    if first == 0:
+        return parts[0]
+    ends = [h for h in range(windows + first) if not first <= h < last]
+    parts.append(torch.stack([rows[:, h] @ rows[:, h + d].mT for h in ends]))
+    counts = [[1.0] * (last > first) + [float(i <= h < i + windows) for h in ends] for i in range(k - d)]
+    products = torch.cat(parts)
+    return (rows.new_tensor(counts) @ products.flatten(1)).view(-1, *products.shape[1:])
 
 
 def unfold_transpose(
