@@ -20,7 +20,9 @@ of draws, C - 1 for the exact loss Hessian of C outputs, which has that rank for
   add up to the gradient, which has no W of its own then.
 - `batch_grad` has no more than the gradient's W, nor has `batch_l2`. `sqrt_ggn` takes W for each column.
 - Factors: the symmetric half of the products of inputs, rows * k^2 (rows over samples and positions), and of cotangents,
-  rows * o^2 for each column; convolutions sum those over positions first.
+  rows * o^2 for each column; convolutions sum those over positions first. A convolution with stride 1 needs less for its
+  inputs, since products of rows of the image recur: with h rows of output, i rows of kernel and k = i f, these are
+  2 rows * f^2 * (the sum of (h + i - 1 - d) / h over d = 0 ... i - 1, of which half counts for d = 0).
 
 F and F + D + W are counted by torch on the net itself, W and the factors from shapes of the convolutions and linear layers.
 Attention is counted as if it had no mask. Bytes: parameters are read and the gradient is written, results are written, and
@@ -81,7 +83,12 @@ def count(module: nn.Module, X: Tensor, loss: Callable[[Tensor], Tensor]) -> Cou
             counts.weights_of_positions += operations
         else:
             counts.weights_of_vectors += operations
-        counts.input_factors += groups * rows * features**2
+        products = rows * features**2
+        if convolution and groups == 1 and layer.stride[0] == layer.dilation[0] == 1:
+            height, kernel = out.shape[2], layer.kernel_size[0]
+            windows = sum(height + kernel - 1 - d for d in range(kernel)) - (height + kernel - 1) / 2
+            products = min(products, round(2 * rows * (features // kernel) ** 2 * windows / height))
+        counts.input_factors += groups * products
         counts.output_factors += (len(x) if convolution else rows) * outputs**2
         counts.activations += 2 * out.numel()
 
