@@ -7,7 +7,7 @@
 
 A cell is a net with a quantity. In each of its rounds every contender runs once (many times where a step is short), in an
 order that is drawn anew each round, so that drifts of the machine meet all alike and nobody has the same predecessor. Steps
-of less than 0.5 s run once more before they are timed: eager and compiled code have threads of their own, which wait for
+of less than 2 s run once more before they are timed: eager and compiled code have threads of their own, which wait for
 each other where one follows the other, and in a training loop a step follows its like. Times are medians over rounds, ratios
 medians of each round's own ratio to the plain gradient. Steps let go of their results.
 
@@ -54,7 +54,7 @@ from report import picture, table
 TOLERANCE = {"float32": 1e-3, "tf32": 1e-2, "bfloat16": 1e-1}
 SKIP = ("*GN:*hessian", "GPT:*hessian", "[23]C[23]D:kfra", "All-CNN-C:kfra", "ResNet*:kfra", "GPT:kfra")
 SHORTEST = 0.01  # seconds: shorter steps are repeated within a measurement
-WARM = 0.5  # seconds: shorter steps run once before they are timed
+WARM = 2.0  # seconds: shorter steps run once before they are timed
 
 
 def seconds(step: Step, repeats: int, device: str) -> float:
