@@ -145,10 +145,14 @@ def test_operations_of_convolutions(scripts):
     y = torch.arange(N)
     counts = scripts.floor.count(module, torch.randn(N, 2, 6, 6), lambda out: nn.functional.cross_entropy(out, y))
     conv, linear = 2 * N * 16 * 54, 2 * N * 240
-    A, B = N * (16 * 18**2 + 48**2), N * (3**2 + 5**2)
+    pairs_of_rows = 6 / 2 + 5 + 4  # of six rows of the image, no more than two rows apart
+    A, B = N * (round(pairs_of_rows) * 2 * 4 * 6**2 + 48**2), N * (3**2 + 5**2)
     assert counts == scripts.floor.Counts(conv + linear, linear, linear, conv, A, B, 302, N * (72 + 2 * 48 + 2 * 5))
     passes = conv + linear + 5 * linear
     assert scripts.floor.operations("diag_ggn", counts, 4) == passes + (conv + linear) + linear + 4 * conv
+    strided = nn.Sequential(nn.Conv2d(2, 3, 3, stride=2), nn.Flatten(), nn.Linear(12, 5))
+    counts = scripts.floor.count(strided, torch.randn(N, 2, 6, 6), lambda out: nn.functional.cross_entropy(out, y))
+    assert counts.input_factors == N * (4 * 18**2 + 12**2)
 
 
 def test_floor_and_its_table(scripts):
