@@ -206,7 +206,7 @@ def per_sample(b: Bound, out: Tensor | None = None) -> Tensor:
         v, n, q, s, o = b.g.shape
         if s == 1:
             result = outer(b.g.contiguous().mT, b.x, out)  # the layout of g, from vmap, would be that of the result
-        elif out is None and not may_overwrite():
+        elif out is None and (torch.compiler.is_compiling() or not may_overwrite()):
             result = torch.stack([g.mT @ b.x for g in b.g]) if v > 1 else (b.g[0].mT @ b.x)[None]
         else:
             k = b.x.shape[3]
@@ -228,10 +228,22 @@ def is_flat(b: Bound) -> bool:
 
 def outer(g: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
     """g x for columns g [..., o, 1] and rows x [n, q, 1, k]."""
+    shape = torch.Size((*g.shape[:-1], x.shape[-1]))
     if out is None and not may_overwrite():
         return g * x
-    shape = (*g.shape[:-1], x.shape[-1])
+    if out is None and torch.compiler.is_compiling():  # which brings memory of its own, except for an opaque operation
+        return _large_outer(g, x) if pages.is_large(shape, g) else g * x
     return torch.mul(g, x, out=pages.empty(g, *shape) if out is None else out.view(shape))
+
+
+@torch.library.custom_op("curvfunc::large_outer", mutates_args=())
+def _large_outer(g: Tensor, x: Tensor) -> Tensor:
+    return torch.mul(g, x, out=pages.empty(g, *g.shape[:-1], x.shape[-1]))
+
+
+@_large_outer.register_fake
+def _(g: Tensor, x: Tensor) -> Tensor:
+    return g.new_empty((*g.shape[:-1], x.shape[-1]))
 
 
 def total(b: Bound) -> Tensor:

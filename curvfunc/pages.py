@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-__all__ = ["empty", "may_overwrite"]
+__all__ = ["empty", "is_large", "may_overwrite"]
 
 # From here on glibc always maps new memory (its DEFAULT_MMAP_THRESHOLD_MAX).
 LEAST_BYTES = 1 << 25
@@ -23,12 +23,17 @@ LEAST_BYTES = 1 << 25
 def empty(like: Tensor, *shape: int) -> Tensor:
     """``like.new_empty(shape)``, to be written as a whole."""
     result = like.new_empty(shape)
-    if MADVISE is not None and type(result) is Tensor and result.device.type == "cpu":
+    if MADVISE is not None and type(result) is Tensor and is_large(result.shape, result):
         size = result.numel() * result.element_size()
-        if size >= LEAST_BYTES and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             start = -(-result.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
             MADVISE(start, size - mmap.PAGESIZE, HUGE)  # advice: whether it is taken makes no difference to the result
     return result
+
+
+def is_large(shape: torch.Size, like: Tensor) -> bool:
+    """Whether a tensor of that shape, with the type and device of ``like``, would come from new memory each time."""
+    return like.device.type == "cpu" and shape.numel() * like.element_size() >= LEAST_BYTES
 
 
 def may_overwrite() -> bool:

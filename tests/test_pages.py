@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import assert_close
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 import curvfunc
 from curvfunc import pages
@@ -46,6 +47,30 @@ def test_results_do_not_depend_on_it(system: str, monkeypatch: pytest.MonkeyPatc
     if system == "without":
         monkeypatch.setattr(pages, "MADVISE", None)
     assert_close(found(), want, rtol=1e-7)
+
+
+@pytest.mark.usefixtures("float64")
+def test_compiled_code_asks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an operation that is opaque to the compiler; where results are small there is none."""
+    model_fn, params = curvfunc.functionalize(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)))
+    X, y = torch.randn(7, 6), torch.arange(7) % 3
+    specs = (curvfunc.BatchGrad(), curvfunc.BatchDiagGGN())
+    want = curvfunc.compute(model_fn, params, X, y, specs)
+    for least, count in ((1 << 25, 0), (1, 4)):
+        called: list[str] = []
+
+        def backend(graph: Any, inputs: Any, called: list[str] = called) -> Any:
+            called += [str(node.target) for node in graph.graph.nodes]
+            return graph.forward
+
+        monkeypatch.setattr(pages, "LEAST_BYTES", least)
+        torch.compiler.reset()
+        traced = aot_autograd(fw_compiler=backend)
+        compiled = torch.compile(lambda p, X, y: curvfunc.compute(model_fn, p, X, y, specs), backend=traced)
+        with torch.no_grad():
+            assert_close(compiled(params, X, y), want, rtol=1e-12)
+        assert sum("large_outer" in name for name in called) == count
+    torch.compiler.reset()
 
 
 # -- results that replace others
