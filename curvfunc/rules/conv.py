@@ -129,13 +129,27 @@ def unfold(
     if math.prod(kernel) == 1 and not any(before) and not any(after):
         window = (slice(None), slice(None), *(slice(None, None, t) for t in stride))
         return x[window].flatten(2)
-    if any(before) or any(after):
-        x = F.pad(x, [p for pair in zip(reversed(before), reversed(after), strict=True) for p in pair])
-    for d in range(dims):  # one strided view per dimension: [n, c, *space] -> [n, c, *positions, *kernel]
-        x = x.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])[..., :: dilation[d]]
+    x = _windows(x, kernel, stride, before, after, dilation, 0)  # [n, c, *positions, *kernel]
     # features, samples, positions in memory: neither sums over samples nor those of one sample need another copy
     x = x.permute(1, *range(2 + dims, 2 + 2 * dims), 0, *range(2, 2 + dims))
     return x.flatten(0, dims).flatten(2).transpose(0, 1)
+
+
+def _windows(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    before: Sequence[int],
+    after: Sequence[int],
+    dilation: Sequence[int],
+    first: int,
+) -> Tensor:
+    """x [n, c, *space], padded, with an axis of the kernel behind for each dimension from ``first`` on: strided views."""
+    if any(before) or any(after):
+        x = F.pad(x, [p for pair in zip(reversed(before), reversed(after), strict=True) for p in pair])
+    for d in range(first, len(kernel)):
+        x = x.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])[..., :: dilation[d]]
+    return x
 
 
 def moment_pays(
@@ -178,10 +192,7 @@ def patch_moment(
     stride, dilation = _tuple(stride, dims), _tuple(dilation, dims)
     before, after = _padding(padding, kernel, dilation)
     x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    if any(before) or any(after):
-        x = F.pad(x, [p for pair in zip(reversed(before), reversed(after), strict=True) for p in pair])
-    for d in range(1, dims):  # [n, c, h, *positions, *kernel]
-        x = x.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])[..., :: dilation[d]]
+    x = _windows(x, kernel, stride, before, after, dilation, 1)  # [n, c, h, *positions, *kernel]
     x = x.permute(1, *range(2 + dims, 1 + 2 * dims), 2, 0, *range(3, 2 + dims))
     c, k, height = x.shape[0], kernel[0], x.shape[dims]
     rows = x.flatten(0, dims - 1).flatten(2)  # [c * other kernel dimensions, h, n * other positions]
