@@ -111,10 +111,15 @@ class _Graph:
         """How it curves, if nothing has to be repeated."""
         if self.repeated:
             return None
-        places = {p: i for i, p in enumerate(self.params)}
-        sites = [replace(s, forms={places[p]: form for p, form in s.forms.items()}) for s in self.trace.sites]
-        trace, leaves = replace(self.trace, sites=sites), list(self.params.values())
+        leaves = list(self.params.values())
+        trace = self.by_position(leaves)
         return _Curved(trace, leaves, curvature(trace, leaves, NodeLayouts()), self.regions)
+
+    def by_position(self, params: list[Tensor]) -> Trace:
+        """The recorded operations, with parameters by their position in a list."""
+        place = {id(p): i for i, p in enumerate(params)}
+        sites = [replace(s, forms={place[p]: form for p, form in s.forms.items()}) for s in self.trace.sites]
+        return replace(self.trace, sites=sites)
 
     def chain(self) -> Chain | None:
         """Its operations, if it is one call that was recorded with them."""
@@ -221,12 +226,11 @@ def _pulled(
 def _averaged(call: LossCall, graph: _Graph, ext: BackpropExtension, chain: Chain, create_graph: bool) -> None:
     """KFRA on the operations of the recorded call."""
     (region,) = graph.regions
-    place = {id(p): i for i, p in enumerate(region.params)}
-    sites = [replace(s, forms={place[i]: form for i, form in s.forms.items()}) for s in graph.trace.sites]
+    trace = graph.by_position(region.params)
     out = call.out if create_graph else call.out.detach()
     hessian = losses.summed_hessian(call.loss, out, call.y, lambda columns: columns)
     with nullcontext() if create_graph else torch.no_grad():
-        found = factors(replace(graph.trace, sites=sites), region.params, region.names, chain, hessian, create_graph)
+        found = factors(trace, region.params, region.names, chain, hessian, create_graph)
     for p, result in zip(region.params, found, strict=True):
         setattr(p, ext.savefield, list(result))
 
