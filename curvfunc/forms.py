@@ -228,7 +228,7 @@ def is_flat(b: Bound) -> bool:
 
 def outer(g: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
     """g x for columns g [..., o, 1] and rows x [n, q, 1, k]."""
-    shape = torch.Size((*g.shape[:-1], x.shape[-1]))
+    shape = (*g.shape[:-1], x.shape[-1])
     if out is None and not may_overwrite():
         return g * x
     if out is None and torch.compiler.is_compiling():  # which brings memory of its own, except for an opaque operation

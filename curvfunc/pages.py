@@ -6,9 +6,10 @@ measured, with huge ones 17 GB/s, and 25 GB/s where the memory was there before.
 """
 
 import ctypes
+import math
 import mmap
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,17 +24,16 @@ LEAST_BYTES = 1 << 25
 def empty(like: Tensor, *shape: int) -> Tensor:
     """``like.new_empty(shape)``, to be written as a whole."""
     result = like.new_empty(shape)
-    if MADVISE is not None and type(result) is Tensor and is_large(result.shape, result):
-        size = result.numel() * result.element_size()
-        if not torch.compiler.is_compiling():
-            start = -(-result.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-            MADVISE(start, size - mmap.PAGESIZE, HUGE)  # advice: whether it is taken makes no difference to the result
+    traced = type(result) is not Tensor or torch.compiler.is_compiling()
+    if MADVISE is not None and not traced and is_large(result.shape, result):
+        start = -(-result.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        MADVISE(start, result.nbytes - mmap.PAGESIZE, HUGE)  # advice: whether it is taken makes no difference to results
     return result
 
 
-def is_large(shape: torch.Size, like: Tensor) -> bool:
+def is_large(shape: Sequence[int], like: Tensor) -> bool:
     """Whether a tensor of that shape, with the type and device of ``like``, would come from new memory each time."""
-    return like.device.type == "cpu" and shape.numel() * like.element_size() >= LEAST_BYTES
+    return like.device.type == "cpu" and math.prod(shape) * like.element_size() >= LEAST_BYTES
 
 
 def may_overwrite() -> bool:

@@ -102,7 +102,7 @@ class BackwardPass:
     select: Callable[[Tensor], Tensor]
     chunk_size: int | None
     differentiable: bool
-    prepared: "Prepared" = field(default_factory=lambda: Prepared())
+    prepared: Prepared = field(default_factory=Prepared)
 
     def run(
         self, root: losses.Root, contracted_as: Sequence[str], retain_graph: bool, outs: dict[str, list[Tensor]]
@@ -278,7 +278,7 @@ def check_block(names: Sequence[str], bound: Bound, parameter: str) -> None:
     if (rows := bound.form.shape.numel()) > LARGEST_BLOCK:
         raise NotImplementedError(
             f"{parameter} of shape {tuple(bound.form.shape)} has no Kronecker structure here, and its exact block would have "
-            f"{rows} rows. Leave it out, or use a diagonal (diag_ggn)."
+            f"{rows} rows. Leave it out of params (in modules, freeze it), or use a diagonal such as diag_ggn."
         )
 
 

@@ -73,6 +73,17 @@ def test_compiled_code_asks_too(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin:UserWarning")  # of dynamic shapes only
+def test_sizes_may_be_symbols(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "LEAST_BYTES", 4000)  # between the results of the two batches
+    model_fn, params = curvfunc.functionalize(nn.Linear(6, 3))
+    compiled = torch.compile(lambda p, X, y: curvfunc.batch_grad(model_fn, p, X, y), backend="aot_eager", dynamic=True)
+    for samples in (7, 70, 9):
+        X, y = torch.randn(samples, 6), torch.arange(samples) % 3
+        assert_close(compiled(params, X, y), curvfunc.batch_grad(model_fn, params, X, y), rtol=1e-12)
+
+
 # -- results that replace others
 
 HOLDERS: dict[str, Callable[[Tensor], Any]] = {
@@ -137,6 +148,17 @@ def test_what_somebody_holds_is_not_overwritten(extension: str, holder: str, mon
     assert not {*steps.addresses()} & {*before}
     if holder == "name":
         assert_close(held, copies, rtol=0.0)
+
+
+def test_without_counts_nothing_is_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are no public interface: another version of torch may not have them."""
+    steps = Steps("BatchGrad", monkeypatch)
+    steps.step(torch.randn(6, 2, 6))
+    held = [r.detach() for r in steps.results()]
+    monkeypatch.delattr(torch._C, "_storage_Use_Count")
+    copies = [r.clone() for r in held]
+    steps.step(torch.randn(6, 2, 6))
+    assert_close(held, copies, rtol=0.0)
 
 
 @pytest.mark.parametrize("change", ["samples", "type", "graph"])
