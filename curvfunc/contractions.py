@@ -38,7 +38,7 @@ def squares(b: Bound) -> Tensor:
         part = (b.g * _same_row(b)).sum(0)  # [n, s, d]
         return scatter(part.flatten(0, 1), b.x.flatten(), b.form.shape[0])
     if b.x.shape[2] == 1:  # (g xᵀ)² = g² (x²)ᵀ, so the sum over samples is one matrix product
-        g, x = b.g.square().sum(0)[:, :, 0], b.x.square()[:, :, 0]
+        g, x = _over_vectors(b.g.square())[:, :, 0], b.x.square()[:, :, 0]
         return arranged(b, g.permute(1, 2, 0) @ x.transpose(0, 1))
     return formed(b, ["squares"])["squares"]
 
@@ -47,15 +47,20 @@ def sample_squares(b: Bound, out: Tensor | None = None) -> Tensor:
     """Squared gradients summed over vectors, Σ_v g²: [n, *shape]; written to ``out`` if given."""
     into = out if is_flat(b) else None
     if isinstance(b.form, Direct):
-        result = b.g.square().sum(0)
+        result = _over_vectors(b.g.square())
     elif isinstance(b.form, Rows):
         result = scatter((b.g * _same_row(b)).sum(0), b.x, b.form.shape[0])
     elif b.x.shape[2] > 1:
         result = formed(b, ["sample_squares"], out=into)["sample_squares"]
     else:
-        g, x = b.g.square().sum(0).contiguous().mT, b.x.square()
+        g, x = _over_vectors(b.g.square()).contiguous().mT, b.x.square()
         result = arranged(b, outer(g, x, into))
     return result if out is None else out if into is not None else out.copy_(result)
+
+
+def _over_vectors(t: Tensor) -> Tensor:
+    """Summed over vectors; a single one takes no work."""
+    return t[0] if len(t) == 1 else t.sum(0)
 
 
 def weighted_squares(b: Bound, weights: Tensor) -> Tensor:

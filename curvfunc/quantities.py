@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
@@ -148,7 +149,8 @@ class Variance(Quantity):
     def finish(self, samples: int, *parts: Tensor) -> Tensor:
         """Second moment minus squared mean."""
         squared, total = parts
-        return squared / samples - (total / samples).square()
+        mean = total / samples
+        return torch.addcmul(squared / samples, mean, mean, value=-1)
 
 
 @dataclass(frozen=True)

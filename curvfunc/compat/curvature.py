@@ -12,20 +12,24 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from curvfunc import hessian, losses
+from curvfunc.block_products import Block, condensed
 from curvfunc.compat.context import CHAIN, paused
 from curvfunc.compat.delivery import _FREED, check_repeated, repeat, select, store
-from curvfunc.compat.extensions import BackpropExtension, MatrixProduct
+from curvfunc.compat.extensions import GGNMP, HMP, PCHMP, BackpropExtension, MatrixProduct
 from curvfunc.compat.memory import earlier
 from curvfunc.compat.notes import LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, notes
 from curvfunc.compute import Quantity, compute
 from curvfunc.cotangents import AveragedHessian, FullHessian, LossRoot, chunks, common, pull
-from curvfunc.forms import Form, merge
+from curvfunc.forms import Bound, Form, Outer, Rows, merge
 from curvfunc.kfra import Chain, factors
+from curvfunc.linearization import check_vector
 from curvfunc.passes import CONTRACTIONS, Prepared, check_block, combine, contracted, keep, takes_products
 from curvfunc.residuals import Curvature, curvature
 from curvfunc.sites import Site, Trace
 
 __all__ = ["evaluate"]
+
+BLOCKS_BYTES = 1 << 28  # what products with blocks may keep; otherwise they keep a graph of their own
 
 
 def evaluate(call: LossCall, exts: Sequence[BackpropExtension]) -> None:
@@ -40,10 +44,13 @@ def evaluate(call: LossCall, exts: Sequence[BackpropExtension]) -> None:
         graph = _Graph.upstream(call, create_graph)
         specs = [None if isinstance(ext, MatrixProduct) else ext.quantity() for ext in exts]
         cotangents = [None if spec is None else spec.cotangent for spec in specs]
-        curved = graph.curvature() if FullHessian() in cotangents else None
-        if curved is not None and curved.is_ggn(call):
+        hessian_products = [ext for ext in exts if isinstance(ext, (HMP, PCHMP))]
+        curved = graph.curvature() if FullHessian() in cotangents or hessian_products else None
+        is_ggn = curved is not None and curved.is_ggn(call)
+        if is_ggn:
             cotangents = [LossRoot(0, fewest=True) if c == FullHessian() else c for c in cotangents]
         diagonals: list[BackpropExtension] = []
+        blocks: list[BackpropExtension] = []
         for ext, spec, cotangent in zip(exts, specs, common(cotangents), strict=True):
             if spec is not None and isinstance(cotangent, LossRoot):
                 pulled.setdefault(cotangent, []).append((ext, spec))
@@ -51,12 +58,16 @@ def evaluate(call: LossCall, exts: Sequence[BackpropExtension]) -> None:
                 _averaged(call, graph, ext, chain, create_graph)
             elif isinstance(cotangent, FullHessian) and curved is not None and curved.suffices(call, create_graph):
                 diagonals.append(ext)
+            elif (isinstance(ext, GGNMP) or (is_ggn and ext in hessian_products)) and graph.has_small_root(call):
+                blocks.append(ext)
             else:
                 others.append(ext)
         for cotangent, group in pulled.items():
             _pulled(call, graph, cotangent, group, create_graph)
         if curved is not None and diagonals:
             _diagonals(call, curved, diagonals, create_graph)
+        if blocks:
+            _block_products(call, graph, blocks)
         if others:
             _rerun(call, others)
 
@@ -126,6 +137,16 @@ class _Graph:
         if self.repeated or len(self.regions) != 1 or not CHAIN or CHAIN[0][0] is not self.regions[0]:
             return None
         return CHAIN[0][1]
+
+    def has_small_root(self, call: LossCall) -> bool:
+        """Whether the columns of the loss Hessian's root, at all uses, take little memory."""
+        sites = [s for s in self.trace.sites if s.forms] + [s for trace, _ in self.repeated.values() for s in trace.sites]
+        numel = 0
+        for site in sites:
+            formed = [f for f in site.forms.values() if not isinstance(f, (Outer, Rows) if len(site.shape) == 2 else Rows)]
+            whole = len(formed) == len(site.forms)
+            numel += len(call.out) * sum(f.shape.numel() for f in formed) + (0 if whole else site.shape.numel())
+        return numel * call.out[:1].numel() * call.out.element_size() <= BLOCKS_BYTES
 
     def pull(self, columns: Tensor, create_graph: bool) -> Iterator[tuple[int, Form, Tensor]]:
         """Parameter, form and cotangent for each use."""
@@ -255,6 +276,46 @@ def _diagonals(call: LossCall, curved: _Curved, exts: list[BackpropExtension], c
             summed = batched and "squares" in ext.quantity().contractions
             for p, result in zip(curved.leaves, found, strict=True):
                 setattr(p, ext.savefield, result.sum(0) if summed else result)
+
+
+def _block_products(call: LossCall, graph: _Graph, exts: list[BackpropExtension]) -> None:
+    """Products with blocks of the GGN; the functions outlive the graph, so they must not refer to any part of it."""
+    with torch.no_grad():
+        root, weights = losses.signed_root(call.loss, call.out.detach(), call.y)
+        prepared = Prepared()
+        parts: dict[int, list[Bound]] = {i: [] for i in graph.params}
+        for start, stop in chunks(root.num, graph.trace, None):
+            uses: dict[int, list[Bound]] = {}
+            for i, form, g in graph.pull(root.columns(start, stop).to(call.out.dtype), False):
+                uses.setdefault(i, []).append(prepared.bind(form, g, False))
+            for i, mine in uses.items():
+                parts[i].append(condensed(merge(mine), root.num))
+        for i, p in graph.params.items():
+            product = BlockProduct(Block.of(parts[i], weights) if parts[i] else None, p)
+            for ext in exts:
+                setattr(p, ext.savefield, product)
+
+
+class BlockProduct:
+    """Multiplies [V, *shape] with a parameter's block."""
+
+    def __init__(self, block: Block | None, p: Tensor) -> None:
+        self._block = block
+        self._like = p.detach().new_empty(()).expand(p.shape)
+        self._version = None if block is None else block.root.x._version
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """The product, [V, *shape]."""
+        check_vector("v", v, self._like, batched=True)
+        if self._block is None:
+            return torch.zeros_like(v)
+        if self._block.root.x._version != self._version:
+            raise RuntimeError(
+                f"the input of the operation that uses the parameter of shape {tuple(self._like.shape)} was changed in "
+                "place after the backward pass, so products are lost. Multiply before the change, or use new memory."
+            )
+        with torch.no_grad():
+            return self._block(v.to(self._block.root.g.dtype)).to(v.dtype)
 
 
 # -- by the functions, with a forward pass of their own

@@ -114,6 +114,7 @@ class Pass:
         self.task = task
         self.create_graph = torch.is_grad_enabled()
         self.first_order = [(e, e.quantity()) for e in CTX.active_exts if not e.expects_backpropagation_quantities()]
+        self.returns_gradients = any("per_sample" in spec.contractions for _, spec in self.first_order)
         self.second_order = [e for e in CTX.active_exts if e.expects_backpropagation_quantities()]
         self.hook: Callable[[nn.Module], Any] = CTX.get_extension_hook()
         self.debug = CTX.debug
@@ -148,7 +149,8 @@ class Pass:
         g = g.reshape(site.shape).movedim(site.axis, 0).unsqueeze(0)
         for i, form in site.forms.items():
             if self.first_order:
-                self._take(region, i, _owned(bind(form, g, _inputs), cotangent))
+                bound = bind(form, g, _inputs)
+                self._take(region, i, _owned(bound, cotangent) if self.returns_gradients else bound)
             count = self.counts[region, i] = self.counts.get((region, i), 0) + 1
             if count == region.uses[i]:
                 self._complete(region, i)

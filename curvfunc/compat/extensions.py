@@ -5,9 +5,10 @@ Extension              Attribute                 Computed
 =====================  ========================  ==========================================================
 ``BatchGrad`` ...      ``grad_batch`` ...        in the caller's own backward pass, for any scalar
 ``DiagGGNExact`` ...   ``diag_ggn_exact`` ...    when the backward pass meets an extended loss, on the same graph
-``DiagHessian``,       ``diag_h`` ...,           when the backward pass meets an extended loss, by the function of the
-``KFRA``, ``HMP`` ...  ``kfra``, ``hmp`` ...     same name, which runs the extended module once more (a diagonal Hessian
-                                                 only if some operation is neither linear nor linear by pieces)
+``DiagHessian``,       ``diag_h``, ``kfra``      likewise; by another forward pass if the extension was not active in the
+``KFRA`` ...           ...                       first one, and that graph does not do
+``GGNMP``, ``HMP``,    ``ggnmp``, ``hmp``,       likewise; by another forward pass if the matrix is not the GGN, or its root
+``PCHMP``              ``pchmp``                 is large
 =====================  ========================  ==========================================================
 """
 

@@ -77,7 +77,7 @@ def conv_transpose(
     use: Use,
 ) -> dict[str, Form]:
     """As `conv`, with the patches of the input that each position of the output sees; weight [c, o, *kernel]."""
-    dims, kernel = weight.ndim - 2 - ("weight" in use.sampled), weight.shape[2:]
+    dims, shape, kernel = weight.ndim - 2 - ("weight" in use.sampled), weight.shape, weight.shape[2:]
 
     def inputs() -> Tensor:
         x = input.reshape(-1, *input.shape[-dims - 1 :])
@@ -88,10 +88,10 @@ def conv_transpose(
         return _grouped(g.reshape(*g.shape[:2], -1, g.shape[-dims - 1], math.prod(g.shape[-dims:])), groups)
 
     def arrange(result: Tensor) -> Tensor:  # [..., q, o, c k] to [..., q c, o, *kernel]
-        result = result.unflatten(-1, (weight.shape[0] // groups, -1)).transpose(-3, -2)
-        return result.reshape(*result.shape[:-4], *weight.shape)
+        result = result.unflatten(-1, (shape[0] // groups, -1)).transpose(-3, -2)
+        return result.reshape(*result.shape[:-4], *shape)
 
-    forms: dict[str, Form] = {"weight": Outer(inputs, cotangent, weight.shape, arrange, sum_positions=True)}
+    forms: dict[str, Form] = {"weight": Outer(inputs, cotangent, shape, arrange, sum_positions=True)}
     if bias is not None:
         forms["bias"] = Direct(cotangent=lambda g: _sum_positions(g, dims), shape=bias.shape)
     return forms

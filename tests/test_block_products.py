@@ -1,0 +1,213 @@
+"""Products with blocks of the GGN from its root at the uses of a parameter: in the shim, without another forward pass."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_close
+from torch import Tensor, nn
+
+import curvfunc
+from curvfunc.compat import backpack, curvature, extend
+from curvfunc.compat.extensions import GGNMP, HMP, PCHMP
+
+N, C = 6, 3
+
+
+class Shared(nn.Module):
+    """An embedding whose table is the head too, and a layer that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer = nn.Embedding(C, 4, padding_idx=1), nn.Linear(4, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.layer(F.relu(self.layer(self.table(tokens))))
+        return F.linear(h.mean(1), self.table.weight)
+
+
+class Lookup(nn.Module):
+    """Linear by pieces, with an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer, self.head = nn.Embedding(7, 4, padding_idx=1), nn.Linear(4, 5), nn.Linear(5, C)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(F.relu(self.layer(self.table(tokens))).mean(1))
+
+
+class Unused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.other = nn.Linear(4, C), nn.Linear(4, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def flat(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(C))
+
+
+# Model, input, and whether it is linear by pieces.
+NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], bool]] = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, C)), lambda: torch.randn(N, 4), True),
+    "tanh": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, C)), lambda: torch.randn(N, 4), False),
+    "conv": (lambda: flat(nn.Conv2d(2, 4, 2), nn.ReLU(), nn.MaxPool2d(2)), lambda: torch.randn(N, 2, 5, 5), True),
+    "grouped": (lambda: flat(nn.Conv1d(4, 6, 2, groups=2), nn.ReLU()), lambda: torch.randn(N, 4, 5), True),
+    "two positions": (lambda: flat(nn.Conv1d(4, 6, 2, groups=2), nn.ReLU()), lambda: torch.randn(N, 4, 3), True),
+    "transposed": (lambda: flat(nn.ConvTranspose1d(4, 6, 2, groups=2), nn.ReLU()), lambda: torch.randn(N, 4, 3), True),
+    "transposed, two positions": (lambda: flat(nn.ConvTranspose1d(4, 6, 2, groups=2)), lambda: torch.randn(N, 4, 1), True),
+    "sequence": (lambda: flat(nn.Linear(4, 5), nn.ReLU()), lambda: torch.randn(N, 2, 4), True),
+    "embedding": (Lookup, lambda: torch.randint(7, (N, 5)), True),
+    "shared": (Shared, lambda: torch.randint(C, (N, 5)), False),
+    "norm": (lambda: flat(nn.Linear(4, 5), nn.LayerNorm(5), nn.GELU()), lambda: torch.randn(N, 4), False),
+    "unused": (Unused, lambda: torch.randn(N, 4), True),
+}
+
+
+def problem(name: str) -> tuple[nn.Module, Tensor, Tensor, list[int]]:
+    """Model, data, and a list that gets an entry for each forward pass."""
+    torch.manual_seed(0)
+    build, inputs, _ = NETS[name]
+    model, X = build(), inputs()
+    model(X)
+    calls: list[int] = []
+    inner = model.forward
+    model.forward = lambda *args: (calls.append(1), inner(*args))[1]  # type: ignore[method-assign]
+    return model, X, torch.arange(N) % C, calls
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("vectors", [1, 4])
+@pytest.mark.parametrize("name", NETS)
+def test_products_need_one_forward_pass(name: str, vectors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, X, y, calls = problem(name)
+    piecewise = NETS[name][2]
+    model_fn, params = curvfunc.functionalize(model)
+    vs = {k: torch.randn(vectors, *p.shape) for k, p in params.items()}
+
+    def values(products: dict[str, Any]) -> dict[str, Tensor]:
+        return {k: products[k](v) for k, v in vs.items()}
+
+    want = {"ggnmp": values(curvfunc.ggnmp(model_fn, params, X, y))}
+    exts: list[Any] = [GGNMP()]
+    if piecewise:
+        want |= {"hmp": values(curvfunc.hmp(model_fn, params, X, y)), "pchmp": values(curvfunc.pchmp(model_fn, params, X, y))}
+        exts += [HMP(), PCHMP()]
+    extend(model)
+    loss = extend(nn.CrossEntropyLoss())(model(X), y)
+    calls.clear()
+    for limit in (1 << 40, 0):  # the second has the graph of its own instead
+        monkeypatch.setattr(curvature, "BLOCKS_BYTES", limit)
+        with backpack(*exts):
+            loss.backward(retain_graph=True)
+        for field, values_of in want.items():
+            got = values({k: getattr(p, field) for k, p in model.named_parameters()})
+            assert_close(got, values_of, rtol=1e-9)
+        assert bool(calls) == (limit == 0)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", ["mlp", "conv", "sequence"])
+def test_losses_that_are_not_convex(name: str) -> None:
+    """Weights of both signs: those of a negative multiple of a loss, and of negative class weights."""
+    model, X, y, calls = problem(name)
+    loss_fn = nn.CrossEntropyLoss(weight=torch.tensor([1.0, -0.5, 2.0]), reduction="sum")
+    model_fn, params = curvfunc.functionalize(model)
+    want = curvfunc.ggnmp(model_fn, params, X, y, loss_fn=loss_fn)
+    extend(model)
+    loss = extend(loss_fn)(model(X), y)
+    calls.clear()
+    with backpack(GGNMP()):
+        loss.backward()
+    assert not calls
+    for k, p in model.named_parameters():
+        v = torch.randn(3, *p.shape)
+        assert_close(p.ggnmp(v), want[k](v), rtol=1e-9)
+
+
+class Marked(torch.autograd.Function):
+    """The identity; its context has a mark."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mark: Any) -> Tensor:
+        ctx.mark = mark
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return g, None
+
+
+class Mark:
+    pass
+
+
+@pytest.mark.parametrize("extension", [GGNMP, HMP, PCHMP])
+def test_products_keep_no_graph(extension: Any) -> None:
+    """Neither is it collected as garbage later."""
+    mark = Mark()
+    gone = weakref.ref(mark)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.conv, self.last = nn.Linear(4, 6), nn.ConvTranspose1d(2, 2, 2), nn.Linear(8, C)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(Marked.apply(x, marks.pop()) if marks else x)
+            return self.last(F.relu(self.conv(h.unflatten(1, (2, 3))).flatten(1)))
+
+    marks = [mark]
+    model, loss_fn = extend(Net()), extend(nn.CrossEntropyLoss())
+    X, y = torch.randn(N, 4, requires_grad=True), torch.arange(N) % C
+    gc.disable()
+    try:
+        with backpack(extension()):
+            loss_fn(model(X), y).backward()
+        assert all(hasattr(p, extension().savefield) for p in model.parameters())
+        del mark
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_products_stay_where_they_were_taken() -> None:
+    model, X, y, _ = problem("mlp")
+    extend(model)
+    with backpack(HMP()):
+        extend(nn.CrossEntropyLoss())(model(X), y).backward()
+    weight = model.get_parameter("0.weight")
+    v = torch.randn(2, *weight.shape)
+    want = weight.hmp(v)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.sub_(p.grad)
+    assert_close(weight.hmp(v), want)
+    with pytest.raises(ValueError, match=r"v has shape \(5, 4\)"):
+        weight.hmp(v[0])
+    with pytest.raises(ValueError, match="Convert it"):
+        weight.hmp(v.double())
+    X.zero_()
+    with pytest.raises(RuntimeError, match=r"shape \(5, 4\) was changed in place after the backward pass"):
+        weight.hmp(v)
+
+
+def test_low_precision() -> None:
+    model, X, y, _ = problem("mlp")
+    model, X = extend(model.to(torch.bfloat16)), X.to(torch.bfloat16)
+    with backpack(GGNMP()):
+        extend(nn.CrossEntropyLoss())(model(X), y).backward()
+    model_fn, params = curvfunc.functionalize(model.float())
+    want = curvfunc.ggnmp(model_fn, params, X.float(), y)
+    for k, p in model.named_parameters():
+        v = torch.randn(2, *p.shape).to(torch.bfloat16)
+        got = p.ggnmp(v)
+        assert got.dtype == torch.bfloat16
+        assert_close(got.float(), want[k](v.float()), rtol=3e-2)
