@@ -9,14 +9,13 @@ not formed.
 Axes as in `curvfunc.forms`, with ``c`` for the columns and ``v`` for the vectors that are multiplied.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvfunc.forms import Bound, Outer, Rows, arranged, direct, flat_vectors, join, per_sample, scatter
+from curvfunc.forms import Bound, Outer, Rows, arranged, direct, flat_vectors, per_sample, scatter
 
 __all__ = ["Block", "condensed"]
 
@@ -43,9 +42,8 @@ class Block:
     weights: Tensor | None = None
 
     @classmethod
-    def of(cls, parts: Sequence[Bound], weights: Tensor | None) -> "Block":
-        """Of `condensed` uses, one for each chunk of columns; without anything of the forward pass but its inputs."""
-        b = join(list(parts))
+    def of(cls, b: Bound, weights: Tensor | None) -> "Block":
+        """Of uses that may be `condensed`, without anything of the forward pass but its inputs."""
         form = replace(b.form, cotangent=_gone)  # type: ignore[arg-type]
         if isinstance(form, (Outer, Rows)):
             form = replace(form, inputs=_gone)

@@ -13,7 +13,7 @@ Parameters before any other operation that curves (`curvfunc.residuals`) get the
 products with respect to their sites' outputs, δ held fixed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from curvfunc.observer import without_fallback_warnings
 from curvfunc.residuals import Curvature, Meeting, Residual
 from curvfunc.sites import Site, Trace
 
-__all__ = ["Columns", "diagonal"]
+__all__ = ["Columns", "diagonal", "root_columns"]
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,14 @@ def diagonal(
     Returns:
         [*shape] or [n, *shape] for each parameter.
     """
-    run = _Diagonal(trace, leaves, batched, chunk_size, differentiable)
+    run = _Diagonal(trace, chunk_size, differentiable, leaves=leaves, batched=batched)
     everything = (1 << len(leaves)) - 1
     curved = curvature.curved
     # A gradient with a graph is not fixed: Hessian-vector products then contain the first term.
     run.contract(trace.out, columns.get, columns.num, columns.weights, everything & ~curved if differentiable else everything)
     if curvature.residuals:
-        run.residuals(curvature, gradient)
+        for residual, r in run.weights(curvature.residuals, gradient):
+            run.residual(curvature, residual, r)
     if curved:
         products = HessianProducts(trace, gradient, run.inputs, run.chunks, differentiable)
         for i, part in products.diagonals(run.uses(curved)):
@@ -81,30 +82,39 @@ def diagonal(
     return run.results()
 
 
+def root_columns(
+    trace: Trace, residuals: Sequence[Residual], columns: Columns, gradient: Tensor
+) -> Iterator[tuple[int, Bound, Tensor, bool]]:
+    """The Hessian as Σ_v w[v,n] P[v,n] P[v,n]ᵀ, with the gradients P that columns at a parameter's uses stand for.
+
+    Args:
+        trace: The forward pass.
+        residuals: The elementwise operations; none curves otherwise.
+        columns: Columns and weights of the loss Hessian.
+        gradient: Gradient of the loss at the output, [n, ...], without a graph.
+
+    Yields:
+        Parameter, its uses with a part of its columns as cotangents, their weights w [v, n], and whether they are those
+        of the second term, φ''(z) δ.
+    """
+    run = _Columns(trace, None, False)
+    weights = gradient.new_ones(columns.num, len(gradient)) if columns.weights is None else columns.weights
+    for i, chunk, b in run.at_uses(trace.out, columns.get, columns.num, -1):
+        yield i, b, weights[chunk], False
+    for residual, r in run.weights(residuals, gradient):
+        num, weights = _by_sample(r, residual.axis)
+        for i, chunk, b in run.at_uses(residual.input, _units(r, residual.axis), num, residual.targets, r.numel()):
+            yield i, b, weights[chunk], True
+
+
 @dataclass
-class _Diagonal:
-    """Sums up the diagonal; ``sums[i]`` is what parameter i has so far."""
+class _Columns:
+    """Columns that go back from a place in the graph to the uses of parameters."""
 
     trace: Trace
-    leaves: Sequence[Tensor]
-    batched: bool
     chunk_size: int | None
     differentiable: bool
-    sums: dict[int, Tensor] = field(default_factory=dict)
     prepared: dict[int, Tensor] = field(default_factory=dict)
-
-    def add(self, i: int, part: Tensor) -> None:
-        """A contribution to parameter i."""
-        self.sums[i] = self.sums[i] + part if i in self.sums else part
-
-    def add_samples(self, i: int, part: Tensor) -> None:
-        """A contribution [n, *shape]."""
-        self.add(i, part if self.batched else part.sum(0))
-
-    def results(self) -> list[Tensor]:
-        """What has been summed up."""
-        lead = (len(self.trace.out),) if self.batched else ()
-        return [self.sums[i].to(p.dtype) if i in self.sums else p.new_zeros(*lead, *p.shape) for i, p in enumerate(self.leaves)]
 
     def inputs(self, form: Any) -> Tensor:
         """What a form takes from the forward pass, prepared once."""
@@ -130,36 +140,20 @@ class _Diagonal:
             size = max(1, CHUNK_BYTES.get(out.device.type, 1 << 28) // (widest * out.element_size()))
         return [(start, min(start + size, total)) for start in range(0, total, size)]
 
-    # -- weighted squares of columns
-
-    def contract(
-        self,
-        source: Tensor | GradientEdge,
-        columns: Callable[[int, int], Tensor],
-        num: int,
-        weights: Tensor | None,
-        targets: int,
-        widest: int = 1,
-    ) -> None:
-        """Add Σ_v w[v,n] (Jᵀ c[v,n])² for columns c at ``source`` to the parameters in ``targets``."""
+    def at_uses(
+        self, source: Tensor | GradientEdge, columns: Callable[[int, int], Tensor], num: int, targets: int, widest: int = 1
+    ) -> Iterator[tuple[int, slice, Bound]]:
+        """Jᵀ c for columns c at ``source``: parameter in ``targets``, columns of a chunk, and the parameter's uses."""
         uses = self.uses(targets)
         wanted = sorted({j for sites in uses.values() for j in sites})
         if not wanted or not self.trace.out.requires_grad:
             return
         for start, stop in self.chunks(num, widest):
             gs = self.pull(source, columns(start, stop), wanted)
-            w = None if weights is None else weights[start:stop]
             for i, sites in uses.items():
                 parts = [self.bind(j, i, gs[j]) for j in sites if j in gs]
                 if parts:
-                    self.add(i, self.square(merge(parts), w))
-
-    def square(self, b: Bound, weights: Tensor | None) -> Tensor:
-        """Squares summed over columns, and over samples too unless these are kept."""
-        if weights is None:
-            return sample_squares(b) if self.batched else squares(b)
-        weights = weights.to(b.g.dtype)
-        return weighted_sample_squares(b, weights) if self.batched else weighted_squares(b, weights)
+                    yield i, slice(start, stop), merge(parts)
 
     def bind(self, j: int, i: int, g: Tensor) -> Bound:
         """Site j's use of parameter i with the cotangent g."""
@@ -185,22 +179,19 @@ class _Diagonal:
                 grads = torch.vmap(backward)(columns)
         return {j: _from_edge(self.trace.sites[j], g) for j, g in zip(reached, grads, strict=True)}
 
-    # -- elementwise operations
-
-    def residuals(self, curvature: Curvature, gradient: Tensor) -> None:
-        """Add the terms of all smooth elementwise operations."""
-        found = curvature.residuals
+    def weights(self, residuals: Sequence[Residual], gradient: Tensor) -> Iterator[tuple[Residual, Tensor]]:
+        """r = φ''(z) δ, of the shape of z, for each operation that the output depends on."""
         deltas = torch.autograd.grad(
             [self.trace.out],
-            [r.output for r in found],
+            [r.output for r in residuals],
             [gradient],
             retain_graph=True,
             create_graph=self.differentiable,
             allow_unused=True,
         )
-        for residual, delta in zip(found, deltas, strict=True):
+        for residual, delta in zip(residuals, deltas, strict=True):
             if delta is not None:
-                self.residual(curvature, residual, self.second_derivative(residual) * delta)
+                yield residual, self.second_derivative(residual) * delta
 
     def second_derivative(self, residual: Residual) -> Tensor:
         """φ''(z), by differentiating φ'(z) = the operation's VJP of ones."""
@@ -218,6 +209,48 @@ class _Diagonal:
                 allow_unused=True,
             )[0]
         return torch.zeros_like(first) if second is None else second
+
+
+@dataclass
+class _Diagonal(_Columns):
+    """Sums up the diagonal; ``sums[i]`` is what parameter i has so far."""
+
+    leaves: Sequence[Tensor] = ()
+    batched: bool = False
+    sums: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, i: int, part: Tensor) -> None:
+        """A contribution to parameter i."""
+        self.sums[i] = self.sums[i] + part if i in self.sums else part
+
+    def add_samples(self, i: int, part: Tensor) -> None:
+        """A contribution [n, *shape]."""
+        self.add(i, part if self.batched else part.sum(0))
+
+    def results(self) -> list[Tensor]:
+        """What has been summed up."""
+        lead = (len(self.trace.out),) if self.batched else ()
+        return [self.sums[i].to(p.dtype) if i in self.sums else p.new_zeros(*lead, *p.shape) for i, p in enumerate(self.leaves)]
+
+    def contract(
+        self,
+        source: Tensor | GradientEdge,
+        columns: Callable[[int, int], Tensor],
+        num: int,
+        weights: Tensor | None,
+        targets: int,
+        widest: int = 1,
+    ) -> None:
+        """Add Σ_v w[v,n] (Jᵀ c[v,n])² for columns c at ``source`` to the parameters in ``targets``."""
+        for i, chunk, b in self.at_uses(source, columns, num, targets, widest):
+            self.add(i, self.square(b, None if weights is None else weights[chunk]))
+
+    def square(self, b: Bound, weights: Tensor | None) -> Tensor:
+        """Squares summed over columns, and over samples too unless these are kept."""
+        if weights is None:
+            return sample_squares(b) if self.batched else squares(b)
+        weights = weights.to(b.g.dtype)
+        return weighted_sample_squares(b, weights) if self.batched else weighted_squares(b, weights)
 
     def residual(self, curvature: Curvature, residual: Residual, r: Tensor) -> None:
         """Add the term of one operation from r = φ''(z) δ, of the shape of z."""

@@ -22,7 +22,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from curvfunc.linearization import GaussNewton, Problem, Product, differentiate, pullback_graph
 from curvfunc.rules.nonlinear import curve
 
-__all__ = ["PositiveCurvature"]
+__all__ = ["MODIFICATIONS", "PositiveCurvature"]
 
 MODIFICATIONS = {"clip": lambda r: r.clamp(min=0), "abs": torch.abs}
 

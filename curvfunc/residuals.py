@@ -10,7 +10,7 @@ into two classes:
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Residual:
         axis: Sample axis of z.
         shape: Shape of z.
         targets: Mask of the resolved parameters that z depends on.
+        composite: Whether it is a function of several operations.
     """
 
     output: GradientEdge
@@ -43,6 +44,7 @@ class Residual:
     axis: int
     shape: torch.Size
     targets: int
+    composite: bool
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def curvature(trace: Trace, leaves: Sequence[Tensor], layouts: Layouts) -> Curva
                     bends[node] |= own[k]
                     smooth.append((residual, own[k]))
     curved = _union(kinks.values())
-    residuals = [Residual(r.output, r.input, r.axis, r.shape, mask & ~curved) for r, mask in smooth if mask & ~curved]
+    residuals = [replace(r, targets=mask & ~curved) for r, mask in smooth if mask & ~curved]
     sites = {(s.edge.node, s.edge.output_nr): j for j, s in enumerate(trace.sites)}
     split = _split(trace, curved, masks, {n: kinks[n] | bends[n] for n in kinks}, layouts)
     return Curvature(residuals, curved, split, masks, sites, trace, layouts)
@@ -198,7 +200,7 @@ def _residual(node: Node, source: GradientEdge, layouts: Layouts) -> Residual | 
     layout = layouts.of(source)
     if layout is None or torch.Size(node._input_metadata[0].shape) != layout[1]:
         return None
-    return Residual(GradientEdge(node, 0), source, *layout, 0)
+    return Residual(GradientEdge(node, 0), source, *layout, 0, layouts.composite(node) is not None)
 
 
 def _split(trace: Trace, curved: int, masks: dict[Node, int], curves: dict[Node, int], layouts: Layouts) -> int:

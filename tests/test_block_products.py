@@ -12,7 +12,7 @@ from helpers import assert_close
 from torch import Tensor, nn
 
 import curvfunc
-from curvfunc.compat import backpack, curvature, extend
+from curvfunc.compat import backpack, blocks, extend
 from curvfunc.compat.extensions import GGNMP, HMP, PCHMP
 
 N, C = 6, 3
@@ -31,14 +31,27 @@ class Shared(nn.Module):
 
 
 class Lookup(nn.Module):
-    """Linear by pieces, with an embedding."""
+    """An embedding of a sequence."""
 
-    def __init__(self) -> None:
+    def __init__(self, activation: nn.Module = nn.ReLU()) -> None:
         super().__init__()
+        self.activation = activation
         self.table, self.layer, self.head = nn.Embedding(7, 4, padding_idx=1), nn.Linear(4, 5), nn.Linear(5, C)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(F.relu(self.layer(self.table(tokens))).mean(1))
+        return self.head(self.activation(self.layer(self.table(tokens))).mean(1))
+
+
+class Skip(nn.Module):
+    """A skip connection over a smooth activation, after another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        return self.head(h + F.softplus(self.second(h)))
 
 
 class Unused(nn.Module):
@@ -54,20 +67,40 @@ def flat(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(C))
 
 
-# Model, input, and whether it is linear by pieces.
-NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], bool]] = {
-    "mlp": (lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, C)), lambda: torch.randn(N, 4), True),
-    "tanh": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, C)), lambda: torch.randn(N, 4), False),
-    "conv": (lambda: flat(nn.Conv2d(2, 4, 2), nn.ReLU(), nn.MaxPool2d(2)), lambda: torch.randn(N, 2, 5, 5), True),
-    "grouped": (lambda: flat(nn.Conv1d(4, 6, 2, groups=2), nn.ReLU()), lambda: torch.randn(N, 4, 5), True),
-    "two positions": (lambda: flat(nn.Conv1d(4, 6, 2, groups=2), nn.ReLU()), lambda: torch.randn(N, 4, 3), True),
-    "transposed": (lambda: flat(nn.ConvTranspose1d(4, 6, 2, groups=2), nn.ReLU()), lambda: torch.randn(N, 4, 3), True),
-    "transposed, two positions": (lambda: flat(nn.ConvTranspose1d(4, 6, 2, groups=2)), lambda: torch.randn(N, 4, 1), True),
-    "sequence": (lambda: flat(nn.Linear(4, 5), nn.ReLU()), lambda: torch.randn(N, 2, 4), True),
-    "embedding": (Lookup, lambda: torch.randint(7, (N, 5)), True),
-    "shared": (Shared, lambda: torch.randint(C, (N, 5)), False),
-    "norm": (lambda: flat(nn.Linear(4, 5), nn.LayerNorm(5), nn.GELU()), lambda: torch.randn(N, 4), False),
-    "unused": (Unused, lambda: torch.randn(N, 4), True),
+def elementwise(activation: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), activation, nn.Linear(5, 4), activation, nn.Linear(4, C))
+
+
+def images() -> Tensor:
+    return torch.randn(N, 2, 5, 5)
+
+
+def sequences() -> Tensor:
+    return torch.randn(N, 2, 4)
+
+
+ALL = {"ggnmp", "hmp", "pchmp"}
+
+# Model, input, and the products for which columns at the uses of parameters are enough.
+NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], set[str]]] = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, C)), lambda: torch.randn(N, 4), ALL),
+    "tanh": (lambda: elementwise(nn.Tanh()), lambda: torch.randn(N, 4), ALL),
+    "gelu": (lambda: elementwise(nn.GELU()), lambda: torch.randn(N, 4), ALL),
+    "softsign": (lambda: elementwise(nn.Softsign()), lambda: torch.randn(N, 4), {"ggnmp", "hmp"}),
+    "smooth conv": (lambda: flat(nn.Conv2d(2, 3, 2), nn.Sigmoid(), nn.Conv2d(3, 2, 2), nn.SiLU()), images, ALL),
+    "smooth sequence": (lambda: flat(nn.Linear(4, 5), nn.SiLU(), nn.Linear(5, 3), nn.Tanh()), sequences, ALL),
+    "smooth embedding": (lambda: Lookup(nn.Tanh()), lambda: torch.randint(7, (N, 5)), ALL),
+    "skip": (lambda: Skip(), lambda: torch.randn(N, 4), ALL),
+    "conv": (lambda: flat(nn.Conv2d(2, 4, 2), nn.ReLU(), nn.MaxPool2d(2)), images, ALL),
+    "grouped": (lambda: flat(nn.Conv1d(4, 6, 2, groups=2), nn.ReLU()), lambda: torch.randn(N, 4, 5), ALL),
+    "two positions": (lambda: flat(nn.Conv1d(4, 6, 2, groups=2), nn.ReLU()), lambda: torch.randn(N, 4, 3), ALL),
+    "transposed": (lambda: flat(nn.ConvTranspose1d(4, 6, 2, groups=2), nn.ReLU()), lambda: torch.randn(N, 4, 3), ALL),
+    "transposed, two positions": (lambda: flat(nn.ConvTranspose1d(4, 6, 2, groups=2)), lambda: torch.randn(N, 4, 1), ALL),
+    "sequence": (lambda: flat(nn.Linear(4, 5), nn.ReLU()), sequences, ALL),
+    "embedding": (Lookup, lambda: torch.randint(7, (N, 5)), ALL),
+    "shared": (Shared, lambda: torch.randint(C, (N, 5)), {"ggnmp"}),
+    "norm": (lambda: flat(nn.Linear(4, 5), nn.LayerNorm(5), nn.GELU()), lambda: torch.randn(N, 4), {"ggnmp"}),
+    "unused": (Unused, lambda: torch.randn(N, 4), ALL),
 }
 
 
@@ -88,24 +121,29 @@ def problem(name: str) -> tuple[nn.Module, Tensor, Tensor, list[int]]:
 @pytest.mark.parametrize("name", NETS)
 def test_products_need_one_forward_pass(name: str, vectors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, X, y, calls = problem(name)
-    piecewise = NETS[name][2]
     model_fn, params = curvfunc.functionalize(model)
     vs = {k: torch.randn(vectors, *p.shape) for k, p in params.items()}
 
     def values(products: dict[str, Any]) -> dict[str, Tensor]:
         return {k: products[k](v) for k, v in vs.items()}
 
-    want = {"ggnmp": values(curvfunc.ggnmp(model_fn, params, X, y))}
-    exts: list[Any] = [GGNMP()]
-    if piecewise:
-        want |= {"hmp": values(curvfunc.hmp(model_fn, params, X, y)), "pchmp": values(curvfunc.pchmp(model_fn, params, X, y))}
-        exts += [HMP(), PCHMP()]
+    wanted = [
+        ext
+        for ext in (GGNMP(), HMP(), PCHMP("pchmp"), PCHMP("pchmp_abs", "abs"))
+        if ext.savefield.split("_")[0] in NETS[name][2]
+    ]
+    want = {}
+    for ext in wanted:
+        options = {"modify": ext.get_modification_mode()} if isinstance(ext, PCHMP) else {}
+        product = getattr(curvfunc, ext.savefield.removesuffix("_abs"))
+        want[ext.savefield] = values(product(model_fn, params, X, y, **options))
     extend(model)
     loss = extend(nn.CrossEntropyLoss())(model(X), y)
     calls.clear()
+    monkeypatch.setattr(blocks, "MOST_ENTRIES", 100)
     for limit in (1 << 40, 0):  # the second has the graph of its own instead
-        monkeypatch.setattr(curvature, "BLOCKS_BYTES", limit)
-        with backpack(*exts):
+        monkeypatch.setattr(blocks, "LARGEST_BYTES", limit)
+        with backpack(*wanted):
             loss.backward(retain_graph=True)
         for field, values_of in want.items():
             got = values({k: getattr(p, field) for k, p in model.named_parameters()})
@@ -114,22 +152,24 @@ def test_products_need_one_forward_pass(name: str, vectors: int, monkeypatch: py
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", ["mlp", "conv", "sequence"])
+@pytest.mark.parametrize("name", ["mlp", "conv", "sequence", "tanh"])
 def test_losses_that_are_not_convex(name: str) -> None:
     """Weights of both signs: those of a negative multiple of a loss, and of negative class weights."""
     model, X, y, calls = problem(name)
     loss_fn = nn.CrossEntropyLoss(weight=torch.tensor([1.0, -0.5, 2.0]), reduction="sum")
     model_fn, params = curvfunc.functionalize(model)
-    want = curvfunc.ggnmp(model_fn, params, X, y, loss_fn=loss_fn)
+    ggn = curvfunc.ggnmp(model_fn, params, X, y, loss_fn=loss_fn)
+    hessian = curvfunc.hmp(model_fn, params, X, y, loss_fn=loss_fn)
     extend(model)
     loss = extend(loss_fn)(model(X), y)
     calls.clear()
-    with backpack(GGNMP()):
+    with backpack(GGNMP(), HMP()):
         loss.backward()
     assert not calls
     for k, p in model.named_parameters():
         v = torch.randn(3, *p.shape)
-        assert_close(p.ggnmp(v), want[k](v), rtol=1e-9)
+        assert_close(p.ggnmp(v), ggn[k](v), rtol=1e-9)
+        assert_close(p.hmp(v), hessian[k](v), rtol=1e-9)
 
 
 class Marked(torch.autograd.Function):

@@ -127,11 +127,11 @@ def test_one_forward_pass(extension: str, name: str) -> None:
 
 def test_several_extensions_share_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that need no columns of their own take the fewest; those beside one that returns them take its columns."""
-    from curvfunc.compat import curvature
+    from curvfunc.compat import upstream
 
     pulled: list[int] = []
-    pull = curvature.pull
-    monkeypatch.setattr(curvature, "pull", lambda t, columns, **kw: (pulled.append(len(columns)), pull(t, columns, **kw))[1])
+    pull = upstream.pull
+    monkeypatch.setattr(upstream, "pull", lambda t, columns, **kw: (pulled.append(len(columns)), pull(t, columns, **kw))[1])
     names = ("DiagGGNExact", "KFLR", "BatchDiagGGNExact")
     for extra, want in ((), [2]), (("SqrtGGNExact",), [3]):
         pulled.clear()

@@ -48,7 +48,7 @@ def on_use(use: ModuleUse, grads: Grads) -> None:
         return
     if CTX.active_exts:
         if use.site is None:
-            raise RuntimeError(_FREED)
+            raise RuntimeError(FREED)
         Pass.current().deliver(use, cotangent)
     if not _keeps_graph() and use.site is not None:  # what the hook holds would live as long as the loss tensor
         use.site = None
@@ -75,7 +75,7 @@ def on_loss(held: list[LossCall], grads: Grads) -> None:
         return
     if CTX.active_exts:
         if not held:
-            raise RuntimeError(_FREED)
+            raise RuntimeError(FREED)
         current = Pass.current()
         current.loss_seen = True
         if current.second_order:
@@ -95,7 +95,7 @@ def on_disabled(grads: Grads) -> None:
         )
 
 
-_FREED = (
+FREED = (
     "this part of the graph was freed by an earlier backward pass. Call backward(retain_graph=True) on all but the last one."
 )
 
@@ -284,7 +284,7 @@ def repeat(output: RegionOutput, create_graph: bool) -> tuple[Trace, list[Tensor
     if region.refusal is not None:
         raise NotImplementedError(region.refusal)
     if region.inputs is None or output.value is None:
-        raise RuntimeError(_FREED)
+        raise RuntimeError(FREED)
     names, X, model_fn = region.names, region.inputs.X, region.inputs.model_fn
     if not create_graph:
         X = [x.detach() for x in X]

@@ -1,0 +1,158 @@
+"""What lies before an extended loss in the autograd graph: the recorded uses of parameters, and how the graph curves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from curvfunc import losses
+from curvfunc.compat.context import CHAIN
+from curvfunc.compat.delivery import FREED, repeat
+from curvfunc.compat.notes import LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, notes
+from curvfunc.cotangents import pull
+from curvfunc.forms import Form
+from curvfunc.kfra import Chain
+from curvfunc.residuals import Curvature, curvature
+from curvfunc.sites import Site, Trace
+
+__all__ = ["Curved", "Upstream", "whole_model"]
+
+
+@dataclass
+class Upstream:
+    """The uses of parameters before a loss.
+
+    Attributes:
+        trace: The recorded operations, and the outputs of calls that have to be repeated.
+        repeated: By the position of such an output, the repeated call.
+        params: By identity.
+        regions: The calls they belong to.
+    """
+
+    trace: Trace
+    repeated: dict[int, tuple[Trace, list[Tensor]]]
+    params: dict[int, Tensor]
+    regions: list[Region]
+
+    @classmethod
+    def of(cls, call: LossCall, create_graph: bool) -> Upstream:
+        """Find what was noted before the output."""
+        graph = cls(Trace(call.out, [], "plain"), {}, {}, [])
+        for node, note in _noted(call.out):
+            region = note.region
+            if region not in graph.regions:
+                graph.regions.append(region)
+            if region.samples != len(call.out):
+                raise ValueError(
+                    f"{region.name} ran on {region.samples} samples, but the loss has {len(call.out)}. Second-order "
+                    "quantities need one output per sample."
+                )
+            edge = GradientEdge(node, note.output)
+            if isinstance(note, ModuleUse):
+                if note.site is None:
+                    raise RuntimeError(FREED)
+                site = note.site
+                graph.trace.sites.append(replace(site, forms=_by_identity(site.forms, region.params), edge=edge))
+            elif region.refusal is not None or region.reason is not None:
+                graph.repeated[len(graph.trace.sites)] = (repeat(note, create_graph)[0], region.params)
+                graph.trace.sites.append(Site(region.name, {}, edge, 0, [], note.value.shape, []))
+            else:
+                continue
+            graph.params.update({id(p): p for p in region.params})
+        return graph
+
+    def curvature(self) -> Curved | None:
+        """How it curves, if nothing has to be repeated."""
+        if self.repeated:
+            return None
+        leaves = list(self.params.values())
+        trace = self.by_position(leaves)
+        return Curved(trace, leaves, curvature(trace, leaves, NodeLayouts()), self.regions)
+
+    def by_position(self, params: list[Tensor]) -> Trace:
+        """The recorded operations, with parameters by their position in a list."""
+        place = {id(p): i for i, p in enumerate(params)}
+        sites = [replace(s, forms={place[p]: form for p, form in s.forms.items()}) for s in self.trace.sites]
+        return replace(self.trace, sites=sites)
+
+    def chain(self) -> Chain | None:
+        """Its operations, if it is one call that was recorded with them."""
+        if self.repeated or len(self.regions) != 1 or not CHAIN or CHAIN[0][0] is not self.regions[0]:
+            return None
+        return CHAIN[0][1]
+
+    def pull(self, columns: Tensor, create_graph: bool) -> Iterator[tuple[int, Form, Tensor]]:
+        """Parameter, form and cotangent for each use."""
+        gs, _ = pull(self.trace, columns, create_graph=create_graph, retain_graph=True)
+        for j, (site, g) in enumerate(zip(self.trace.sites, gs, strict=True)):
+            if j in self.repeated:
+                trace, params = self.repeated[j]
+                inner, _ = pull(trace, g, create_graph=create_graph, retain_graph=True)
+                for inner_site, h in zip(trace.sites, inner, strict=True):
+                    yield from ((i, f, h) for i, f in _by_identity(inner_site.forms, params).items())
+            else:
+                yield from ((i, form, g) for i, form in site.forms.items())
+
+
+@dataclass
+class Curved:
+    """A graph with its curvature.
+
+    Attributes:
+        trace: The recorded operations, by position of the parameter.
+        leaves: The parameters.
+        curvature: Of ``trace``.
+        regions: The calls they belong to.
+    """
+
+    trace: Trace
+    leaves: list[Tensor]
+    curvature: Curvature
+    regions: list[Region]
+
+    def is_ggn(self, call: LossCall) -> bool:
+        """Whether the Hessian is the GGN: all operations are linear by pieces, and the loss is convex."""
+        if call.loss.name is None or self.curvature.curved or self.curvature.residuals:
+            return False
+        return losses.signed_root(call.loss, self.trace.out.detach(), call.y)[1] is None
+
+    def suffices(self, call: LossCall, create_graph: bool) -> bool:
+        """Whether the Hessian can be read off this graph: of one call, whose operations can be differentiated often enough."""
+        if len(self.regions) != 1 or whole_model(call) is None or self.curvature.split:
+            return False
+        return self.is_resolved() or (self.regions[0].twice and not create_graph)
+
+    def is_resolved(self) -> bool:
+        """Whether all operations are linear by pieces, or smooth and elementwise."""
+        return not self.curvature.curved
+
+
+def _by_identity(forms: dict[int, Form], params: list[Tensor]) -> dict[int, Form]:
+    return {id(params[i]): form for i, form in forms.items()}
+
+
+def _noted(out: Tensor) -> Iterator[tuple[Node, Any]]:
+    """The notes on the graph before ``out``."""
+    seen: set[Node] = set()
+    stack: list[Node | None] = [get_gradient_edge(out).node]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield from ((node, note) for note in notes(node))
+        stack.extend([n for n, _ in node.next_functions])
+
+
+def whole_model(call: LossCall) -> Region | None:
+    """The call whose output went straight into the loss."""
+    edge = get_gradient_edge(call.out)
+    for note in notes(edge.node):
+        if isinstance(note, RegionOutput) and note.output == edge.output_nr:
+            region: Region = note.region
+            return region
+    return None
