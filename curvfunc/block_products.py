@@ -24,7 +24,7 @@ VECTORS_BYTES = 1 << 26  # what a product may hold besides its vectors
 
 def condensed(b: Bound, columns: int) -> Bound:
     """A use in the form in which products take least work, if there are that many columns in all."""
-    if isinstance(b.form, Outer) and b.x.shape[2] >= max(2, columns):
+    if isinstance(b.form, Outer) and b.positions >= max(2, columns):
         return direct(per_sample(b))
     return b
 

@@ -26,6 +26,7 @@ from torch._C import _functorch
 from curvfunc.forms import Direct
 from curvfunc.losses import values_visible
 from curvfunc.observer import Observer, Opaque, axis_of, calls_may_hide, edge_of, hidden, marked, without_fallback_warnings
+from curvfunc.rules.pooling import FASTER
 from curvfunc.sites import Layouts, Site, Trace
 
 __all__ = ["capture", "check_output"]
@@ -40,6 +41,7 @@ def capture(
     *,
     generic: Sequence[int] = (),
     layouts: Layouts | None = None,
+    faster: bool = False,
 ) -> Trace:
     """Run ``model_fn(rebuild(leaves), X)`` once and find the sites.
 
@@ -51,16 +53,17 @@ def capture(
         samples: N.
         generic: Indices of parameters that are to be generic whatever use they have.
         layouts: Filled with the layouts of intermediate tensors if given.
+        faster: Whether operations may be replaced by faster ones with the same values, so that the graph is another one.
     """
     try:
-        return _attempt(model_fn, leaves, rebuild, X, samples, generic, layouts)
+        return _attempt(model_fn, leaves, rebuild, X, samples, generic, layouts, faster)
     except Exception as error:
         if not _hides_calls(error):
             raise
     if layouts is not None:
         layouts.clear()
     with _nothing_hidden():
-        return _attempt(model_fn, leaves, rebuild, X, samples, generic, layouts)
+        return _attempt(model_fn, leaves, rebuild, X, samples, generic, layouts, faster)
 
 
 def _attempt(
@@ -71,6 +74,7 @@ def _attempt(
     samples: int,
     generic: Sequence[int],
     layouts: Layouts | None,
+    faster: bool,
 ) -> Trace:
     """On the whole batch; if that does not hold, under vmap; if that does not run, sample by sample."""
     tracked = dict(enumerate(leaves))
@@ -78,7 +82,7 @@ def _attempt(
         reasons: dict[int | None, str] = dict.fromkeys(generic, "on request")
         return _capture_batched(model_fn, leaves, rebuild, X, samples, reasons, layouts)
     for guesses in (None, False):
-        mode = Observer(tracked, None, samples, layouts)
+        mode = Observer(tracked, None, samples, layouts, FASTER if faster else {})
         mode.guesses = guesses
         params, X_marked = rebuild(leaves), optree.tree_map(marked, X)
         with mode:

@@ -189,7 +189,8 @@ class _Run:
         layouts = Layouts(COMPOSITES, substitutes) if any(isinstance(s.cotangent, FullHessian) for s in specs) else None
         chain = kfra.Chain() if any(isinstance(s.cotangent, AveragedHessian) for s in specs) else None
         run = self if chain is None else replace(self, model_fn=chain.recording(self.model_fn))
-        trace = run._forward(leaves, any(s.contractions not in ((), ("total",)) for s in specs), layouts)
+        sites = any(s.contractions not in ((), ("total",)) for s in specs)
+        trace = run._forward(leaves, sites, layouts, faster=layouts is None and chain is None)
         curved = None if layouts is None else self._curvature(trace, leaves, layouts)
         device = trace.out.device.type
         full_precision = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
@@ -236,12 +237,20 @@ class _Run:
                 found[name] = [b[None] for b in own] if name == "per_sample" and len(lead) == 1 else own
         return found
 
-    def _forward(self, leaves: list[Tensor], sites: bool, layouts: Layouts | None = None, generic: Sequence[int] = ()) -> Trace:
+    def _forward(
+        self,
+        leaves: list[Tensor],
+        sites: bool,
+        layouts: Layouts | None = None,
+        generic: Sequence[int] = (),
+        faster: bool = False,
+    ) -> Trace:
         X, samples = self.batch.inputs(), self.batch.size
         with forward_errors(self.names, leaves, X):
             if sites:  # fused attention has no second derivative
                 with sdpa_kernel(SDPBackend.MATH) if self.differentiable or layouts is not None else nullcontext():
-                    return capture(self.model_fn, leaves, self.rebuild, X, samples, generic=generic, layouts=layouts)
+                    given: dict[str, Any] = {"generic": generic, "layouts": layouts, "faster": faster}
+                    return capture(self.model_fn, leaves, self.rebuild, X, samples, **given)
             out = self.model_fn(self.rebuild(leaves), X)
         check_output(out, samples)
         return Trace(out, [], "plain")

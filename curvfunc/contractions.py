@@ -11,7 +11,19 @@ import torch
 from torch import Tensor
 
 from curvfunc import pages
-from curvfunc.forms import Bound, Direct, Outer, Rows, arranged, flat_vectors, is_flat, outer, scatter
+from curvfunc.forms import (
+    BLOCK_BYTES,
+    Bound,
+    Direct,
+    Outer,
+    Rows,
+    arranged,
+    flat_vectors,
+    is_flat,
+    outer,
+    sample_blocks,
+    scatter,
+)
 from curvfunc.pages import may_overwrite
 
 __all__ = [
@@ -26,9 +38,6 @@ __all__ = [
     "weighted_squares",
 ]
 
-# Results that are larger than the cache are formed and reduced in blocks of samples of about this size.
-BLOCK_BYTES = 1 << 22
-
 
 def squares(b: Bound) -> Tensor:
     """Squared gradients summed over vectors and samples, Σ_vn g²: [*shape]."""
@@ -37,7 +46,7 @@ def squares(b: Bound) -> Tensor:
     if isinstance(b.form, Rows):
         part = (b.g * _same_row(b)).sum(0)  # [n, s, d]
         return scatter(part.flatten(0, 1), b.x.flatten(), b.form.shape[0])
-    if b.x.shape[2] == 1:  # (g xᵀ)² = g² (x²)ᵀ, so the sum over samples is one matrix product
+    if b.positions == 1:  # (g xᵀ)² = g² (x²)ᵀ, so the sum over samples is one matrix product
         g, x = _over_vectors(b.g.square())[:, :, 0], b.x.square()[:, :, 0]
         return arranged(b, g.permute(1, 2, 0) @ x.transpose(0, 1))
     return formed(b, ["squares"])["squares"]
@@ -50,7 +59,7 @@ def sample_squares(b: Bound, out: Tensor | None = None) -> Tensor:
         result = _over_vectors(b.g.square())
     elif isinstance(b.form, Rows):
         result = scatter((b.g * _same_row(b)).sum(0), b.x, b.form.shape[0])
-    elif b.x.shape[2] > 1:
+    elif b.positions > 1:
         result = formed(b, ["sample_squares"], out=into)["sample_squares"]
     else:
         g, x = _over_vectors(b.g.square()).contiguous().mT, b.x.square()
@@ -69,7 +78,7 @@ def weighted_squares(b: Bound, weights: Tensor) -> Tensor:
         return torch.einsum("vn,vnp->p", weights, flat_vectors(b.g).square()).reshape(b.form.shape)
     if isinstance(b.form, Rows):
         return weighted_sample_squares(b, weights).sum(0)
-    if b.x.shape[2] > 1:
+    if b.positions > 1:
         return formed(b, ["squares"], weights)["squares"]
     g = torch.einsum("vn,vnqo->nqo", weights, b.g[:, :, :, 0].square())
     return arranged(b, g.permute(1, 2, 0) @ b.x[:, :, 0].square().transpose(0, 1))
@@ -81,7 +90,7 @@ def weighted_sample_squares(b: Bound, weights: Tensor) -> Tensor:
         return torch.einsum("vn,vnp->np", weights, flat_vectors(b.g).square()).reshape(b.g.shape[1:])
     if isinstance(b.form, Rows):
         return scatter(torch.einsum("vn,vnsd->nsd", weights, b.g * _same_row(b)), b.x, b.form.shape[0])
-    if b.x.shape[2] > 1:
+    if b.positions > 1:
         return formed(b, ["sample_squares"], weights)["sample_squares"]
     g = torch.einsum("vn,vnqo->nqo", weights, b.g[:, :, :, 0].square())
     return arranged(b, g.unsqueeze(-1) * b.x.square())
@@ -100,9 +109,9 @@ def formed(b: Bound, names: Sequence[str], weights: Tensor | None = None, out: T
         ``{name: result}``.
     """
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-    for vectors, samples in _blocks(b):
+    for samples, vectors, x in _blocks(b):
         g = b.g[vectors, samples].permute(1, 2, 0, 4, 3)  # [m, q, v, o, s]
-        block = (g.flatten(2, 3) @ b.x[samples]).unflatten(2, g.shape[2:4])  # [m, q, v, o, k]
+        block = (g.flatten(2, 3) @ x).unflatten(2, g.shape[2:4])  # [m, q, v, o, k]
         if "total" in found:
             _add(found["total"], block.sum((0, 2)))
         squared = block.square_() if may_overwrite() else block.square()
@@ -163,7 +172,7 @@ def sample_norms(b: Bound) -> Tensor:
         return flat_vectors(b.g).square().sum((0, 2))
     if isinstance(b.form, Rows):
         return (b.g * _same_row(b)).sum((0, 2, 3))
-    s, o, k = b.x.shape[2], b.g.shape[4], b.x.shape[3]
+    s, o, k = b.positions, b.g.shape[4], b.features
     if s == 1:
         return (b.g.square().sum((0, 4)) * b.x.square().sum(3)).sum((1, 2))
     if s * (o + k) < o * k:  # ‖Σ_s g xᵀ‖² = Σ_st (g gᵀ)(x xᵀ): the Gram matrices are smaller than the gradient
@@ -175,7 +184,7 @@ def sample_norms(b: Bound) -> Tensor:
 
 def condenses(b: Bound) -> bool:
     """Whether sums of squares need no more of the vectors than `condensed` leaves."""
-    return isinstance(b.form, Outer) and b.x.shape[2] == 1 and may_overwrite()
+    return isinstance(b.form, Outer) and b.positions == 1 and may_overwrite()
 
 
 def condensed(b: Bound) -> Bound:
@@ -183,15 +192,15 @@ def condensed(b: Bound) -> Bound:
     return replace(b, g=b.g.square().sum(0, keepdim=True).sqrt())
 
 
-def _blocks(b: Bound) -> Iterator[tuple[slice, slice]]:
-    """Vectors and samples whose gradients [m, q, v, o, k] are formed together, so that they stay in cache."""
-    v, n, q, _, o = b.g.shape
-    one = max(1, q * o * b.x.shape[3] * b.g.element_size())
-    vectors = max(1, min(v, BLOCK_BYTES // one))
-    samples = max(1, min(n, BLOCK_BYTES // (one * vectors)))
-    for i in range(0, v, vectors):
-        for j in range(0, n, samples):
-            yield slice(i, min(i + vectors, v)), slice(j, min(j + samples, n))
+def _blocks(b: Bound) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Samples, vectors and inputs x whose gradients [m, q, v, o, k] are formed together, so that they stay in cache."""
+    v, _, q, _, o = b.g.shape
+    one = max(1, q * o * b.features)
+    size = max(1, min(v, BLOCK_BYTES // (one * b.g.element_size())))
+    for samples in sample_blocks(b, one * size):
+        x = b.part(samples)
+        for i in range(0, v, size):
+            yield samples, slice(i, min(i + size, v)), x
 
 
 def _same_row(b: Bound) -> Tensor:

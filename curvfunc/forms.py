@@ -12,8 +12,9 @@ A new layer says which form it has. Every quantity is a contraction of forms: th
 Axes: ``n`` sample, ``v`` backpropagated vector, ``q`` group, ``s`` shared position, ``o``/``k`` features out/in.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ __all__ = [
     "Direct",
     "Form",
     "Outer",
+    "Parts",
     "Products",
     "Rows",
     "Through",
@@ -35,18 +37,23 @@ __all__ = [
     "bind_products",
     "direct",
     "flat_vectors",
+    "inputs_of",
     "is_flat",
     "join",
     "merge",
     "outer",
     "per_sample",
     "rows_of",
+    "sample_blocks",
     "scatter",
     "sum_to_shape",
     "sums_positions",
     "total",
     "transposed",
 ]
+
+# Results that are larger than the cache are formed and reduced in blocks of samples of about this size.
+BLOCK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ class Outer:
         inputs_first: Whether the parameter's axes are those of x before those of g, as in x @ W.
         sum_positions: Whether the Kronecker output factor sums g over s first (the convention of convolutions).
         moment: Gives Σ_ns x xᵀ [k, k] of a single group, where that takes less than x.
+        part: Gives x of some samples, where x is larger than what it is made of, and no wider than the output.
     """
 
     inputs: Callable[[], Tensor]
@@ -70,6 +78,7 @@ class Outer:
     inputs_first: bool = False
     sum_positions: bool = False
     moment: Callable[[], Tensor] | None = None
+    part: Callable[[slice], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,16 +129,62 @@ class Products:
 Form = Outer | Rows | Direct | Through
 
 
+class Parts:
+    """x of an `Outer` use that is made when it is needed, and only once as a whole."""
+
+    def __init__(self, form: Outer) -> None:
+        self._form = form
+        self._whole: Tensor | None = None
+
+    def whole(self) -> Tensor:
+        """All of it."""
+        if self._whole is None:
+            self._whole = self._form.inputs()
+        return self._whole
+
+    def of(self, samples: slice) -> Tensor:
+        """That of some samples."""
+        part = self._form.part
+        return self.whole()[samples] if self._whole is not None or part is None else part(samples)
+
+
 @dataclass(frozen=True)
 class Bound:
-    """A form with its tensors: g and x for `Outer`, g and i for `Rows`; for `Direct`, g is the gradient itself."""
+    """A form with its tensors: g and x for `Outer`, g and i for `Rows`; for `Direct`, g is the gradient itself.
+
+    Attributes:
+        form: The form.
+        g: What the cotangent is mapped to.
+        inputs: x or i, or where to get it.
+    """
 
     form: Form | Products
     g: Tensor
-    x: Tensor
+    inputs: Tensor | Parts
+
+    @property
+    def x(self) -> Tensor:
+        """What the form takes from the forward pass."""
+        return self.inputs.whole().to(self.g.dtype) if isinstance(self.inputs, Parts) else self.inputs
+
+    def part(self, samples: slice) -> Tensor:
+        """x of some samples."""
+        return self.inputs.of(samples).to(self.g.dtype) if isinstance(self.inputs, Parts) else self.inputs[samples]
+
+    @property
+    def positions(self) -> int:
+        """Number of shared positions s of an `Outer` use."""
+        return self.g.shape[3]
+
+    @property
+    def features(self) -> int:
+        """Number of input features k of an `Outer` use."""
+        if isinstance(self.inputs, Tensor):
+            return self.inputs.shape[3]
+        return self.form.shape.numel() // max(1, self.g.shape[2] * self.g.shape[4])  # type: ignore[union-attr]
 
 
-def bind(form: Form, cotangent: Tensor, inputs: Callable[[Form], Tensor]) -> Bound:
+def bind(form: Form, cotangent: Tensor, inputs: Callable[[Form], Tensor | Parts]) -> Bound:
     """The form with its tensors, in at least single precision: low precision is not enough for sums of squares."""
     if isinstance(form, Through):
         return direct(form.pullback(per_sample(bind(form.form, cotangent, inputs))))
@@ -137,6 +192,8 @@ def bind(form: Form, cotangent: Tensor, inputs: Callable[[Form], Tensor]) -> Bou
     if isinstance(form, Direct):
         return Bound(form, g, g)
     x = inputs(form)
+    if isinstance(x, Parts):
+        return Bound(form, g, x)
     if isinstance(form, Rows):
         none = x < 0  # these positions get a row of their own, which is dropped
         return Bound(form, g.masked_fill(none.unsqueeze(-1), 0), x.masked_fill(none, form.shape[0]))
@@ -144,6 +201,11 @@ def bind(form: Form, cotangent: Tensor, inputs: Callable[[Form], Tensor]) -> Bou
         dtype = torch.promote_types(g.dtype, x.dtype)
         g, x = g.to(dtype), _wide(x.to(dtype))
     return Bound(form, g, x)
+
+
+def inputs_of(form: Any) -> Tensor | Parts:
+    """What a form takes from the forward pass, for `bind`."""
+    return Parts(form) if isinstance(form, Outer) and form.part is not None else form.inputs()
 
 
 def bind_products(form: Outer, cotangent: Tensor, moment: Tensor) -> Bound:
@@ -180,7 +242,7 @@ def merge(parts: list[Bound]) -> Bound:
 
 def _features(b: Bound) -> tuple[object, ...]:
     if isinstance(b.form, Outer):
-        return Outer, b.form.arrange, b.form.inputs_first, b.x.shape[1], b.x.shape[3], b.g.shape[4]
+        return Outer, b.form.arrange, b.form.inputs_first, b.g.shape[2], b.features, b.g.shape[4]
     return (type(b.form),)
 
 
@@ -209,16 +271,26 @@ def per_sample(b: Bound, out: Tensor | None = None) -> Tensor:
         elif out is None and (torch.compiler.is_compiling() or not may_overwrite()):
             result = torch.stack([g.mT @ b.x for g in b.g]) if v > 1 else (b.g[0].mT @ b.x)[None]
         else:
-            k = b.x.shape[3]
-            result = pages.empty(b.g, v, n, q, o, k) if out is None else out.view(v, n, q, o, k)
-            for g, to in zip(b.g, result, strict=True):
-                torch.matmul(g.mT, b.x, out=to)
+            shape = (v, n, q, o, b.features)
+            result = pages.empty(b.g, *shape) if out is None else out.view(shape)
+            for samples in sample_blocks(b):
+                x = b.part(samples)
+                for g, to in zip(b.g[:, samples], result[:, samples], strict=True):
+                    torch.matmul(g.mT, x, out=to)
         return arranged(b, result) if out is None else out
     if isinstance(b.form, Rows):
         result = scatter(b.g, b.x.expand(b.g.shape[:-1]), b.form.shape[0])
     else:
         result = b.g if isinstance(b.form, Direct) else per_sample(b)
     return result if out is None else out.copy_(result)
+
+
+def sample_blocks(b: Bound, each: int = 0) -> Iterator[slice]:
+    """Samples that go together, so that their inputs, and ``each`` entries per sample besides, stay in cache."""
+    n, q, s = b.g.shape[1:4]
+    size = BLOCK_BYTES // max(1, max(each, q * s * b.features) * b.g.element_size())
+    for j in range(0, n, max(1, size)):
+        yield slice(j, min(j + max(1, size), n))
 
 
 def is_flat(b: Bound) -> bool:
@@ -250,9 +322,9 @@ def total(b: Bound) -> Tensor:
     """The gradient, Σ_n of the only vector: all samples are treated as one."""
     if isinstance(b.form, Outer):
         g, x = b.g.transpose(1, 2).flatten(2, 3).unsqueeze(1), b.x.transpose(0, 1).flatten(1, 2).unsqueeze(0)
-        return per_sample(replace(b, g=g, x=x))[0, 0]
+        return per_sample(replace(b, g=g, inputs=x))[0, 0]
     if isinstance(b.form, Rows):
-        return per_sample(replace(b, g=b.g.flatten(1, 2).unsqueeze(1), x=b.x.flatten().unsqueeze(0)))[0, 0]
+        return per_sample(replace(b, g=b.g.flatten(1, 2).unsqueeze(1), inputs=b.x.flatten().unsqueeze(0)))[0, 0]
     return b.g[0].sum(0)
 
 

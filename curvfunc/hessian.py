@@ -23,7 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvfunc.contractions import sample_squares, squared_inputs, squares, weighted_sample_squares, weighted_squares
 from curvfunc.cotangents import CHUNK_BYTES
-from curvfunc.forms import Bound, Outer, bind, merge
+from curvfunc.forms import Bound, Outer, Parts, bind, inputs_of, merge
 from curvfunc.hessian_products import HessianProducts
 from curvfunc.observer import without_fallback_warnings
 from curvfunc.residuals import Curvature, Meeting, Residual
@@ -114,12 +114,12 @@ class _Columns:
     trace: Trace
     chunk_size: int | None
     differentiable: bool
-    prepared: dict[int, Tensor] = field(default_factory=dict)
+    prepared: dict[int, Tensor | Parts] = field(default_factory=dict)
 
-    def inputs(self, form: Any) -> Tensor:
+    def inputs(self, form: Any) -> Tensor | Parts:
         """What a form takes from the forward pass, prepared once."""
         if id(form) not in self.prepared:
-            self.prepared[id(form)] = form.inputs()
+            self.prepared[id(form)] = inputs_of(form)
         return self.prepared[id(form)]
 
     def uses(self, targets: int) -> dict[int, list[int]]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from curvfunc.forms import Outer, Through, arranged, bind, per_sample
+from curvfunc.forms import Outer, Parts, Through, arranged, bind, per_sample
 from curvfunc.observer import without_fallback_warnings
 from curvfunc.residuals import is_affine
 from curvfunc.sites import Trace
@@ -39,7 +39,7 @@ class HessianProducts:
 
     trace: Trace
     gradient: Tensor
-    inputs: Callable[[Any], Tensor]
+    inputs: Callable[[Any], Tensor | Parts]
     chunks: Callable[[int, int], list[tuple[int, int]]]
     differentiable: bool
     _cotangents: dict[int, Tensor] = field(default_factory=dict)

@@ -3,9 +3,10 @@
 For an operation with a rule it keeps a site; on the plain path it follows the sample axis from tensor to tensor.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,10 +29,21 @@ CONSTANT = -2  # a tensor that requires grad and depends on no sample: parameter
 
 
 class Observer(TorchFunctionMode):
-    """Records sites, generic parameters and the sample axis. ``level`` is the vmap level, None on the plain path."""
+    """Records sites, generic parameters and the sample axis. ``level`` is the vmap level, None on the plain path.
 
-    def __init__(self, tracked: dict[int, Tensor], level: int | None, samples: int, layouts: Layouts | None = None) -> None:
+    Functions in ``faster`` are replaced by those that do the same in less time.
+    """
+
+    def __init__(
+        self,
+        tracked: dict[int, Tensor],
+        level: int | None,
+        samples: int,
+        layouts: Layouts | None = None,
+        faster: Mapping[Any, Any] = MappingProxyType({}),
+    ) -> None:
         super().__init__()
+        self.faster = faster
         self.layouts = layouts
         if layouts is not None:
             layouts.clear()
@@ -60,7 +72,7 @@ class Observer(TorchFunctionMode):
         if used and func in RULES and not any(map(self._sampled, tensors)):
             args, kwargs = (self._repeated(a) for a in (args, kwargs))
             tensors = tensors_in(args, kwargs)
-        run = _embedding if func is F.embedding and self.level is not None else func
+        run = _embedding if func is F.embedding and self.level is not None else self.faster.get(func, func)
         out = run(*args, **kwargs) if self.layouts is None else self._laid_out(self.layouts, func, run, args, kwargs, tensors)
         if used and _tensor_in(out):
             if not self._derive(func, tensors, out, used):

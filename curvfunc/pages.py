@@ -1,8 +1,12 @@
-"""Memory for large results on CPU, in huge pages where the system has them on request.
+"""Memory on CPU, which costs more than the arithmetic that fills it wherever it is new.
 
-Tensors above the allocator's largest threshold come from memory that is new each time. The system hands it out page by page,
-filled with zeros, which costs more than the arithmetic that writes results there: with pages of 4 KiB some 3 GB/s were
-measured, with huge ones 17 GB/s, and 25 GB/s where the memory was there before.
+The system hands out new memory page by page, filled with zeros: with pages of 4 KiB some 3 GB/s were measured, with huge ones
+17 GB/s, and 25 GB/s where the memory was there before. So
+
+- large results come from huge pages, where the system has them on request;
+- everything below comes from memory that the process has already. glibc maps and unmaps each block above a threshold, and
+  gives back what is free above twice that; it raises the threshold to the largest block that was ever freed, up to 32 MiB.
+  One such block, freed when curvfunc is imported, has later ones stay: 10 to 25 % of the time of a step on a small CNN.
 """
 
 import ctypes
@@ -19,6 +23,8 @@ __all__ = ["empty", "is_large", "may_overwrite"]
 
 # From here on glibc always maps new memory (its DEFAULT_MMAP_THRESHOLD_MAX).
 LEAST_BYTES = 1 << 25
+
+torch.empty(LEAST_BYTES - 2 * mmap.PAGESIZE, dtype=torch.uint8)  # freed at once, and never touched
 
 
 def empty(like: Tensor, *shape: int) -> Tensor:

@@ -53,10 +53,15 @@ LARGEST_BLOCK = 1 << 15
 
 
 class Prepared:
-    """What forms take from the forward pass, prepared once."""
+    """What forms take from the forward pass, prepared once.
 
-    def __init__(self) -> None:
-        self._inputs: dict[tuple[int, bool], Tensor] = {}
+    Attributes:
+        whole: Whether inputs are made as a whole at once, since more than one chunk of columns meets them.
+    """
+
+    def __init__(self, whole: bool = False) -> None:
+        self.whole = whole
+        self._inputs: dict[tuple[int, bool], Any] = {}
 
     def bind(self, form: Form, g: Tensor, products: bool) -> Bound:
         """A form with its tensors; with products of its inputs in place of these, if they will do and it has them."""
@@ -69,10 +74,10 @@ class Prepared:
         self._inputs.pop((id(form), True), None)
         self._inputs.pop((id(form), False), None)
 
-    def _of(self, form: Any) -> Tensor:
-        return self._once(form, False, form.inputs)
+    def _of(self, form: Any) -> Any:
+        return self._once(form, False, form.inputs if self.whole else partial(forms.inputs_of, form))
 
-    def _once(self, form: Form, products: bool, prepare: Callable[[], Tensor]) -> Tensor:
+    def _once(self, form: Form, products: bool, prepare: Callable[[], Any]) -> Any:
         if (id(form), products) not in self._inputs:
             self._inputs[id(form), products] = prepare()
         return self._inputs[id(form), products]
@@ -146,7 +151,9 @@ class BackwardPass:
             for i, t in zip(others, totals, strict=True):
                 found["total"][i].append(t)
         else:
-            for start, stop in chunks(root.num, trace, self.chunk_size):
+            ranges = chunks(root.num, trace, self.chunk_size)
+            self.prepared.whole |= len(ranges) > 1
+            for start, stop in ranges:
                 gs, totals = pull(
                     trace,
                     self._columns(root, start, stop),
@@ -230,7 +237,7 @@ def contracted(names: Sequence[str], bound: Bound, first: bool, only: bool, buff
         ``{name: part}``, where a part is a use if all chunks are to be contracted together.
     """
     found: dict[str, Any] = {}
-    if isinstance(bound.form, Outer) and bound.x.shape[2] > 1 and len(shared := [n for n in names if n in FORMED]) > 1:
+    if isinstance(bound.form, Outer) and bound.positions > 1 and len(shared := [n for n in names if n in FORMED]) > 1:
         found = contractions.formed(bound, shared)
     for n in names:
         contract, how = CONTRACTIONS[n]

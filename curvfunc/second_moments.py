@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from curvfunc.contractions import BLOCK_BYTES
-from curvfunc.forms import Bound, Direct, Outer, Products, Rows, flat_vectors, per_sample, scatter, sums_positions
+from curvfunc.forms import BLOCK_BYTES, Bound, Direct, Outer, Products, Rows, flat_vectors, per_sample, scatter, sums_positions
 from curvfunc.pages import may_overwrite
 
 __all__ = ["InputFactor", "gram", "input_factor", "output_factor", "second_moment"]
@@ -21,7 +20,7 @@ def gram(b: Bound) -> Tensor:
     """Inner products of the gradients, [v, n, v, n]."""
     v, n = b.g.shape[:2]
     if isinstance(b.form, Outer):
-        s, o, k = b.x.shape[2], b.g.shape[4], b.x.shape[3]
+        s, o, k = b.positions, b.g.shape[4], b.features
         # ⟨Σ_s g xᵀ, Σ_t h yᵀ⟩ = Σ_st (g hᵀ)(x yᵀ) costs v² n² s² o + n² s² k, the gradients themselves v n s o k + v² n² o k
         if s * s * (v * v * o + k) * n <= (s + v * n) * v * o * k:
             return _gram_of_positions(b)
@@ -49,7 +48,7 @@ def _gram_of_positions(b: Bound) -> Tensor:
 def _gram_of_gradients(b: Bound) -> Tensor:
     """Inner products of the gradients, formed for one block of output features at a time."""
     v, n, q, s, o = b.g.shape
-    size = max(1, 8 * BLOCK_BYTES // (v * n * q * b.x.shape[3] * b.g.element_size()))
+    size = max(1, 8 * BLOCK_BYTES // (v * n * q * b.features * b.g.element_size()))
     total = None
     for j in range(0, o, size):
         g = b.g[..., j : j + size].mT  # [v, n, q, j, s]

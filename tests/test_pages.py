@@ -1,6 +1,10 @@
 """Memory of large results: advice to the system, and results of the shim in the memory of those that they replace."""
 
 import mmap
+import os
+import platform
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +18,33 @@ from torch._dynamo.backends.common import aot_autograd
 import curvfunc
 from curvfunc import pages
 from curvfunc.compat import backpack, extend, extensions, memory
+
+# -- memory that stays
+
+FAULTS = """
+import resource, sys, torch
+if sys.argv[1] == "with":
+    import curvfunc
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+kept = [torch.ones(1 << 18) for _ in range(4)]
+before = faults()
+for _ in range(10):
+    torch.ones(5 << 20)  # 20 MiB, 5120 pages
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have their own ways")
+def test_memory_that_is_freed_is_used_again() -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+
+    def count(curvfunc: str) -> int:
+        run = [sys.executable, "-c", FAULTS, curvfunc]
+        return int(subprocess.run(run, capture_output=True, text=True, check=True, env=environment).stdout)
+
+    assert count("with") < 2 * 5120
+    assert count("without") > 5 * 5120  # else there is nothing to gain
+
 
 # -- huge pages
 

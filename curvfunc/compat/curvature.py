@@ -76,9 +76,10 @@ def _pulled(
     root = cotangent.root(call.loss, out, call.y, None)
     found: dict[tuple[int, int, str], list[Any]] = {}  # by parameter, extension and contraction
     memory: dict[tuple[int, int], dict[str, Tensor]] = {}
-    prepared, names = Prepared(), [name for _, spec in group for name in spec.contractions]
+    names = [name for _, spec in group for name in spec.contractions]
     products = takes_products(names) and all(ext.get_subsampling() is None for ext, _ in group)
     ranges = chunks(root.num, graph.trace, None)
+    prepared = Prepared(whole=len(ranges) > 1)
     for start, stop in ranges:
         uses: dict[int, list[tuple[Form, Tensor]]] = {}
         for i, form, g in graph.pull(root.columns(start, stop).to(call.out.dtype), create_graph):

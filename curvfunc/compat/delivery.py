@@ -28,7 +28,7 @@ from curvfunc.compat.memory import earlier
 from curvfunc.compat.notes import LossCall, ModuleUse, Region, RegionOutput
 from curvfunc.compute import Quantity
 from curvfunc.cotangents import pull
-from curvfunc.forms import Bound, Direct, bind, merge
+from curvfunc.forms import Bound, Direct, bind, inputs_of, merge
 from curvfunc.passes import contracted
 from curvfunc.sites import Trace
 
@@ -149,7 +149,7 @@ class Pass:
         g = g.reshape(site.shape).movedim(site.axis, 0).unsqueeze(0)
         for i, form in site.forms.items():
             if self.first_order:
-                bound = bind(form, g, _inputs)
+                bound = bind(form, g, inputs_of)
                 self._take(region, i, _owned(bound, cotangent) if self.returns_gradients else bound)
             count = self.counts[region, i] = self.counts.get((region, i), 0) + 1
             if count == region.uses[i]:
@@ -164,7 +164,7 @@ class Pass:
             gs, _ = pull(trace, cotangent[None], create_graph=self.create_graph, retain_graph=True)
             for site, g in zip(trace.sites, gs, strict=True):
                 for i, form in site.forms.items():
-                    self._take(region, i, bind(form, g, _inputs))
+                    self._take(region, i, bind(form, g, inputs_of))
         region.uses = dict.fromkeys(range(len(region.params)), 1)
         for i in range(len(region.params)):
             self._complete(region, i)
@@ -313,7 +313,7 @@ def select(b: Bound, subsampling: Sequence[int] | None) -> Bound:
     if subsampling is None:
         return b
     g = b.g[:, list(subsampling)]
-    return replace(b, g=g, x=g if isinstance(b.form, Direct) else b.x[list(subsampling)])
+    return replace(b, g=g, inputs=g if isinstance(b.form, Direct) else b.x[list(subsampling)])
 
 
 def first_order(spec: Quantity, b: Bound, memory: dict[str, Tensor] | None = None) -> Any:
@@ -338,7 +338,3 @@ def _owned(b: Bound, cotangent: Tensor) -> Bound:
         g = b.g.clone()
         return Bound(b.form, g, g)
     return b
-
-
-def _inputs(form: Any) -> Tensor:
-    return form.inputs()

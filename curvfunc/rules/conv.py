@@ -36,10 +36,10 @@ def conv(
     """x [n, *b, c, *space], g [v, n, *b, o, *space]; a batch axis b inside one sample joins the shared positions."""
     dims = weight.ndim - 2 - ("weight" in use.sampled)  # a weight that is data has its samples first
 
-    def inputs() -> Tensor:
-        x = input.reshape(-1, *input.shape[-dims - 1 :])
-        patches = unfold(x, weight.shape[2:], stride, padding, dilation)  # [n b, c k, s]
-        return _grouped(patches.unflatten(0, (input.shape[0], -1)), groups)
+    def inputs(samples: slice = slice(None)) -> Tensor:
+        some = input[samples]
+        patches = unfold(some.reshape(-1, *some.shape[-dims - 1 :]), weight.shape[2:], stride, padding, dilation)
+        return _grouped(patches.unflatten(0, (some.shape[0], -1)), groups)  # of [n, b, c k, s]
 
     def cotangent(g: Tensor) -> Tensor:
         return _grouped(g.reshape(*g.shape[:2], -1, g.shape[-dims - 1], math.prod(g.shape[-dims:])), groups)
@@ -50,7 +50,13 @@ def conv(
 
     whole = groups == 1 and "weight" not in use.sampled and input.numel() > 0
     shared = whole and moment_pays(input.shape, weight.shape[2:], stride, padding, dilation)
-    outer = Outer(inputs, cotangent, weight.shape, sum_positions=True, moment=moment if shared else None)
+    made = math.prod(weight.shape[2:]) > 1 and "weight" not in use.sampled
+    outer = Outer(
+        *(inputs, cotangent, weight.shape),
+        sum_positions=True,
+        moment=moment if shared else None,
+        part=inputs if made else None,
+    )
     forms: dict[str, Form] = {"weight": outer}
     if bias is not None:
         forms["bias"] = Direct(cotangent=lambda g: _sum_positions(g, dims), shape=bias.shape)
