@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from curvfunc import pages
 from curvfunc.forms import BLOCK_BYTES, Bound, Direct, Outer, Products, Rows, flat_vectors, per_sample, scatter, sums_positions
 from curvfunc.pages import may_overwrite
 
@@ -110,17 +111,32 @@ def second_moment(x: Tensor, scale: float = 1.0) -> Tensor:
     k, m = x.shape
     if not may_overwrite():
         return x @ x.mT * scale
-    zero = x.new_zeros(1)
     if k < 256 or m < 512 or x.device.type != "cpu":
-        return torch.addmm(zero, x, x.mT, beta=0, alpha=scale)
+        if pages.is_large((k, k), x):
+            return _large_moment(x, scale) if torch.compiler.is_compiling() else _scaled_product(x, scale)
+        return torch.addmm(x.new_zeros(1), x, x.mT, beta=0, alpha=scale)
     edges = [*range(0, k, -(-k // 4)), k]
     if torch.compiler.is_compiling():  # where slices are not written in place
         return _mirrored([scale * (x[a:b] @ x[a:].mT) for a, b in pairwise(edges)], edges)
-    result = x.new_empty(k, k)
+    zero, result = x.new_zeros(1), pages.empty(x, k, k)
     for start, stop in pairwise(edges):
         torch.addmm(zero, x[start:stop], x[start:].mT, beta=0, alpha=scale, out=result[start:stop, start:])
         result[stop:, start:stop] = result[start:stop, stop:].mT
     return result
+
+
+def _scaled_product(x: Tensor, scale: float) -> Tensor:
+    return torch.addmm(x.new_zeros(1), x, x.mT, beta=0, alpha=scale, out=pages.empty(x, len(x), len(x)))
+
+
+@torch.library.custom_op("curvfunc::large_moment", mutates_args=())
+def _large_moment(x: Tensor, scale: float) -> Tensor:
+    return _scaled_product(x, scale)
+
+
+@_large_moment.register_fake
+def _(x: Tensor, scale: float) -> Tensor:
+    return x.new_empty(len(x), len(x))
 
 
 def _mirrored(upper: list[Tensor], edges: list[int]) -> Tensor:
