@@ -10,12 +10,13 @@ Axes as in `curvfunc.forms`, with ``c`` for the columns and ``v`` for the vector
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvfunc.forms import Bound, Outer, Rows, arranged, direct, flat_vectors, per_sample, scatter
+from curvfunc.forms import Bound, Direct, Outer, Rows, arranged, direct, flat_vectors, per_sample, scatter
 
 __all__ = ["Block", "condensed"]
 
@@ -44,9 +45,12 @@ class Block:
     @classmethod
     def of(cls, b: Bound, weights: Tensor | None) -> "Block":
         """Of uses that may be `condensed`, without anything of the forward pass but its inputs."""
-        form = replace(b.form, cotangent=_gone)  # type: ignore[arg-type]
-        if isinstance(form, (Outer, Rows)):
-            form = replace(form, inputs=_gone)
+        given: dict[str, Any] = {"inputs": _gone}
+        if isinstance(b.form, Direct):
+            given = {"sums": None}
+        elif isinstance(b.form, Outer):
+            given |= {"part": None, "moment": None}
+        form: Any = replace(b.form, cotangent=_gone, **given)  # type: ignore[arg-type]
         g = b.g.detach()
         return cls(Bound(form, g, g if b.x is b.g else b.x.detach()), weights)
 

@@ -10,9 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from curvfunc import pages
+from curvfunc import forms, pages
 from curvfunc.forms import (
-    BLOCK_BYTES,
     Bound,
     Direct,
     Outer,
@@ -196,7 +195,7 @@ def _blocks(b: Bound) -> Iterator[tuple[slice, slice, Tensor]]:
     """Samples, vectors and inputs x whose gradients [m, q, v, o, k] are formed together, so that they stay in cache."""
     v, _, q, _, o = b.g.shape
     one = max(1, q * o * b.features)
-    size = max(1, min(v, BLOCK_BYTES // (one * b.g.element_size())))
+    size = max(1, min(v, forms.BLOCK_BYTES // (one * b.g.element_size())))
     for samples in sample_blocks(b, one * size):
         x = b.part(samples)
         for i in range(0, v, size):

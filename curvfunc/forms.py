@@ -98,10 +98,18 @@ class Rows:
 
 @dataclass(frozen=True)
 class Direct:
-    """A per-sample gradient [v, n, *shape], made by ``cotangent`` from the output's cotangent [v, n, ...]."""
+    """A per-sample gradient [v, n, *shape], made by ``cotangent`` from the output's cotangent [v, n, ...].
+
+    Attributes:
+        cotangent: Maps the cotangent of the operation's output [v, n, ...] to the gradient [v, n, *shape].
+        shape: Shape of the parameter.
+        sums: The use at the same operation for which it is Σ_s g, with the features [q o] in their order: a bias and its
+            weight share a Kronecker factor.
+    """
 
     cotangent: Callable[[Tensor], Tensor]
     shape: torch.Size
+    sums: Outer | None = None
 
 
 @dataclass(frozen=True)

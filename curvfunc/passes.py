@@ -34,9 +34,11 @@ CONTRACTIONS: dict[str, tuple[Callable[..., Any], str]] = {
     "sample_norms": (contractions.sample_norms, "sum"),
     "gram": (second_moments.gram, "join"),  # products of columns from different chunks: contracted once all are there
 }
+SHARED: dict[str, str | None] = {}  # contractions that a bias has in common with its weight, and their approximation
 for approximation in (None, "expand", "reduce"):
     suffix = f"_{approximation}" if approximation else ""
     CONTRACTIONS["output_factor" + suffix] = (partial(second_moments.output_factor, approximation=approximation), "sum")
+    SHARED["output_factor" + suffix] = approximation
     CONTRACTIONS["input_factor" + suffix] = (partial(second_moments.input_factor, approximation=approximation), "first")
 
 # Contractions of first order for which gradients are formed where a use has several positions; one pass serves all.
@@ -130,6 +132,7 @@ class BackwardPass:
         summed = {i for i, mine in enumerate(uses) if "total" in names and per_site and _forms_gradients(mine)}
         others = [i for i in range(len(leaves)) if "total" in names and i not in summed]
         found: dict[str, list[list[Any]]] = {n: [[] for _ in leaves] for n in names}
+        factors: dict[int, dict[Any, Tensor]] = {}  # by chunk
 
         def contract(i: int, bounds: list[Bound], start: int, stop: int) -> None:
             if bounds:
@@ -139,7 +142,8 @@ class BackwardPass:
             wanted = [*per_site, "total"] if i in summed else per_site
             buffers = {n: buffer[i][start:stop] if n == "per_sample" else buffer[i] for n, buffer in outs.items()}
             check_block(wanted, bound, f"parameter {self.names[i]!r}")
-            for n, part in contracted(wanted, bound, start == 0, stop - start == root.num, buffers).items():
+            only = stop - start == root.num
+            for n, part in contracted(wanted, bound, start == 0, only, buffers, factors.setdefault(start, {})).items():
                 keep(found[n][i], part, CONTRACTIONS[n][1])
 
         derived = any(isinstance(form, Through) for mine in uses for _, form in mine)  # have a pullback to come
@@ -168,6 +172,7 @@ class BackwardPass:
                 for i, mine in enumerate(uses) if per_site else ():
                     products = len(mine) == 1 and takes_products(per_site)
                     contract(i, [self._bind(site, form, at[site], products) for site, form in mine], start, stop)
+                factors.clear()
         results = {n: [combine(n, f, outs[n][i] if n in outs else None) for i, f in enumerate(found[n])] for n in names}
         for n in ("per_sample", "total"):  # in low precision, sums of squares stay in single precision
             if n in results:
@@ -223,7 +228,14 @@ class BackwardPass:
         return self.prepared.bind(form, g, products)
 
 
-def contracted(names: Sequence[str], bound: Bound, first: bool, only: bool, buffers: dict[str, Tensor]) -> dict[str, Any]:
+def contracted(
+    names: Sequence[str],
+    bound: Bound,
+    first: bool,
+    only: bool,
+    buffers: dict[str, Tensor],
+    factors: dict[Any, Tensor] | None = None,
+) -> dict[str, Any]:
     """The contractions of one chunk of columns for one parameter.
 
     Args:
@@ -232,6 +244,7 @@ def contracted(names: Sequence[str], bound: Bound, first: bool, only: bool, buff
         first: Whether this is the first chunk.
         only: Whether there is no other.
         buffers: Memory for some of the results.
+        factors: Output factors of this chunk so far, for those that share them.
 
     Returns:
         ``{name: part}``, where a part is a use if all chunks are to be contracted together.
@@ -249,6 +262,9 @@ def contracted(names: Sequence[str], bound: Bound, first: bool, only: bool, buff
             found[n] = contractions.condensed(bound)
         elif n == "total" and "per_sample" in found:
             found[n] = found["per_sample"][0].sum(0)
+        elif n in SHARED and factors is not None and (key := second_moments.shared_factor(bound, SHARED[n])) is not None:
+            known = factors.get((key, n))  # a copy, since whoever gets the results may change them
+            found[n] = factors[key, n] = contract(bound) if known is None else known.clone()
         elif n in buffers and (first or n == "per_sample"):
             found[n] = _into(contract, bound, buffers[n])
         else:

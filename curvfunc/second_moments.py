@@ -14,7 +14,7 @@ from curvfunc import pages
 from curvfunc.forms import BLOCK_BYTES, Bound, Direct, Outer, Products, Rows, flat_vectors, per_sample, scatter, sums_positions
 from curvfunc.pages import may_overwrite
 
-__all__ = ["InputFactor", "gram", "input_factor", "output_factor", "second_moment"]
+__all__ = ["InputFactor", "gram", "input_factor", "output_factor", "second_moment", "shared_factor"]
 
 
 def gram(b: Bound) -> Tensor:
@@ -67,12 +67,22 @@ def output_factor(b: Bound, approximation: str | None = None) -> Tensor:
     given, for convolutions.
     """
     if isinstance(b.form, Direct):
-        g = flat_vectors(b.g).flatten(0, 1)
-        return g.mT @ g
+        return second_moment(flat_vectors(b.g).flatten(0, 1).mT)
     g = b.g if isinstance(b.form, Rows) else b.g.transpose(2, 3).flatten(3)  # [v, n, s, q o]
     if approximation == "reduce" or (approximation is None and sums_positions(b)):
         g = g.sum(2, keepdim=True)
     return second_moment(g.flatten(0, 2).mT)
+
+
+def shared_factor(b: Bound, approximation: str | None = None) -> int | None:
+    """What uses with the same output factor have in common: a weight and the bias that is Σ_s g of it."""
+    if isinstance(b.form, Direct):
+        return None if b.form.sums is None else id(b.form.sums)
+    form = b.form.form if isinstance(b.form, Products) else b.form
+    if not isinstance(form, Outer):
+        return None
+    summed = approximation == "reduce" or (approximation is None and form.sum_positions)
+    return id(form) if summed or b.positions == 1 else None
 
 
 class InputFactor(NamedTuple):

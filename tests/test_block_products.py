@@ -198,11 +198,12 @@ def test_products_keep_no_graph(extension: Any) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.conv, self.last = nn.Linear(4, 6), nn.ConvTranspose1d(2, 2, 2), nn.Linear(8, C)
+            self.first, self.up, self.down = nn.Linear(4, 2), nn.ConvTranspose1d(2, 2, 2), nn.Conv1d(2, 2, 2)
+            self.last = nn.Linear(2, C)
 
         def forward(self, x: Tensor) -> Tensor:
             h = self.first(Marked.apply(x, marks.pop()) if marks else x)
-            return self.last(F.relu(self.conv(h.unflatten(1, (2, 3))).flatten(1)))
+            return self.last(F.relu(self.down(self.up(h.unsqueeze(2)))).flatten(1))
 
     marks = [mark]
     model, loss_fn = extend(Net()), extend(nn.CrossEntropyLoss())

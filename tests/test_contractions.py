@@ -5,11 +5,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_close
-from torch import Tensor
+from torch import Tensor, nn
 
-from curvfunc import contractions
+import curvfunc
+from curvfunc import forms, reference
 from curvfunc.contractions import formed
 from curvfunc.forms import Bound, Outer, per_sample
+from curvfunc.rules import conv
 from curvfunc.second_moments import second_moment
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -40,13 +42,54 @@ def naive(b: Bound, weights: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("v", [1, V])
 @pytest.mark.parametrize("graph", [False, True])
 def test_blocks(monkeypatch: Any, v: int, gradients: int, weighted: bool, graph: bool) -> None:
-    monkeypatch.setattr(contractions, "BLOCK_BYTES", gradients * Q * P * K * 8)
+    monkeypatch.setattr(forms, "BLOCK_BYTES", gradients * Q * P * K * 8)
     b = bound(v)
     weights = torch.randn(v, N) if weighted else torch.ones(v, N)
     names = ["squares", "sample_squares", "sample_norms", *(["total"] if v == 1 else [])]
     with torch.set_grad_enabled(graph):
         found = formed(b, names, weights if weighted else None)
     assert_close(found, {name: naive(b, weights)[name] for name in names})
+
+
+@pytest.mark.parametrize("samples", [1, 100])  # whose patches fit into a block
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_patches_in_parts(samples: int, chunk_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of convolutions, made for a block of samples at a time if one chunk of columns meets them, as a whole else."""
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 6, 2, stride=2, groups=2), nn.Flatten())
+    model_fn, params = curvfunc.functionalize(nn.Sequential(net, nn.Linear(54, 3)))
+    X, y = torch.randn(5, 2, 6, 6), torch.arange(5) % 3
+    made: list[int] = []
+    unfold = conv.unfold
+    monkeypatch.setattr(conv, "unfold", lambda x, *args: (made.append(len(x)), unfold(x, *args))[1])
+    monkeypatch.setattr(forms, "BLOCK_BYTES", samples * 8 * 36 * 18)
+    for quantity in ("batch_grad", "variance", "diag_ggn", "sqrt_ggn", "batch_l2"):
+        made.clear()
+        got = getattr(curvfunc, quantity)(model_fn, params, X, y, chunk_size=chunk_size)
+        whole = samples == 100 or (chunk_size == 1 and "ggn" in quantity)
+        assert (max(made) == 5) == whole
+        assert_close(got, getattr(reference, quantity)(model_fn, params, X, y), rtol=1e-10)
+
+
+def test_a_bias_has_a_factor_of_its_own() -> None:
+    """It is that of the weight, but may be changed without it."""
+    layers = nn.Conv1d(2, 4, 2, groups=2), nn.Flatten(), nn.Linear(16, 3)
+    model_fn, params = curvfunc.functionalize(nn.Sequential(*layers))
+    X, y = torch.randn(5, 2, 5), torch.arange(5) % 3
+    for factors in (curvfunc.kflr(model_fn, params, X, y), curvfunc.kfac(model_fn, params, X, y, mc_samples=2)):
+        for layer in ("0", "2"):
+            of_weight, of_bias = factors[f"{layer}.weight"][0], factors[f"{layer}.bias"][0]
+            assert torch.equal(of_weight, of_bias)
+            before = of_bias.clone()
+            of_weight.zero_()
+            assert torch.equal(of_bias, before)
+
+
+def test_a_bias_of_shared_positions_has_another_factor() -> None:
+    model_fn, params = curvfunc.functionalize(nn.Sequential(nn.Linear(3, 4), nn.Flatten(), nn.Linear(8, 3)))
+    X, y = torch.randn(5, 2, 3), torch.arange(5) % 3
+    got = curvfunc.kflr(model_fn, params, X, y)
+    assert_close(got, reference.kflr(model_fn, params, X, y), rtol=1e-10)
+    assert not torch.allclose(got["0.weight"][0], got["0.bias"][0])
 
 
 def test_gradients_in_given_memory() -> None:

@@ -84,6 +84,7 @@ def _pulled(
         uses: dict[int, list[tuple[Form, Tensor]]] = {}
         for i, form, g in graph.pull(root.columns(start, stop).to(call.out.dtype), create_graph):
             uses.setdefault(i, []).append((form, g))
+        factors: list[dict[Any, Tensor]] = [{} for _ in group]
         for i in list(uses):
             mine = uses.pop(i)
             bound = merge([prepared.bind(form, g, products and len(mine) == 1) for form, g in mine])
@@ -95,7 +96,8 @@ def _pulled(
                     memory[i, k] = earlier(p, ext.savefield, spec, root.num, samples)
                 whole = memory[i, k]
                 buffers = {name: m[start:stop] if name == "per_sample" else m for name, m in whole.items()}
-                for name, part in contracted(spec.contractions, selected, start == 0, len(ranges) == 1, buffers).items():
+                only = len(ranges) == 1
+                for name, part in contracted(spec.contractions, selected, start == 0, only, buffers, factors[k]).items():
                     keep(found.setdefault((i, k, name), []), part, CONTRACTIONS[name][1])
                 if stop == root.num:  # at once, so that the memory of what was there before can be used again
                     parts = [combine(name, found.pop((i, k, name)), whole.get(name)) for name in spec.contractions]

@@ -59,7 +59,7 @@ def conv(
     )
     forms: dict[str, Form] = {"weight": outer}
     if bias is not None:
-        forms["bias"] = Direct(cotangent=lambda g: _sum_positions(g, dims), shape=bias.shape)
+        forms["bias"] = Direct(lambda g: _sum_positions(g, dims), bias.shape, sums=outer)
     return forms
 
 
@@ -97,9 +97,10 @@ def conv_transpose(
         result = result.unflatten(-1, (shape[0] // groups, -1)).transpose(-3, -2)
         return result.reshape(*result.shape[:-4], *shape)
 
-    forms: dict[str, Form] = {"weight": Outer(inputs, cotangent, shape, arrange, sum_positions=True)}
+    outer = Outer(inputs, cotangent, shape, arrange, sum_positions=True)
+    forms: dict[str, Form] = {"weight": outer}
     if bias is not None:
-        forms["bias"] = Direct(cotangent=lambda g: _sum_positions(g, dims), shape=bias.shape)
+        forms["bias"] = Direct(lambda g: _sum_positions(g, dims), bias.shape, sums=outer)
     return forms
 
 

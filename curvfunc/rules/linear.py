@@ -10,15 +10,10 @@ from curvfunc.rules import rule
 @rule(F.linear, arguments="input weight bias", parameters="weight bias")
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> dict[str, Form]:
     """dW[v,n] = Σ_s g[v,n,s] x[n,s]ᵀ and db[v,n] = Σ_s g[v,n,s]; x [n, *s, i], g [v, n, *s, o]."""
-    forms: dict[str, Form] = {
-        "weight": Outer(
-            inputs=lambda: _positions(input, 1),
-            cotangent=lambda g: _positions(g, 2),
-            shape=weight.shape,
-        )
-    }
+    outer = Outer(inputs=lambda: _positions(input, 1), cotangent=lambda g: _positions(g, 2), shape=weight.shape)
+    forms: dict[str, Form] = {"weight": outer}
     if bias is not None:
-        forms["bias"] = Direct(cotangent=lambda g: g.flatten(2, -2).sum(2) if g.ndim > 3 else g, shape=bias.shape)
+        forms["bias"] = Direct(lambda g: g.flatten(2, -2).sum(2) if g.ndim > 3 else g, bias.shape, sums=outer)
     return forms
 
 
