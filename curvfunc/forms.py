@@ -55,6 +55,9 @@ __all__ = [
 # Results that are larger than the cache are formed and reduced in blocks of samples of about this size.
 BLOCK_BYTES = 1 << 22
 
+# Inputs that have to be made are made for as many samples as take this much.
+PATCHES_BYTES = 1 << 24
+
 
 @dataclass(frozen=True)
 class Outer:
@@ -176,8 +179,12 @@ class Bound:
         return self.inputs.whole().to(self.g.dtype) if isinstance(self.inputs, Parts) else self.inputs
 
     def part(self, samples: slice) -> Tensor:
-        """x of some samples."""
-        return self.inputs.of(samples).to(self.g.dtype) if isinstance(self.inputs, Parts) else self.inputs[samples]
+        """x of some samples; if all of it is small, it is made at once."""
+        if isinstance(self.inputs, Tensor):
+            return self.inputs[samples]
+        if self.g.shape[1:4].numel() * self.features * self.g.element_size() <= PATCHES_BYTES:
+            return self.x[samples]
+        return self.inputs.of(samples).to(self.g.dtype)
 
     @property
     def positions(self) -> int:
@@ -281,7 +288,7 @@ def per_sample(b: Bound, out: Tensor | None = None) -> Tensor:
         else:
             shape = (v, n, q, o, b.features)
             result = pages.empty(b.g, *shape) if out is None else out.view(shape)
-            for samples in sample_blocks(b):
+            for samples in sample_blocks(b, 1):
                 x = b.part(samples)
                 for g, to in zip(b.g[:, samples], result[:, samples], strict=True):
                     torch.matmul(g.mT, x, out=to)
@@ -293,10 +300,13 @@ def per_sample(b: Bound, out: Tensor | None = None) -> Tensor:
     return result if out is None else out.copy_(result)
 
 
-def sample_blocks(b: Bound, each: int = 0) -> Iterator[slice]:
-    """Samples that go together, so that their inputs, and ``each`` entries per sample besides, stay in cache."""
+def sample_blocks(b: Bound, each: int) -> Iterator[slice]:
+    """Samples that go together, so that ``each`` entries for each of them stay in cache, and their inputs small."""
     n, q, s = b.g.shape[1:4]
-    size = BLOCK_BYTES // max(1, max(each, q * s * b.features) * b.g.element_size())
+    one = b.g.element_size()
+    size = BLOCK_BYTES // max(1, each * one)
+    if isinstance(b.inputs, Parts):
+        size = min(size, PATCHES_BYTES // max(1, q * s * b.features * one))
     for j in range(0, n, max(1, size)):
         yield slice(j, min(j + max(1, size), n))
 

@@ -61,7 +61,7 @@ def test_patches_in_parts(samples: int, chunk_size: int | None, monkeypatch: pyt
     made: list[int] = []
     unfold = conv.unfold
     monkeypatch.setattr(conv, "unfold", lambda x, *args: (made.append(len(x)), unfold(x, *args))[1])
-    monkeypatch.setattr(forms, "BLOCK_BYTES", samples * 8 * 36 * 18)
+    monkeypatch.setattr(forms, "PATCHES_BYTES", samples * 8 * 36 * 18)
     for quantity in ("batch_grad", "variance", "diag_ggn", "sqrt_ggn", "batch_l2"):
         made.clear()
         got = getattr(curvfunc, quantity)(model_fn, params, X, y, chunk_size=chunk_size)
