@@ -24,7 +24,7 @@ __all__ = ["empty", "is_large", "may_overwrite"]
 # From here on glibc always maps new memory (its DEFAULT_MMAP_THRESHOLD_MAX).
 LEAST_BYTES = 1 << 25
 
-torch.empty(LEAST_BYTES - 2 * mmap.PAGESIZE, dtype=torch.uint8)  # freed at once, and never touched
+torch.empty(LEAST_BYTES - 2 * mmap.PAGESIZE, dtype=torch.uint8, device="cpu")  # freed at once, and never touched
 
 
 def empty(like: Tensor, *shape: int) -> Tensor:
