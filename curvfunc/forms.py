@@ -283,7 +283,7 @@ def per_sample(b: Bound, out: Tensor | None = None) -> Tensor:
         v, n, q, s, o = b.g.shape
         if s == 1:
             result = outer(b.g.contiguous().mT, b.x, out)  # the layout of g, from vmap, would be that of the result
-        elif out is None and (torch.compiler.is_compiling() or not may_overwrite()):
+        elif out is None and (torch.compiler.is_compiling() or not may_overwrite() or _is_one_product(b)):
             result = torch.stack([g.mT @ b.x for g in b.g]) if v > 1 else (b.g[0].mT @ b.x)[None]
         else:
             shape = (v, n, q, o, b.features)
@@ -298,6 +298,12 @@ def per_sample(b: Bound, out: Tensor | None = None) -> Tensor:
     else:
         result = b.g if isinstance(b.form, Direct) else per_sample(b)
     return result if out is None else out.copy_(result)
+
+
+def _is_one_product(b: Bound) -> bool:
+    """Whether the gradients are one matrix product, in memory that the process has."""
+    v, n, q, _, o = b.g.shape
+    return v == 1 and isinstance(b.inputs, Tensor) and not pages.is_large((n, q, o, b.features), b.g)
 
 
 def sample_blocks(b: Bound, each: int) -> Iterator[slice]:

@@ -149,8 +149,7 @@ class Variance(Quantity):
     def finish(self, samples: int, *parts: Tensor) -> Tensor:
         """Second moment minus squared mean."""
         squared, total = parts
-        mean = total / samples
-        return torch.addcmul(squared / samples, mean, mean, value=-1)
+        return torch.addcmul(squared, total, total, value=-1 / samples) / samples
 
 
 @dataclass(frozen=True)
