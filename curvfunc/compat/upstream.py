@@ -118,6 +118,8 @@ class Curved:
         """Whether the Hessian is the GGN: all operations are linear by pieces, and the loss is convex."""
         if call.loss.name is None or self.curvature.curved or self.curvature.residuals:
             return False
+        if not call.loss.tensors and not (call.loss.name == "cross_entropy" and call.y.is_floating_point()):
+            return True  # no weights, of classes or of targets, that could be negative
         return losses.signed_root(call.loss, self.trace.out.detach(), call.y)[1] is None
 
     def suffices(self, call: LossCall, create_graph: bool) -> bool:
