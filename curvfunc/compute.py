@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar
 
@@ -186,12 +186,12 @@ class _Run:
     def _results(self, leaves: list[Tensor], specs: list[Quantity], differentiable: bool) -> tuple[Tensor, list[Any]]:
         cotangents = common([s.cotangent for s in specs])
         substitutes = SUBSTITUTES | (THIRD_ORDER_SUBSTITUTES if differentiable else {})
-        layouts = Layouts(COMPOSITES, substitutes) if any(isinstance(s.cotangent, FullHessian) for s in specs) else None
-        chain = kfra.Chain() if any(isinstance(s.cotangent, AveragedHessian) for s in specs) else None
-        run = self if chain is None else replace(self, model_fn=chain.recording(self.model_fn))
+        curves = any(isinstance(s.cotangent, FullHessian) for s in specs)
+        averaged = any(isinstance(s.cotangent, AveragedHessian) for s in specs)
+        layouts = Layouts(COMPOSITES, substitutes) if curves else Layouts() if averaged else None
         sites = any(s.contractions not in ((), ("total",)) for s in specs)
-        trace = run._forward(leaves, sites, layouts, faster=layouts is None and chain is None)
-        curved = None if layouts is None else self._curvature(trace, leaves, layouts)
+        trace = self._forward(leaves, sites, layouts, faster=layouts is None)
+        curved = self._curvature(trace, leaves, layouts) if layouts is not None and curves else None
         device = trace.out.device.type
         full_precision = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
         with nullcontext() if differentiable else torch.no_grad(), full_precision:
@@ -208,10 +208,10 @@ class _Run:
                 diagonal = self._hessian(*curved, leaves, "sample_squares" in names, differentiable)
                 parts[FullHessian(), "sample_squares"] = diagonal
                 parts[FullHessian(), "squares"] = [d.sum(0) for d in diagonal] if len(names) > 1 else diagonal
-            if chain is not None:
+            if layouts is not None and averaged:
                 wanted.pop(AveragedHessian())
                 summed = losses.summed_hessian(self.loss, whole, self.batch.y, self.batch.select)
-                factors = kfra.factors(trace, leaves, self.names, chain, summed, differentiable)
+                factors = kfra.factors(trace, leaves, self.names, layouts, summed, differentiable)
                 parts[AveragedHessian(), "factors"] = factors
             backward = BackwardPass(trace, leaves, self.names, self.batch.select, self.chunk_size, differentiable)
             for i, (cotangent, names) in enumerate(wanted.items()):

@@ -5,7 +5,8 @@ Hessian at the output, summed over samples, and goes back through the operation 
 
     G ← (1/N) Σₙ Jₙᵀ G Jₙ,    Jₙ the Jacobian of f at sample n.
 
-This needs a chain of operations. Three kinds of them have rules:
+This needs a chain of operations, which is found in the autograd graph: from each tensor that an operation took to the last
+one before it that all paths go through. Three kinds of steps have rules:
 
 - the Jacobian is diagonal (activations, dropout, batch norm in evaluation mode): G ∘ (1/N) Σₙ dₙ dₙᵀ, dₙ its diagonal;
 - it is the same for all samples (linear, convolution, average pooling, padding, ...): its VJP for the rows, then the columns;
@@ -13,25 +14,24 @@ This needs a chain of operations. Three kinds of them have rules:
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
-from torch.overrides import TorchFunctionMode
 
 from curvfunc import second_moments
 from curvfunc.cotangents import CHUNK_BYTES
 from curvfunc.forms import Direct, Outer, Rows, bind, per_sample
-from curvfunc.observer import axis_or_none, edge_of, tensors_in
+from curvfunc.observer import edge_of, without_fallback_warnings
 from curvfunc.residuals import is_affine
-from curvfunc.rules.nonlinear import is_diagonal, is_linear, is_reshape
+from curvfunc.rules.nonlinear import is_diagonal, is_reshape, is_shared, operation
 from curvfunc.second_moments import second_moment
-from curvfunc.sites import Site, Trace
+from curvfunc.sites import Layouts, Site, Trace
 
-__all__ = ["Chain", "factors"]
+__all__ = ["factors"]
 
 _SELECTIONS = {
     f"{name}Backward0" for name in ("MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D")
@@ -39,78 +39,59 @@ _SELECTIONS = {
 
 
 @dataclass(frozen=True)
-class _Call:
-    """One operation: its call, its output, and its tensors that depend on samples: those with a gradient, and how many."""
+class _Tensor:
+    """A tensor of the forward pass that depends on parameters."""
 
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: GradientEdge
+    edge: GradientEdge
+    axis: int
     shape: torch.Size
-    axis: int | None
-    data: list[tuple[Tensor, GradientEdge, torch.Size]]
-    sampled: int
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What lies between a tensor and the last one before it that all paths go through, if there is one."""
+
+    output: _Tensor
+    data: list[_Tensor]
+    branches: int
+
+    @classmethod
+    def before(cls, output: _Tensor, layouts: Layouts) -> "_Step":
+        """Follow the graph to the tensors that operations took, and from the latest of them on while there are several."""
+        found = _taken(output.edge, layouts)
+        branches = len(found)
+        while len(found) > 1:
+            latest = max(found, key=lambda place: place[0]._sequence_nr())
+            found |= _taken(found.pop(latest).edge, layouts)
+        return cls(output, list(found.values()), branches)
 
     @property
     def name(self) -> str:
-        return getattr(self.func, "__qualname__", str(self.func)).replace("boolean_dispatch.<locals>.fn", "max_pool")
+        return operation(self.output.edge.node)
 
 
-@dataclass
-class Chain:
-    """The operations of a forward pass, by the graph node of their output."""
-
-    calls: dict[tuple[Node, int], _Call] = field(default_factory=dict)
-
-    def recording(self, model_fn: Callable[..., Any]) -> Callable[..., Any]:
-        """The same model, its operations written down at each call."""
-
-        def recorded(params: Any, X: Any) -> Any:
-            with self.recorder():
-                return model_fn(params, X)
-
-        return recorded
-
-    def recorder(self) -> TorchFunctionMode:
-        """A mode under which operations are written down, in place of those that were written down before."""
-        self.calls.clear()
-        return _Recorder(self.calls)
-
-
-class _Recorder(TorchFunctionMode):
-    def __init__(self, calls: dict[tuple[Node, int], _Call]) -> None:
-        super().__init__()
-        self.calls = calls
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run ``func`` and write it down if gradients flow through it."""
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunction():  # the capture need not see the questions asked here
-            sampled = [t for t in tensors_in(args, kwargs) if axis_or_none(t) is not None]
-            # before the call, which may change them in place
-            data = [(t, edge_of(t), t.shape) for t in sampled if t.requires_grad]
-        out = func(*args, **kwargs)
-        with torch._C.DisableTorchFunction():
-            self._write(func, args, kwargs, out, data, len(sampled))
-        return out
-
-    def _write(self, func: Any, args: Any, kwargs: Any, out: Any, data: list[Any], sampled: int) -> None:
-        for t in (out,) if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ():
-            if isinstance(t, Tensor) and t.requires_grad and axis_or_none(t) is not None:
-                edge = edge_of(t)
-                if any(edge.node is e.node and edge.output_nr == e.output_nr for _, e, _ in data):
-                    continue  # nothing happened: dropout in evaluation mode, x.contiguous()
-                call = _Call(func, args, kwargs, edge, t.shape, axis_or_none(t), data, sampled)
-                self.calls[edge.node, edge.output_nr] = call
+def _taken(edge: GradientEdge, layouts: Layouts) -> dict[tuple[Node, int], _Tensor]:
+    """The last tensors before ``edge`` that operations took, by node and output number."""
+    found: dict[tuple[Node, int], _Tensor] = {}
+    seen: set[tuple[Node, int]] = set()
+    stack = list(edge.node.next_functions)
+    while stack:
+        node, number = stack.pop()
+        if node is None or (node, number) in seen:
+            continue
+        seen.add((node, number))
+        if (layout := layouts.of(before := GradientEdge(node, number))) is not None:
+            found[node, number] = _Tensor(before, *layout)
+        else:
+            stack.extend(node.next_functions)
+    return found
 
 
 def factors(
     trace: Trace,
     leaves: Sequence[Tensor],
     names: Sequence[str],
-    chain: Chain,
+    layouts: Layouts,
     hessian: Tensor,
     differentiable: bool,
 ) -> list[tuple[Tensor, ...]]:
@@ -120,7 +101,7 @@ def factors(
         trace: The forward pass.
         leaves: The parameters.
         names: Their names.
-        chain: The operations of that forward pass.
+        layouts: The tensors that its operations took.
         hessian: Of the loss with respect to the output, summed over samples.
         differentiable: Whether the results will be differentiated.
 
@@ -133,29 +114,24 @@ def factors(
     found: dict[int, tuple[Tensor, ...]] = {}
     sites = {(s.edge.node, s.edge.output_nr): s for s in trace.sites}
     G = hessian
-    edge = edge_of(trace.out) if trace.out.requires_grad else None
-    while edge is not None and sites:
-        call = chain.calls.get((edge.node, edge.output_nr))
-        if call is None:
-            raise NotImplementedError(f"kfra cannot see the operation behind {edge.node.name()}. Use kflr or kfac.")
-        if call.axis != 0:
-            raise NotImplementedError(f"kfra: the samples of the output of {call.name} are not its first axis.")
-        output = (call.output.node, call.output.output_nr)
-        for key in [output] if output in sites else [key for key in sites if key in _inside(call)]:
-            site = sites.pop(key)
-            at_site = _through_diagonal(call, site.edge, site.shape, G, differentiable)
+    output = _Tensor(edge_of(trace.out), 0, trace.out.shape) if trace.out.requires_grad else None
+    while output is not None and sites:
+        step = _Step.before(output, layouts)
+        if output.axis != 0:
+            raise NotImplementedError(f"kfra: the samples of the output of {step.name} are not its first axis.")
+        key = (output.edge.node, output.edge.output_nr)
+        for at in [key] if key in sites else [k for k in sites if k in _inside(step)]:
+            site = sites.pop(at)
+            at_site = _through_diagonal(step, site.edge, site.shape, G, differentiable)
             for i, form in site.forms.items():
                 if i in found:
                     raise NotImplementedError(f"kfra: parameter {names[i]!r} is used more than once. Use kflr or kfac.")
                 found[i] = _parameter_factors(form, at_site, site)
-        if sites and len(call.data) != 1:
-            raise NotImplementedError(
-                f"kfra needs a chain of operations, and {call.name} takes {len(call.data)} tensors that depend on "
-                "parameters: the graph branches. Use kflr or kfac."
-            )
-        edge = call.data[0][1] if sites else None
-        if edge is not None:
-            G = _step_back(call, G, len(trace.out), differentiable)
+        if sites and not step.data:
+            raise NotImplementedError(f"kfra cannot see the operations before {step.name}. Use kflr or kfac.")
+        output = step.data[0] if sites else None
+        if output is not None:
+            G = _step_back(step, output, G, len(trace.out), differentiable)
     return [found[i] if i in found else (p.new_zeros(p.numel(), p.numel()),) for i, p in enumerate(leaves)]
 
 
@@ -214,48 +190,53 @@ def _flat(g: Tensor) -> Tensor:
 # -- one step back
 
 
-def _step_back(call: _Call, G: Tensor, samples: int, differentiable: bool) -> Tensor:
-    """(1/N) Σₙ Jₙᵀ G Jₙ."""
-    x, edge, shape = call.data[0]
-    nodes = _between(call.output.node, edge.node)
-    if shape[0] == samples and call.shape[0] == samples:
+def _step_back(step: _Step, x: _Tensor, G: Tensor, samples: int, differentiable: bool) -> Tensor:
+    """(1/N) Σₙ Jₙᵀ G Jₙ, to the tensor before the step."""
+    nodes = _between(step.output.edge.node, x.edge.node)
+    if x.shape[0] == samples and step.output.shape[0] == samples:
         if all(map(is_reshape, nodes)):
             return G
-        if all(map(is_diagonal, nodes)) and shape.numel() == call.shape.numel():
-            return _through_diagonal(call, edge, shape, G, differentiable)
-        if all(map(is_linear, nodes)) and call.sampled == 1:
-            return _shared(call, x, shape, G)
+        if all(map(is_diagonal, nodes)) and x.shape.numel() == step.output.shape.numel():
+            return _through_diagonal(step, x.edge, x.shape, G, differentiable)
+        if all(is_shared(node, [*nodes, x.edge.node]) for node in nodes):
+            return _shared(step, x, nodes, G, differentiable)
         chosen = [node for node in nodes if node.name() in _SELECTIONS]
         if len(chosen) == 1 and all(is_reshape(node) for node in nodes if node is not chosen[0]):
-            return _selected(chosen[0]._saved_result1, shape, G)  # type: ignore[attr-defined]
-    return _refuse(call)
+            return _selected(chosen[0]._saved_result1, x.shape, G)  # type: ignore[attr-defined]
+    return _refuse(step)
 
 
-def _refuse(call: _Call) -> NoReturn:
-    raise NotImplementedError(f"kfra has no rule for {call.name}. Use kflr or kfac.")
+def _refuse(step: _Step) -> NoReturn:
+    if step.branches > 1:
+        raise NotImplementedError(
+            f"kfra needs a chain of operations, and {step.name} takes {step.branches} tensors that depend on parameters: the "
+            "graph branches. Use kflr or kfac."
+        )
+    raise NotImplementedError(f"kfra has no rule for {step.name}. Use kflr or kfac.")
 
 
-def _through_diagonal(call: _Call, edge: GradientEdge, shape: torch.Size, G: Tensor, differentiable: bool) -> Tensor:
-    """G ∘ (1/N) Σₙ dₙ dₙᵀ, from the operation's output to a tensor of that shape before it."""
-    nodes = _between(call.output.node, edge.node)
+def _through_diagonal(step: _Step, edge: GradientEdge, shape: torch.Size, G: Tensor, differentiable: bool) -> Tensor:
+    """G ∘ (1/N) Σₙ dₙ dₙᵀ, from the step's output to a tensor of that shape before it."""
+    output = step.output
+    nodes = _between(output.edge.node, edge.node)
     if all(map(is_reshape, nodes)):
         return G
-    if shape.numel() != call.shape.numel() or not all(map(is_diagonal, nodes)):
-        _refuse(call)
-    ones = torch.ones(call.shape, dtype=G.dtype, device=G.device)
+    if shape.numel() != output.shape.numel() or not all(map(is_diagonal, nodes)):
+        _refuse(step)
+    ones = torch.ones(output.shape, dtype=G.dtype, device=G.device)
     if len(nodes) == 1 and not differentiable and len(nodes[0].next_functions) == 1:  # no need of the engine
         d = nodes[0](ones)  # type: ignore[operator]
     else:
-        d = torch.autograd.grad([call.output], [edge], [ones], retain_graph=True, create_graph=differentiable)[0]
+        d = torch.autograd.grad([output.edge], [edge], [ones], retain_graph=True, create_graph=differentiable)[0]
     d = d.reshape(shape[0], -1)
     return G * second_moment(d.mT, 1 / shape[0])
 
 
-def _inside(call: _Call) -> set[tuple[Node, int]]:
-    """The outputs of the nodes that an operation is made of."""
-    ends = {edge.node for _, edge, _ in call.data}
+def _inside(step: _Step) -> set[tuple[Node, int]]:
+    """The outputs of the nodes that a step is made of."""
+    ends = {x.edge.node for x in step.data}
     found: set[tuple[Node, int]] = set()
-    stack = [(call.output.node, call.output.output_nr)]
+    stack = [(step.output.edge.node, step.output.edge.output_nr)]
     while stack:
         place = stack.pop()
         if place not in found and place[0] not in ends:
@@ -282,30 +263,27 @@ def _between(output: Node, source: Node) -> list[Node]:
     return [node for node, found in reaches.items() if found and node is not source]
 
 
-def _shared(call: _Call, x: Tensor, shape: torch.Size, G: Tensor) -> Tensor:
-    """Jᵀ G J for an operation whose Jacobian is the same for all samples; columns take the place of samples."""
-    if call.func is F.linear and len(shape) == 2:
-        weight = call.kwargs["weight"] if "weight" in call.kwargs else call.args[1]
-        return weight.mT @ (G @ weight)
+def _shared(step: _Step, x: _Tensor, nodes: list[Node], G: Tensor, differentiable: bool) -> Tensor:
+    """Jᵀ G J for operations whose Jacobian is the same for all samples; rows of G take the place of samples."""
+    product: Any = nodes[0]
+    if len(nodes) == 1 and product.name() == "AddmmBackward0" and product.next_functions[1][0] is x.edge.node:
+        weight = product._saved_mat2 if product._saved_alpha == 1 else product._saved_alpha * product._saved_mat2
+        return weight @ (G @ weight.mT)
+    samples, given = x.shape[0], step.output.shape
+
+    def pullback(rows: Tensor) -> Tensor:
+        (g,) = torch.autograd.grad([step.output.edge], [x.edge], [rows], retain_graph=True, create_graph=differentiable)
+        return g
 
     def transposed(rows: Tensor) -> Tensor:
-        parts = []
-        widest = max(shape.numel(), call.shape.numel()) // shape[0]
-        for part in rows.split(max(1, CHUNK_BYTES.get(G.device.type, 1 << 28) // (widest * G.element_size()))):
-            zeros = G.new_zeros(len(part), *shape[1:])
-            run = lambda z: call.func(*_replaced(call.args, x, z), **_replaced(call.kwargs, x, z))
-            _, pullback = torch.func.vjp(run, zeros)  # type: ignore[misc]
-            parts.append(pullback(part.reshape(-1, *call.shape[1:]))[0].flatten(1))
-        return torch.cat(parts)
+        batches = F.pad(rows, (0, 0, 0, -len(rows) % samples)).reshape(-1, samples, *given[1:])
+        widest = max(x.shape.numel(), given.numel())
+        parts = batches.split(max(1, CHUNK_BYTES.get(G.device.type, 1 << 28) // (widest * G.element_size())))
+        with without_fallback_warnings():
+            found = [torch.vmap(pullback)(part) if len(part) > 1 else pullback(part[0])[None] for part in parts]
+        return torch.cat(found).reshape(-1, x.shape[1:].numel())[: len(rows)]
 
     return transposed(transposed(G).mT)
-
-
-def _replaced(arguments: Any, old: Tensor, new: Tensor) -> Any:
-    """The arguments with another tensor in place of ``old``."""
-    if isinstance(arguments, dict):
-        return {k: new if a is old else a for k, a in arguments.items()}
-    return tuple(new if a is old else a for a in arguments)
 
 
 def _selected(index: Tensor, shape: torch.Size, G: Tensor) -> Tensor:

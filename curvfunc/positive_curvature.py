@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from curvfunc.linearization import GaussNewton, Problem, Product, differentiate, pullback_graph
-from curvfunc.rules.nonlinear import curve
+from curvfunc.rules.nonlinear import curve, operation
 
 __all__ = ["MODIFICATIONS", "PositiveCurvature"]
 
@@ -97,12 +97,12 @@ def smooth_inputs(names: Sequence[str], leaves: Sequence[Tensor], out: Tensor) -
         unknown = range(len(before)) if known.unknown is None else known.unknown
         if any(before[k] for k in unknown if k < len(before)):
             raise NotImplementedError(
-                f"pchmp: the operation {_operation(node)} is neither (piecewise) linear nor elementwise, so the "
+                f"pchmp: the operation {operation(node)} is neither (piecewise) linear nor elementwise, so the "
                 "positive-curvature Hessian is not defined. Use ggnmp (positive semi-definite) or hmp."
             )
         if both and not known.additive:
             raise NotImplementedError(
-                f"pchmp: the operation {_operation(node)} multiplies tensors that both depend on "
+                f"pchmp: the operation {operation(node)} multiplies tensors that both depend on "
                 f"{[n for i, n in enumerate(names) if both >> i & 1]}: a parameter is used more than once, or "
                 "activations are multiplied. The positive-curvature Hessian is not defined then. Use ggnmp (positive "
                 "semi-definite) or hmp."
@@ -125,8 +125,3 @@ def _in_order(root: Node) -> list[Node]:
             stack.append((node, True))
             stack.extend((n, False) for n, _ in node.next_functions if n is not None)
     return order
-
-
-def _operation(node: Node) -> str:
-    """TanhBackward0 as Tanh."""
-    return node.name().rstrip("0123456789").removesuffix("Backward")

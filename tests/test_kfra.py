@@ -151,6 +151,65 @@ def _grouped_patches(x: Tensor) -> Tensor:
     return torch.einsum("nks,nls->kl", patches, patches) / (2 * N)
 
 
+class Lambda(nn.Module):
+    def __init__(self, f: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.f = f
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x)
+
+
+OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "square": lambda h: torch.mul(h, h),
+    "silu": lambda h: h * torch.sigmoid(h),
+    "softsign": lambda h: h / (1 + h.abs()),
+    "where": lambda h: torch.where(h > 0, h, h.exp() - 1),
+    "two linear branches": lambda h: h.flip(1) + h.cumsum(1),
+    "permuted": lambda h: h[:, [2, 0, 1, 3]] + 1,
+    "repeated matrix": lambda h: torch.bmm(torch.arange(16.0).reshape(1, 4, 4).expand(len(h), 4, 4), h.unsqueeze(2)).squeeze(2),
+    "repeated matrix, from the right": lambda h: torch.bmm(
+        h.unsqueeze(1), torch.arange(16.0).reshape(1, 4, 4).expand(len(h), 4, 4)
+    ).flatten(1),
+    "scaled product": lambda h: torch.addmm(torch.ones(4), h, torch.arange(16.0).reshape(4, 4), alpha=0.5),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_of_several_parts(name: str) -> None:
+    """As one step, where all paths meet again: elementwise, or with the same Jacobian for all samples."""
+    net = mlp(nn.Linear(5, 4), Lambda(OPERATIONS[name]), nn.Linear(4, C))
+    X, y = torch.randn(N, 5), torch.arange(N) % C
+    G = averaged(net, X, y)
+    want = {"0.weight": (G[0], X.mT @ X / N), "0.bias": (G[0],)}
+    got = cf.kfra(*cf.functionalize(net), X, y)
+    assert_close({name: got[name] for name in want}, want)
+
+
+def test_two_first_layers() -> None:
+    """Branches that end in parameters of their own."""
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.out = nn.Linear(5, 4), nn.Linear(5, 4), nn.Linear(4, C)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.tanh(self.a(x) + self.b(x).sigmoid()))
+
+    net = Sum()
+    X, y = torch.randn(N, 5), torch.arange(N) % C
+    got = cf.kfra(*cf.functionalize(net), X, y)
+    for name, constant, f in (("a", net.b(X).sigmoid().detach(), lambda h: h), ("b", net.a(X).detach(), torch.sigmoid)):
+        rows = iter(constant)  # averaged() takes the samples one by one, in order, for the Jacobians
+
+        def add(h: Tensor, constant: Tensor = constant, rows: Any = rows) -> Tensor:
+            return h + (constant if len(h) == N else next(rows))
+
+        chain = mlp(getattr(net, name), Lambda(f), Lambda(add), nn.Tanh(), net.out)
+        assert_close(got[f"{name}.weight"], (averaged(chain, X, y)[0], X.mT @ X / N))
+
+
 def test_chunks_of_rows_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     build, shape = CHAINS["cnn"]
     model_fn, params = cf.functionalize(build())
@@ -229,10 +288,12 @@ class Branching(nn.Module):
         return self.out(torch.add(h, torch.tanh(self.b(h))))
 
 
-class Square(Branching):
+class Residual(Branching):
+    """Both branches are known, but not as one operation."""
+
     def forward(self, x: Tensor) -> Tensor:
-        h = self.b(self.a(x))
-        return self.out(torch.mul(h, h))
+        h = self.a(x)
+        return self.out(h + h.cumsum(1).tanh())
 
 
 class Shared(Branching):
@@ -251,12 +312,12 @@ class Data(Branching):
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        (Branching(), "add takes 2 tensors .* branches"),
-        (Square(), "mul takes 2 tensors .* branches"),
+        (Branching(), "Add takes 2 tensors .* branches"),
+        (Residual(), "Add takes 2 tensors .* branches"),
         (Shared(), "'b.weight' is used more than once"),
-        (Data(), "no rule for .*bmm"),
-        (mlp(nn.Linear(5, 4), nn.Softmax(1), nn.Linear(4, C)), "no rule for softmax"),
-        (mlp(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, C)), "no rule for layer_norm"),
+        (Data(), "no rule for Bmm"),
+        (mlp(nn.Linear(5, 4), nn.Softmax(1), nn.Linear(4, C)), "no rule for Softmax"),
+        (mlp(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, C)), "no rule for NativeLayerNorm"),
         (mlp(nn.Linear(5, 4), nn.Unflatten(1, (2, 2)), nn.GRU(2, 3, batch_first=True)), "no rule|more than once|branches"),
     ],
 )

@@ -20,10 +20,6 @@ PAUSED = [0]
 # Backward passes that run now, by autograd's own number (`curvfunc.compat.delivery.Pass`).
 RUNNING: dict[int, Any] = {}
 
-# The last recorded call while `KFRA` was active, and the chain of its operations. Not among the notes on the graph, since it
-# refers to all of it.
-CHAIN: list[tuple[Any, Any]] = []
-
 
 def no_op(module: nn.Module) -> None:
     """The extension hook that is active when none was given."""
@@ -155,7 +151,6 @@ class backpack:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._set(*self._before)
         RUNNING.clear()  # what passes that failed have left
-        CHAIN.clear()
 
     @staticmethod
     def _set(exts: tuple[BackpropExtension, ...], debug: bool, hook: Hook, retain_graph: bool) -> None:

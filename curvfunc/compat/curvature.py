@@ -15,12 +15,12 @@ from curvfunc.compat.context import paused
 from curvfunc.compat.delivery import FREED, check_repeated, select, store
 from curvfunc.compat.extensions import HMP, PCHMP, BackpropExtension, MatrixProduct
 from curvfunc.compat.memory import earlier
-from curvfunc.compat.notes import LossCall
+from curvfunc.compat.notes import LossCall, NodeLayouts
 from curvfunc.compat.upstream import Curved, Upstream, whole_model
 from curvfunc.compute import Quantity, compute
 from curvfunc.cotangents import AveragedHessian, FullHessian, LossRoot, chunks, common
 from curvfunc.forms import Form, merge
-from curvfunc.kfra import Chain, factors
+from curvfunc.kfra import factors
 from curvfunc.passes import CONTRACTIONS, Prepared, check_block, combine, contracted, keep, takes_products
 
 __all__ = ["evaluate"]
@@ -46,8 +46,8 @@ def evaluate(call: LossCall, exts: Sequence[BackpropExtension]) -> None:
         for ext, spec, cotangent in zip(exts, specs, common(cotangents), strict=True):
             if spec is not None and isinstance(cotangent, LossRoot):
                 pulled.setdefault(cotangent, []).append((ext, spec))
-            elif isinstance(cotangent, AveragedHessian) and (chain := graph.chain()) is not None:
-                _averaged(call, graph, ext, chain, create_graph)
+            elif isinstance(cotangent, AveragedHessian) and graph.is_chain():
+                _averaged(call, graph, ext, create_graph)
             elif isinstance(cotangent, FullHessian) and curved is not None and curved.suffices(call, create_graph):
                 diagonals.append(ext)
             else:
@@ -104,14 +104,14 @@ def _pulled(
                     store(graph.params[i], ext, spec, spec.finish(selected.g.shape[1], *parts))
 
 
-def _averaged(call: LossCall, graph: Upstream, ext: BackpropExtension, chain: Chain, create_graph: bool) -> None:
+def _averaged(call: LossCall, graph: Upstream, ext: BackpropExtension, create_graph: bool) -> None:
     """KFRA on the operations of the recorded call."""
     (region,) = graph.regions
     trace = graph.by_position(region.params)
     out = call.out if create_graph else call.out.detach()
     hessian = losses.summed_hessian(call.loss, out, call.y, lambda columns: columns)
     with nullcontext() if create_graph else torch.no_grad():
-        found = factors(trace, region.params, region.names, chain, hessian, create_graph)
+        found = factors(trace, region.params, region.names, NodeLayouts(), hessian, create_graph)
     for p, result in zip(region.params, found, strict=True):
         setattr(p, ext.savefield, list(result))
 

@@ -28,10 +28,9 @@ from torch.nn.modules.loss import _Loss
 
 from curvfunc import losses
 from curvfunc.compat import delivery
-from curvfunc.compat.context import CHAIN, CTX, PAUSED, disable
-from curvfunc.compat.extensions import KFRA, BatchDiagHessian, DiagHessian
+from curvfunc.compat.context import CTX, PAUSED, disable
+from curvfunc.compat.extensions import BatchDiagHessian, DiagHessian
 from curvfunc.compat.notes import Call, LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, note
-from curvfunc.kfra import Chain
 from curvfunc.observer import BATCH_NORMS, Observer, axis_of, hidden, marked, refuse_batch_statistics
 from curvfunc.rules.nonlinear import SUBSTITUTES
 from curvfunc.sites import Site
@@ -208,10 +207,9 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
     _LOCAL.region = region
     if not module._modules:
         region.calls.append(call.module)
-    chain = Chain() if CTX.is_extension_active(KFRA) else None
     try:
         fused = sdpa_kernel(SDPBackend.MATH) if region.twice else nullcontext()  # it has no second derivative
-        with mode, fused, nullcontext() if chain is None else chain.recorder():
+        with mode, fused:
             out = forward(*args, **kwargs)
     finally:
         _LOCAL.region = None
@@ -219,7 +217,6 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
             p.__dict__.pop("_curvfunc_axis", None)
     outputs = [t for t in _tensors_in(out) if t.grad_fn is not None]
     _judge(region, mode, outputs)
-    CHAIN[:] = [] if chain is None else [(region, chain)]
     _attach(region, mode.sites, outputs)
     for t in outputs:
         t.__dict__.pop("_curvfunc_axis", None)

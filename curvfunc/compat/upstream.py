@@ -10,12 +10,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from curvfunc import losses
-from curvfunc.compat.context import CHAIN
 from curvfunc.compat.delivery import FREED, repeat
 from curvfunc.compat.notes import LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, notes
 from curvfunc.cotangents import pull
 from curvfunc.forms import Form
-from curvfunc.kfra import Chain
 from curvfunc.residuals import Curvature, curvature
 from curvfunc.sites import Site, Trace
 
@@ -79,11 +77,9 @@ class Upstream:
         sites = [replace(s, forms={place[p]: form for p, form in s.forms.items()}) for s in self.trace.sites]
         return replace(self.trace, sites=sites)
 
-    def chain(self) -> Chain | None:
-        """Its operations, if it is one call that was recorded with them."""
-        if self.repeated or len(self.regions) != 1 or not CHAIN or CHAIN[0][0] is not self.regions[0]:
-            return None
-        return CHAIN[0][1]
+    def is_chain(self) -> bool:
+        """Whether it is one call whose operations are all known."""
+        return not self.repeated and len(self.regions) == 1
 
     def pull(self, columns: Tensor, create_graph: bool) -> Iterator[tuple[int, Form, Tensor]]:
         """Parameter, form and cotangent for each use."""

@@ -13,7 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import Node
 
-__all__ = ["COMPOSITES", "SUBSTITUTES", "THIRD_ORDER_SUBSTITUTES", "Curve", "curve", "is_diagonal", "is_linear", "is_reshape"]
+__all__ = [
+    "COMPOSITES",
+    "SUBSTITUTES",
+    "THIRD_ORDER_SUBSTITUTES",
+    "Curve",
+    "curve",
+    "is_diagonal",
+    "is_reshape",
+    "is_shared",
+    "operation",
+]
 
 
 @dataclass(frozen=True)
@@ -124,7 +134,8 @@ _DIAGONAL = """
     PreluKernel"""
 
 _RESHAPES = {"Clone", "Alias", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze"}
-_PRODUCTS = {"Mm", "Bmm", "Addmm", "Linear", "Convolution"}
+_PRODUCTS = {"Mm", "Addmm", "Linear", "Convolution"}
+_BY_SAMPLE = {"NativeDropout", "Embedding", "Gather"}  # linear, but by data that may differ from sample to sample
 
 _CURVES = {
     **dict.fromkeys(_LINEAR.split(), LINEAR),
@@ -143,7 +154,7 @@ def curve(node: Node) -> Curve:
     name = node.name()
     if name == "NativeBatchNormBackward0":  # by running statistics it is a scaling; instance norms use their own
         return UNKNOWN if getattr(node, "_saved_training", True) else MULTILINEAR
-    return _POWERS.get(name) or _CURVES.get(_operation(name), UNKNOWN)
+    return _POWERS.get(name) or _CURVES.get(operation(node), UNKNOWN)
 
 
 def is_diagonal(node: Node) -> bool:
@@ -151,20 +162,30 @@ def is_diagonal(node: Node) -> bool:
     name = node.name()
     if name == "NativeBatchNormBackward0":
         return not getattr(node, "_saved_training", True)
-    return _operation(name) in _DIAGONALS
+    return operation(node) in _DIAGONALS
 
 
 def is_reshape(node: Node) -> bool:
     """Whether the entries stay the same, in the same order."""
-    return _operation(node.name()) in _RESHAPES
+    return operation(node) in _RESHAPES
 
 
-def is_linear(node: Node) -> bool:
-    """Whether the operation is linear in the one input that depends on samples, up to a constant, with the same Jacobian."""
-    name = _operation(node.name())
-    return name in _PRODUCTS or (name in _LINEAR.split() and name not in ("NativeDropout", "Embedding"))
+def is_shared(node: Any, data: Sequence[Node]) -> bool:
+    """Whether the operation is linear, up to a constant, with the same Jacobian for all samples.
+
+    Args:
+        node: The operation.
+        data: The nodes behind those inputs that it is a function of; all others are constants, or parameters.
+    """
+    name = operation(node)
+    if name == "Bmm":  # with a matrix for each sample, unless they are one that is repeated
+        first = node.next_functions[0][0] in data
+        return bool((node._saved_mat2 if first else node._saved_self).stride(0) == 0)
+    if name == "Index":
+        return node._saved_indices[0] is None
+    return name in _PRODUCTS or (name in _LINEAR.split() and name not in _BY_SAMPLE)
 
 
-def _operation(name: str) -> str:
+def operation(node: Node) -> str:
     """``AddmmBackward0`` is ``Addmm``; the digits number the overloads, which all behave alike."""
-    return name.rstrip("0123456789").removesuffix("Backward")
+    return node.name().rstrip("0123456789").removesuffix("Backward")
