@@ -44,6 +44,7 @@ from curvfunc.linearization import (
     Hessian,
     Jacobian,
     Problem,
+    Product,
     batched,
     check_vector,
     differentiate,
@@ -96,7 +97,7 @@ def hmp(
         >>> products["weight"](torch.randn(5, 3, 4)).shape
         torch.Size([5, 3, 4])
     """
-    return _blocks("hmp", Hessian(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+    return blocks("hmp", Hessian(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
 
 
 def ggnmp(
@@ -126,7 +127,7 @@ def ggnmp(
         ``GGNMP``.
     """
     matrix = GaussNewton(_mc("ggnmp", mc_samples))
-    return _blocks("ggnmp", matrix, model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
+    return blocks("ggnmp", matrix, model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
 
 
 def pchmp(
@@ -166,10 +167,10 @@ def pchmp(
     if modify not in ("clip", "abs"):
         raise ValueError(f'pchmp: modify must be "clip" or "abs", got {modify!r}.')
     matrix = PositiveCurvature(modify)
-    return _blocks("pchmp", matrix, model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+    return blocks("pchmp", matrix, model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
 
 
-def _blocks(
+def blocks(
     caller: str,
     matrix: Any,
     model_fn: Model,
@@ -177,23 +178,29 @@ def _blocks(
     X: Any,
     y: Any,
     loss_fn: LossFunction,
-    subsampling: Indices | None,
-    generator: Generator | None,
-    chunk_size: int | None,
+    subsampling: Indices | None = None,
+    generator: Generator | None = None,
+    chunk_size: int | None = None,
 ) -> Any:
+    """One function per parameter, for any matrix."""
     names, leaves, rebuild, product = linearize(
         caller, matrix, model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size
     )
 
-    def block(i: int) -> Callable[[Tensor], Tensor]:
-        def multiply(v: Tensor) -> Tensor:
-            """Multiply [V, *shape] with the block."""
-            check_vector(f"v of parameter {names[i]!r}", v, leaves[i], batched=True)
-            return batched(product, leaves, [i], [v], chunk_size)[0]
+    return rebuild([block(product, leaves, i, name, chunk_size) for i, name in enumerate(names)])
 
-        return multiply
 
-    return rebuild([block(i) for i in range(len(leaves))])
+def block(
+    product: Product, leaves: Sequence[Tensor], i: int, name: str, chunk_size: int | None = None
+) -> Callable[[Tensor], Tensor]:
+    """The product with the block of one parameter."""
+
+    def multiply(v: Tensor) -> Tensor:
+        """Multiply [V, *shape] with the block."""
+        check_vector(f"v of parameter {name!r}", v, leaves[i], batched=True)
+        return batched(product, leaves, [i], [v], chunk_size)[0]
+
+    return multiply
 
 
 # -- pure functions

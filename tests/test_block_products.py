@@ -12,7 +12,7 @@ from helpers import assert_close
 from torch import Tensor, nn
 
 import curvfunc
-from curvfunc.compat import backpack, blocks, extend
+from curvfunc.compat import backpack, blocks, extend, graphs
 from curvfunc.compat.extensions import GGNMP, HMP, PCHMP
 
 N, C = 6, 3
@@ -141,14 +141,16 @@ def test_products_need_one_forward_pass(name: str, vectors: int, monkeypatch: py
     loss = extend(nn.CrossEntropyLoss())(model(X), y)
     calls.clear()
     monkeypatch.setattr(blocks, "MOST_ENTRIES", 100)
-    for limit in (1 << 40, 0):  # the second has the graph of its own instead
+    for limit in (1 << 40, 0):  # columns, and the graph
         monkeypatch.setattr(blocks, "LARGEST_BYTES", limit)
         with backpack(*wanted):
             loss.backward(retain_graph=True)
+        kinds = {type(getattr(p, field)) for p in model.parameters() for field in want}
+        assert kinds == {blocks.BlockProduct if limit else graphs.GraphProduct}
         for field, values_of in want.items():
             got = values({k: getattr(p, field) for k, p in model.named_parameters()})
             assert_close(got, values_of, rtol=1e-9)
-        assert bool(calls) == (limit == 0)
+        assert not calls
 
 
 @pytest.mark.usefixtures("float64")

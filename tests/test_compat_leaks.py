@@ -15,6 +15,7 @@ from curvfunc.compat import CTX, backpack, extend
 from curvfunc.compat.context import RUNNING
 from curvfunc.compat.delivery import REGIONS
 from curvfunc.compat.extensions import HMP, KFAC, BatchGrad, BatchL2Grad, DiagGGNMC, DiagHessian, Variance
+from curvfunc.compat.graphs import GraphProduct
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
 STEPS = 500
@@ -71,6 +72,7 @@ STEPS_OF = {"wide": STEPS, "words": 60, "no rule": 60}
 @pytest.mark.parametrize("name", MODELS)
 def test_steps_leave_memory_as_it_was(name: str, create_graph: bool) -> None:
     build, draw = MODELS[name]
+    gc.collect()  # what earlier tests have left
     before = len(REGIONS)
     model, loss_fn = extend(build()), extend(nn.CrossEntropyLoss())
     X = draw()
@@ -164,6 +166,33 @@ def test_models_go_with_their_last_reference() -> None:
         assert len(CTX.hook_handles) <= handles - len(gone) + 2
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_products_on_the_graph_leave_memory_as_it_was(create_graph: bool) -> None:
+    """Their functions hold a graph until the next step; without the garbage collector."""
+    model, loss_fn = extend(nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 3))), extend(nn.CrossEntropyLoss())
+    X, y = torch.randn(128, 256), torch.arange(128) % 3
+
+    def step() -> None:
+        with backpack(HMP()):
+            loss_fn(model(X), y).backward(create_graph=create_graph)
+        for p in model.parameters():
+            p.grad = None
+
+    for _ in range(10):
+        step()
+    before = counts(), resident(), len(REGIONS)
+    gc.disable()
+    try:
+        for _ in range(STEPS):
+            step()
+        assert resident() - before[1] < 10e6
+        assert len(REGIONS) == before[2]
+    finally:
+        gc.enable()
+    assert counts()[0] <= before[0][0]
+    assert isinstance(model[0].weight.hmp, GraphProduct)
 
 
 def test_what_is_kept_for_products_goes_with_the_next() -> None:

@@ -8,7 +8,7 @@ import backpack_peer
 import pytest
 import torch
 from helpers import assert_close
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvfunc import compat
 from curvfunc.compat import modules
@@ -46,8 +46,8 @@ SUPPORTED = {
 }
 
 
-def run(library: Any, kit: Any, name: str, extensions: list[Any]) -> dict[str, dict[str, Any]]:
-    """Each extension's results by parameter, from one backward pass per extension."""
+def run(library: Any, kit: Any, name: str, extensions: list[Any]) -> tuple[dict[str, dict[str, Any]], nn.Module]:
+    """Each extension's results by parameter, from one backward pass per extension, and the model, which products need."""
     X, y, loss_fn = nets.data(name)
     found: dict[str, dict[str, Any]] = {}
     model = library.extend(nets.net(name, kit), use_converter=name == "resnet")
@@ -60,7 +60,7 @@ def run(library: Any, kit: Any, name: str, extensions: list[Any]) -> dict[str, d
         found[type(extension).__name__] = {
             n.replace("_0", ""): getattr(p, extension.savefield) for n, p in model.named_parameters()
         }
-    return found
+    return found, model
 
 
 def on_vectors(function: Any, like: Tensor) -> Tensor:
@@ -71,8 +71,8 @@ def on_vectors(function: Any, like: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_parity(name: str) -> None:
     backpack, names = backpack_peer.load(), SUPPORTED[name]
-    want = run(backpack, backpack_peer.kit(), name, [getattr(backpack.extensions, e)() for e in names])
-    got = run(compat, modules, name, [getattr(compat.extensions, e)() for e in names])
+    want, _ = run(backpack, backpack_peer.kit(), name, [getattr(backpack.extensions, e)() for e in names])
+    got, _model = run(compat, modules, name, [getattr(compat.extensions, e)() for e in names])
     shapes = dict(nets.net(name, modules).named_parameters())
     for extension in names:
         assert got[extension].keys() == want[extension].keys() == shapes.keys()
@@ -94,10 +94,10 @@ def test_monte_carlo_in_expectation(name: str) -> None:
     """Many draws come close to BackPACK's exact quantity, and have the shape of BackPACK's draws."""
     backpack = backpack_peer.load()
     exact = {"DiagGGNMC": "DiagGGNExact", "BatchDiagGGNMC": "BatchDiagGGNExact", "KFAC": "KFLR"}
-    want = run(backpack, backpack_peer.kit(), name, [getattr(backpack.extensions, e)() for e in exact.values()])
-    one = run(backpack, backpack_peer.kit(), name, [getattr(backpack.extensions, e)() for e in (*exact, "SqrtGGNMC")])
-    got = run(compat, modules, name, [getattr(compat.extensions, e)(4000) for e in exact])
-    ours = run(compat, modules, name, [getattr(compat.extensions, e)() for e in (*exact, "SqrtGGNMC")])
+    want, _ = run(backpack, backpack_peer.kit(), name, [getattr(backpack.extensions, e)() for e in exact.values()])
+    one, _ = run(backpack, backpack_peer.kit(), name, [getattr(backpack.extensions, e)() for e in (*exact, "SqrtGGNMC")])
+    got, _model = run(compat, modules, name, [getattr(compat.extensions, e)(4000) for e in exact])
+    ours, _ = run(compat, modules, name, [getattr(compat.extensions, e)() for e in (*exact, "SqrtGGNMC")])
     for sampled, extension in exact.items():
         for p, w in want[extension].items():
             g = got[sampled][p]

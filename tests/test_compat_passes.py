@@ -29,7 +29,7 @@ def elementwise(activation: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 5), activation, nn.Linear(5, 4), activation, nn.Linear(4, 3))
 
 
-# Model, the shape of a sample, and whether its Hessian needs to be known before the forward pass.
+# Model, the shape of a sample, and whether its Hessian needs another forward pass if it is not known before the first.
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {
     "relu": (lambda: elementwise(nn.ReLU()), (6,), False),
     "tanh": (lambda: elementwise(nn.Tanh()), (6,), False),
@@ -42,7 +42,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {
         SEQUENCE,
         False,
     ),
-    "norm": (lambda: nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3)), (6,), True),
+    "norm": (lambda: nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3)), (6,), False),
     "attention": (Attention, SEQUENCE, True),
 }
 

@@ -3,8 +3,7 @@
 Their functions are called after the backward pass has freed that graph, and must not keep any part of it alive: it holds
 the parameters, which hold the functions. So columns of a root of the matrix go back to the uses of each parameter at once,
 and nothing else is kept. They are those of the loss Hessian, and for `HMP` and `PCHMP` one for each entry of a smooth
-activation. Where that is too much, or an operation curves otherwise, the functions have a graph of their own, from another
-forward pass.
+activation. Where that is too much, or an operation curves otherwise, there is `curvfunc.compat.graphs`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from curvfunc import hessian, losses
 from curvfunc.block_products import Block, condensed
-from curvfunc.compat.extensions import GGNMP, HMP, PCHMP, BackpropExtension
+from curvfunc.compat.extensions import GGNMP, HMP, PCHMP, MatrixProduct
 from curvfunc.compat.notes import LossCall
 from curvfunc.compat.upstream import Curved, Upstream
 from curvfunc.cotangents import chunks
@@ -58,11 +57,11 @@ class BlockProduct:
 
 
 def put_products(
-    call: LossCall, graph: Upstream, curved: Curved | None, exts: Sequence[BackpropExtension], create_graph: bool
-) -> list[BackpropExtension]:
+    call: LossCall, graph: Upstream, curved: Curved | None, exts: Sequence[MatrixProduct], create_graph: bool
+) -> list[MatrixProduct]:
     """Put functions on the parameters for those extensions whose matrix has a small root, and return the others."""
     outputs = call.out[:1].numel()
-    if not any(isinstance(ext, (GGNMP, HMP, PCHMP)) for ext in exts) or _kept_bytes(call, graph, outputs) > LARGEST_BYTES:
+    if graph.outputs or not exts or _kept_bytes(call, graph, outputs) > LARGEST_BYTES:
         return list(exts)
     root, weights = losses.signed_root(call.loss, call.out.detach(), call.y)
     residuals = curved.curvature.residuals if curved is not None else []
@@ -138,7 +137,7 @@ def _hessian_parts(call: LossCall, curved: Curved, root: losses.Root, weights: T
 def _kept_bytes(call: LossCall, graph: Upstream, columns: int) -> int:
     """About what that many columns take at all uses."""
     numel = 0
-    for site in [s for s in graph.trace.sites if s.forms] + [s for trace, _ in graph.repeated.values() for s in trace.sites]:
+    for site in graph.trace.sites:
         formed = [f for f in site.forms.values() if not isinstance(f, (Outer, Rows) if len(site.shape) == 2 else Rows)]
         whole = len(formed) == len(site.forms)
         numel += len(call.out) * sum(f.shape.numel() for f in formed) + (0 if whole else site.shape.numel())

@@ -1,16 +1,18 @@
 """The state that BackPACK keeps globally: which extensions are active, and whether forward passes are recorded."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from inspect import isclass
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from curvfunc.compat.extensions import BackpropExtension
+from curvfunc.compat.extensions import BackpropExtension, MatrixProduct
 
-__all__ = ["CTX", "backpack", "disable", "paused"]
+__all__ = ["CTX", "backpack", "disable", "paused", "retained"]
 
 Hook = Callable[[nn.Module], Any]
 
@@ -19,6 +21,9 @@ PAUSED = [0]
 
 # Backward passes that run now, by autograd's own number (`curvfunc.compat.delivery.Pass`).
 RUNNING: dict[int, Any] = {}
+
+# How many of them keep the graph although the caller did not ask for it.
+RETAINED = [0]
 
 
 def no_op(module: nn.Module) -> None:
@@ -147,8 +152,11 @@ class backpack:
     def __enter__(self) -> None:
         self._before = CTX.active_exts, CTX.debug, CTX.get_extension_hook(), CTX.retain_graph
         self._set(self.exts, self.debug, self.extension_hook, self.retain_graph)
+        self._mode = retaining() if any(isinstance(ext, MatrixProduct) for ext in self.exts) else nullcontext()
+        self._mode.__enter__()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._mode.__exit__(kind, error, trace)
         self._set(*self._before)
         RUNNING.clear()  # what passes that failed have left
 
@@ -158,6 +166,39 @@ class backpack:
         CTX.set_debug(debug)
         CTX.set_extension_hook(hook)
         CTX.set_retain_graph(retain_graph)
+
+
+# What runs a backward pass.
+PASSES = {torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad}
+
+
+class retaining(TorchFunctionMode):
+    """Backward passes leave the graph as it is, for functions that are called after them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run ``func``, with ``retain_graph`` if it is a backward pass that would free the graph."""
+        kwargs = kwargs or {}
+        keeps = kwargs.get("create_graph") if kwargs.get("retain_graph") is None else kwargs["retain_graph"]
+        if func not in PASSES or PAUSED[0] or keeps:
+            return func(*args, **kwargs)
+        with _counted():
+            return func(*args, **{**kwargs, "retain_graph": True})
+
+
+def retained() -> bool:
+    """Whether the backward pass that runs now keeps the graph, whoever asked for it."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+@contextmanager
+def _counted() -> Iterator[None]:
+    RETAINED[0] += 1
+    try:
+        yield
+    finally:
+        RETAINED[0] -= 1
 
 
 class disable:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvfunc import hessian, losses
-from curvfunc.compat.blocks import put_products
+from curvfunc import hessian, losses, products
+from curvfunc.compat import blocks, graphs
 from curvfunc.compat.context import paused
 from curvfunc.compat.delivery import FREED, check_repeated, select, store
 from curvfunc.compat.extensions import HMP, PCHMP, BackpropExtension, MatrixProduct
@@ -34,17 +34,18 @@ def evaluate(call: LossCall, exts: Sequence[BackpropExtension]) -> None:
         return
     pulled: dict[LossRoot, list[tuple[BackpropExtension, Quantity]]] = {}
     others: list[BackpropExtension] = []
+    asked = [ext for ext in exts if isinstance(ext, MatrixProduct)]
     with paused():
         graph = Upstream.of(call, create_graph)
-        specs = [None if isinstance(ext, MatrixProduct) else ext.quantity() for ext in exts]
-        cotangents = [None if spec is None else spec.cotangent for spec in specs]
+        specs = [(ext, ext.quantity()) for ext in exts if not isinstance(ext, MatrixProduct)]
+        cotangents = [spec.cotangent for _, spec in specs]
         hessians = FullHessian() in cotangents or any(isinstance(ext, (HMP, PCHMP)) for ext in exts)
         curved = graph.curvature() if hessians else None
         if curved is not None and curved.is_ggn(call):
             cotangents = [LossRoot(0, fewest=True) if c == FullHessian() else c for c in cotangents]
         diagonals: list[BackpropExtension] = []
-        for ext, spec, cotangent in zip(exts, specs, common(cotangents), strict=True):
-            if spec is not None and isinstance(cotangent, LossRoot):
+        for (ext, spec), cotangent in zip(specs, common(cotangents), strict=True):
+            if isinstance(cotangent, LossRoot):
                 pulled.setdefault(cotangent, []).append((ext, spec))
             elif isinstance(cotangent, AveragedHessian) and graph.is_chain():
                 _averaged(call, graph, ext, create_graph)
@@ -56,9 +57,11 @@ def evaluate(call: LossCall, exts: Sequence[BackpropExtension]) -> None:
             _pulled(call, graph, cotangent, group, create_graph)
         if curved is not None and diagonals:
             _diagonals(call, curved, diagonals, create_graph)
-        others = put_products(call, graph, curved, others, create_graph)
-        if others:
-            _rerun(call, others)
+        asked = blocks.put_products(call, graph, curved, asked, create_graph)
+        if asked and graphs.put_products(call, graph, asked):
+            asked = []
+        if others or asked:
+            _rerun(call, [*others, *asked])
 
 
 # -- on the graph of the forward pass
@@ -167,7 +170,8 @@ def _rerun(call: LossCall, exts: list[BackpropExtension]) -> None:
     for ext in exts:
         if isinstance(ext, MatrixProduct):
             with torch.enable_grad():
-                results[ext.savefield] = ext.products(model_fn, data, inputs.X, call.y, call.loss)
+                name = type(ext).__name__
+                results[ext.savefield] = products.blocks(name, ext.matrix(), model_fn, data, inputs.X, call.y, call.loss)
     for out in outputs:
         if not torch._C._functorch.is_functorch_wrapped_tensor(out):
             check_repeated(region, out, call.out.detach(), call.out._version)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from curvfunc.capture import capture
-from curvfunc.compat.context import CTX, PAUSED, RUNNING, no_op
+from curvfunc.compat.context import CTX, PAUSED, RETAINED, RUNNING, no_op, retained
 from curvfunc.compat.extensions import BackpropExtension
 from curvfunc.compat.memory import earlier
 from curvfunc.compat.notes import LossCall, ModuleUse, Region, RegionOutput
@@ -101,7 +101,8 @@ FREED = (
 
 
 def _keeps_graph() -> bool:
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+    """Whether another backward pass may follow."""
+    return retained() and not RETAINED[0]
 
 
 # -- one backward pass

@@ -17,8 +17,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from curvfunc import products, quantities
+from curvfunc import quantities
 from curvfunc.compute import Quantity
+from curvfunc.linearization import GaussNewton, Hessian
+from curvfunc.positive_curvature import PositiveCurvature
 
 __all__ = [
     "GGNMP",
@@ -314,8 +316,8 @@ class BatchDiagHessian(SecondOrderBackpropExtension):
 class MatrixProduct(SecondOrderBackpropExtension):
     """A function on each parameter that multiplies [V, *shape] with its block of a curvature matrix."""
 
-    def products(self, model_fn: Any, params: Any, X: Any, y: Any, loss_fn: Any) -> Any:
-        """One function per parameter."""
+    def matrix(self) -> Any:
+        """The matrix, as `curvfunc.linearization` knows it."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it multiplies with. {WRITE_A_QUANTITY}")
 
 
@@ -325,9 +327,9 @@ class HMP(MatrixProduct):
     def __init__(self, savefield: str = "hmp") -> None:
         super().__init__(savefield)
 
-    def products(self, model_fn: Any, params: Any, X: Any, y: Any, loss_fn: Any) -> Any:
-        """One function per parameter."""
-        return products.hmp(model_fn, params, X, y, loss_fn=loss_fn)
+    def matrix(self) -> Any:
+        """The Hessian."""
+        return Hessian()
 
 
 class GGNMP(MatrixProduct):
@@ -336,9 +338,9 @@ class GGNMP(MatrixProduct):
     def __init__(self, savefield: str = "ggnmp") -> None:
         super().__init__(savefield)
 
-    def products(self, model_fn: Any, params: Any, X: Any, y: Any, loss_fn: Any) -> Any:
-        """One function per parameter."""
-        return products.ggnmp(model_fn, params, X, y, loss_fn=loss_fn)
+    def matrix(self) -> Any:
+        """The GGN."""
+        return GaussNewton()
 
 
 class PCHMP(MatrixProduct):
@@ -357,9 +359,9 @@ class PCHMP(MatrixProduct):
         """What becomes of negative curvature."""
         return self._modify
 
-    def products(self, model_fn: Any, params: Any, X: Any, y: Any, loss_fn: Any) -> Any:
-        """One function per parameter."""
-        return products.pchmp(model_fn, params, X, y, loss_fn=loss_fn, modify=self._modify)
+    def matrix(self) -> Any:
+        """The positive-curvature Hessian."""
+        return PositiveCurvature(self._modify)
 
 
 class ModuleExtension:

@@ -43,7 +43,6 @@ class Region:
         inputs: The call itself, to be able to repeat it; None once the graph was freed.
         refusal: Why no quantity is defined.
         reason: Why the plain path does not hold.
-        twice: Whether its operations ran in a way that can be differentiated twice.
         pending: How many of its notes are still waiting for a backward pass.
     """
 
@@ -57,7 +56,6 @@ class Region:
     calls: list["weakref.ref[nn.Module]"] = field(default_factory=list)
     refusal: str | None = None
     reason: str | None = None
-    twice: bool = False
     pending: int = 0
 
     def release(self) -> None:

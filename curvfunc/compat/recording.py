@@ -29,7 +29,7 @@ from torch.nn.modules.loss import _Loss
 from curvfunc import losses
 from curvfunc.compat import delivery
 from curvfunc.compat.context import CTX, PAUSED, disable
-from curvfunc.compat.extensions import BatchDiagHessian, DiagHessian
+from curvfunc.compat.extensions import BatchDiagHessian, DiagHessian, MatrixProduct
 from curvfunc.compat.notes import Call, LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, note
 from curvfunc.observer import BATCH_NORMS, Observer, axis_of, hidden, marked, refuse_batch_statistics
 from curvfunc.rules.nonlinear import SUBSTITUTES
@@ -202,13 +202,13 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
         leaves[i] = marked(leaves[i])
     called = optree.tree_unflatten(tree, leaves)
     args, kwargs = called
-    region.twice = CTX.is_extension_active(DiagHessian, BatchDiagHessian)
-    mode = _Recording(dict(enumerate(tensors)), None, len(first), NodeLayouts(SUBSTITUTES if region.twice else None))
+    twice = CTX.is_extension_active(DiagHessian, BatchDiagHessian, MatrixProduct)
+    mode = _Recording(dict(enumerate(tensors)), None, len(first), NodeLayouts(SUBSTITUTES if twice else None))
     _LOCAL.region = region
     if not module._modules:
         region.calls.append(call.module)
     try:
-        fused = sdpa_kernel(SDPBackend.MATH) if region.twice else nullcontext()  # it has no second derivative
+        fused = sdpa_kernel(SDPBackend.MATH) if twice else nullcontext()  # it has no second derivative
         with mode, fused:
             out = forward(*args, **kwargs)
     finally:

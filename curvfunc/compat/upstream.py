@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
@@ -15,6 +15,7 @@ from curvfunc.compat.notes import LossCall, ModuleUse, NodeLayouts, Region, Regi
 from curvfunc.cotangents import pull
 from curvfunc.forms import Form
 from curvfunc.residuals import Curvature, curvature
+from curvfunc.rules.nonlinear import is_once_differentiable
 from curvfunc.sites import Site, Trace
 
 __all__ = ["Curved", "Upstream", "whole_model"]
@@ -25,22 +26,23 @@ class Upstream:
     """The uses of parameters before a loss.
 
     Attributes:
-        trace: The recorded operations, and the outputs of calls that have to be repeated.
-        repeated: By the position of such an output, the repeated call.
+        trace: The recorded operations, and the outputs of calls that would have to be repeated.
+        outputs: Such outputs, by position.
         params: By identity.
         regions: The calls they belong to.
     """
 
     trace: Trace
-    repeated: dict[int, tuple[Trace, list[Tensor]]]
+    outputs: dict[int, RegionOutput]
     params: dict[int, Tensor]
     regions: list[Region]
+    create_graph: bool
 
     @classmethod
     def of(cls, call: LossCall, create_graph: bool) -> Upstream:
         """Find what was noted before the output."""
-        graph = cls(Trace(call.out, [], "plain"), {}, {}, [])
-        for node, note in _noted(call.out):
+        graph = cls(Trace(call.out, [], "plain"), {}, {}, [], create_graph)
+        for node, note in ((n, note) for n in _nodes(call.out) for note in notes(n)):
             region = note.region
             if region not in graph.regions:
                 graph.regions.append(region)
@@ -56,16 +58,22 @@ class Upstream:
                 site = note.site
                 graph.trace.sites.append(replace(site, forms=_by_identity(site.forms, region.params), edge=edge))
             elif region.refusal is not None or region.reason is not None:
-                graph.repeated[len(graph.trace.sites)] = (repeat(note, create_graph)[0], region.params)
+                graph.outputs[len(graph.trace.sites)] = note
                 graph.trace.sites.append(Site(region.name, {}, edge, 0, [], note.value.shape, []))
             else:
                 continue
             graph.params.update({id(p): p for p in region.params})
         return graph
 
+    @cached_property
+    def repeated(self) -> dict[int, tuple[Trace, list[Tensor]]]:
+        """The calls, repeated, by the position of their output."""
+        found = self.outputs.items()
+        return {j: (repeat(output, self.create_graph)[0], output.region.params) for j, output in found}
+
     def curvature(self) -> Curved | None:
         """How it curves, if nothing has to be repeated."""
-        if self.repeated:
+        if self.outputs:
             return None
         leaves = list(self.params.values())
         trace = self.by_position(leaves)
@@ -77,15 +85,19 @@ class Upstream:
         sites = [replace(s, forms={place[p]: form for p, form in s.forms.items()}) for s in self.trace.sites]
         return replace(self.trace, sites=sites)
 
+    def is_twice_differentiable(self) -> bool:
+        """Whether the backward pass of all operations can be differentiated."""
+        return not any(is_once_differentiable(node) for node in _nodes(self.trace.out))
+
     def is_chain(self) -> bool:
         """Whether it is one call whose operations are all known."""
-        return not self.repeated and len(self.regions) == 1
+        return not self.outputs and len(self.regions) == 1
 
     def pull(self, columns: Tensor, create_graph: bool) -> Iterator[tuple[int, Form, Tensor]]:
         """Parameter, form and cotangent for each use."""
         gs, _ = pull(self.trace, columns, create_graph=create_graph, retain_graph=True)
         for j, (site, g) in enumerate(zip(self.trace.sites, gs, strict=True)):
-            if j in self.repeated:
+            if j in self.outputs:
                 trace, params = self.repeated[j]
                 inner, _ = pull(trace, g, create_graph=create_graph, retain_graph=True)
                 for inner_site, h in zip(trace.sites, inner, strict=True):
@@ -122,7 +134,9 @@ class Curved:
         """Whether the Hessian can be read off this graph: of one call, whose operations can be differentiated often enough."""
         if len(self.regions) != 1 or whole_model(call) is None or self.curvature.split:
             return False
-        return self.is_resolved() or (self.regions[0].twice and not create_graph)
+        if self.is_resolved():
+            return True
+        return not create_graph and not any(is_once_differentiable(node) for node in _nodes(self.trace.out))
 
     def is_resolved(self) -> bool:
         """Whether all operations are linear by pieces, or smooth and elementwise."""
@@ -133,8 +147,8 @@ def _by_identity(forms: dict[int, Form], params: list[Tensor]) -> dict[int, Form
     return {id(params[i]): form for i, form in forms.items()}
 
 
-def _noted(out: Tensor) -> Iterator[tuple[Node, Any]]:
-    """The notes on the graph before ``out``."""
+def _nodes(out: Tensor) -> Iterator[Node]:
+    """The graph before ``out``."""
     seen: set[Node] = set()
     stack: list[Node | None] = [get_gradient_edge(out).node]
     while stack:
@@ -142,7 +156,7 @@ def _noted(out: Tensor) -> Iterator[tuple[Node, Any]]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        yield from ((node, note) for note in notes(node))
+        yield node
         stack.extend([n for n, _ in node.next_functions])
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "Curve",
     "curve",
     "is_diagonal",
+    "is_once_differentiable",
     "is_reshape",
     "is_shared",
     "operation",
@@ -184,6 +185,12 @@ def is_shared(node: Any, data: Sequence[Node]) -> bool:
     if name == "Index":
         return node._saved_indices[0] is None
     return name in _PRODUCTS or (name in _LINEAR.split() and name not in _BY_SAMPLE)
+
+
+def is_once_differentiable(node: Node) -> bool:
+    """Whether the operation's backward pass has no derivative, although a substitute, or other kernels, would have one."""
+    name = operation(node)
+    return name == "Hardsigmoid" or name.startswith("ScaledDotProduct")
 
 
 def operation(node: Node) -> str:
