@@ -70,8 +70,9 @@ class Outer:
         arrange: Maps [..., q, o, k] to [..., *shape]; a reshape unless given.
         inputs_first: Whether the parameter's axes are those of x before those of g, as in x @ W.
         sum_positions: Whether the Kronecker output factor sums g over s first (the convention of convolutions).
-        moment: Gives Σ_ns x xᵀ [k, k] of a single group, where that takes less than x.
+        moment: Gives Σ_nqs x xᵀ [k, k], where that takes less than x.
         part: Gives x of some samples, where x is larger than what it is made of, and no wider than the output.
+        gradient: Maps the cotangent of the operation's output to the gradients [v, n, *shape], where that takes less than x.
     """
 
     inputs: Callable[[], Tensor]
@@ -82,6 +83,7 @@ class Outer:
     sum_positions: bool = False
     moment: Callable[[], Tensor] | None = None
     part: Callable[[slice], Tensor] | None = None
+    gradient: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class Through:
 
 @dataclass(frozen=True)
 class Products:
-    """The use of a parameter of which no more than products are wanted: Σ_ns x xᵀ takes the place of x."""
+    """The use of a parameter of which no more than products are wanted: Σ_nqs x xᵀ takes the place of x."""
 
     form: Outer
 
@@ -199,10 +201,19 @@ class Bound:
         return self.form.shape.numel() // max(1, self.g.shape[2] * self.g.shape[4])  # type: ignore[union-attr]
 
 
-def bind(form: Form, cotangent: Tensor, inputs: Callable[[Form], Tensor | Parts]) -> Bound:
-    """The form with its tensors, in at least single precision: low precision is not enough for sums of squares."""
+def bind(form: Form, cotangent: Tensor, inputs: Callable[[Form], Tensor | Parts], factors: bool = True) -> Bound:
+    """The form with its tensors, in at least single precision: low precision is not enough for sums of squares.
+
+    Args:
+        form: The form.
+        cotangent: Of the operation's output, [v, n, ...].
+        inputs: Gives what a form takes from the forward pass.
+        factors: Whether Kronecker factors may be wanted. Else an `Outer` use may be given by its gradients.
+    """
     if isinstance(form, Through):
-        return direct(form.pullback(per_sample(bind(form.form, cotangent, inputs))))
+        return direct(form.pullback(per_sample(bind(form.form, cotangent, inputs, factors=False))))
+    if not factors and isinstance(form, Outer) and form.gradient is not None:
+        return direct(form.gradient(_wide(cotangent)))
     g = _wide(form.cotangent(cotangent))
     if isinstance(form, Direct):
         return Bound(form, g, g)
@@ -224,7 +235,7 @@ def inputs_of(form: Any) -> Tensor | Parts:
 
 
 def bind_products(form: Outer, cotangent: Tensor, moment: Tensor) -> Bound:
-    """The form with g and Σ_ns x xᵀ."""
+    """The form with g and Σ_nqs x xᵀ."""
     g = _wide(form.cotangent(cotangent))
     return Bound(Products(form), g, moment.to(torch.promote_types(g.dtype, moment.dtype)))
 

@@ -151,13 +151,13 @@ class _Columns:
         for start, stop in self.chunks(num, widest):
             gs = self.pull(source, columns(start, stop), wanted)
             for i, sites in uses.items():
-                parts = [self.bind(j, i, gs[j]) for j in sites if j in gs]
+                parts = [self.bind(j, i, gs[j], factors=False) for j in sites if j in gs]
                 if parts:
                     yield i, slice(start, stop), merge(parts)
 
-    def bind(self, j: int, i: int, g: Tensor) -> Bound:
+    def bind(self, j: int, i: int, g: Tensor, factors: bool = True) -> Bound:
         """Site j's use of parameter i with the cotangent g."""
-        return bind(self.trace.sites[j].forms[i], g, self.inputs)
+        return bind(self.trace.sites[j].forms[i], g, self.inputs, factors)
 
     def pull(self, source: Tensor | GradientEdge, columns: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
         """Cotangents [v, n, ...] of those sites' outputs that ``source`` depends on."""

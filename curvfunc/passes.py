@@ -22,7 +22,6 @@ __all__ = [
     "combine",
     "contracted",
     "keep",
-    "takes_products",
 ]
 
 # Each contraction, and how its parts from several chunks of columns become one.
@@ -43,6 +42,9 @@ for approximation in (None, "expand", "reduce"):
 
 # Contractions of first order for which gradients are formed where a use has several positions; one pass serves all.
 FORMED = frozenset({"total", "squares", "sample_squares", "sample_norms"})
+
+# Contractions that take more of a use than its gradients.
+FACTORS = frozenset(n for n in CONTRACTIONS if "factor" in n)
 
 # Contractions for which an operation may give products of its inputs in place of these.
 OF_PRODUCTS = frozenset({"output_factor", "input_factor", "output_factor_expand", "input_factor_expand"})
@@ -65,11 +67,18 @@ class Prepared:
         self.whole = whole
         self._inputs: dict[tuple[int, bool], Any] = {}
 
-    def bind(self, form: Form, g: Tensor, products: bool) -> Bound:
-        """A form with its tensors; with products of its inputs in place of these, if they will do and it has them."""
-        if products and isinstance(form, Outer) and form.moment is not None:
+    def bind(self, form: Form, g: Tensor, names: Sequence[str] = (), alone: bool = True) -> Bound:
+        """A form with its tensors.
+
+        Args:
+            form: The form.
+            g: The cotangent of the operation's output.
+            names: The contractions that it is for. They may do with products of inputs, or with gradients.
+            alone: Whether it is its parameter's only use, and all samples are wanted.
+        """
+        if alone and names and isinstance(form, Outer) and form.moment is not None and OF_PRODUCTS.issuperset(names):
             return forms.bind_products(form, g, self._once(form, True, form.moment))
-        return bind(form, g, self._of)
+        return bind(form, g, self._of, factors=not FACTORS.isdisjoint(names))
 
     def forget(self, form: Form) -> None:
         """Let go of what a form took."""
@@ -83,11 +92,6 @@ class Prepared:
         if (id(form), products) not in self._inputs:
             self._inputs[id(form), products] = prepare()
         return self._inputs[id(form), products]
-
-
-def takes_products(names: Sequence[str]) -> bool:
-    """Whether all contractions can be made of products of the inputs of an operation."""
-    return OF_PRODUCTS.issuperset(names)
 
 
 @dataclass
@@ -150,8 +154,7 @@ class BackwardPass:
         retain_graph |= self.differentiable or derived
         if per_site and root.num == 1 and self._is_large():
             column = self._columns(root, 0, 1)[0]
-            products = takes_products(per_site)
-            totals = self._stream(column, uses, [leaves[i] for i in others], contract, products, retain_graph)
+            totals = self._stream(column, uses, [leaves[i] for i in others], contract, per_site, retain_graph)
             for i, t in zip(others, totals, strict=True):
                 found["total"][i].append(t)
         else:
@@ -170,8 +173,9 @@ class BackwardPass:
                     found["total"][i].append(t)
                 at = dict(zip(trace.sites, gs, strict=True)) if per_site else {}
                 for i, mine in enumerate(uses) if per_site else ():
-                    products = len(mine) == 1 and takes_products(per_site)
-                    contract(i, [self._bind(site, form, at[site], products) for site, form in mine], start, stop)
+                    alone = len(mine) == 1
+                    bounds = [self._bind(site, form, at[site], per_site, alone) for site, form in mine]
+                    contract(i, bounds, start, stop)
                 factors.clear()
         results = {n: [combine(n, f, outs[n][i] if n in outs else None) for i, f in enumerate(found[n])] for n in names}
         for n in ("per_sample", "total"):  # in low precision, sums of squares stay in single precision
@@ -194,7 +198,7 @@ class BackwardPass:
         uses: list[list[tuple[Site, Form]]],
         leaves: list[Tensor],
         contract: Callable[[int, list[Bound], int, int], None],
-        products: bool,
+        names: Sequence[str],
         retain_graph: bool,
     ) -> list[Tensor]:
         """Contract one column inside of the backward pass, each parameter as soon as all its uses were reached."""
@@ -211,7 +215,7 @@ class BackwardPass:
 
         def receive(site: Site, g: Tensor) -> None:
             for i, form in site.forms.items():
-                arrived[i][places[i][site]] = self._bind(site, form, g, products and len(places[i]) == 1)
+                arrived[i][places[i][site]] = self._bind(site, form, g, names, len(places[i]) == 1)
                 if len(arrived[i]) == len(places[i]):
                     contract(i, [arrived[i][k] for k in sorted(arrived[i])], 0, 1)
                     arrived[i].clear()
@@ -222,10 +226,10 @@ class BackwardPass:
 
         return stream(trace, column, leaves, receive, retain_graph=retain_graph)
 
-    def _bind(self, site: Site, form: Form, g: Tensor, products: bool) -> Bound:
+    def _bind(self, site: Site, form: Form, g: Tensor, names: Sequence[str], alone: bool) -> Bound:
         """A use with its tensors; inputs are prepared once for all chunks."""
         check_unchanged(site)
-        return self.prepared.bind(form, g, products)
+        return self.prepared.bind(form, g, names, alone)
 
 
 def contracted(

@@ -107,7 +107,7 @@ def input_factor(b: Bound, approximation: str | None = None) -> InputFactor | No
     n, q, s = b.g.shape[1:4]
     if isinstance(b.form, Products):
         positions = s if approximation == "expand" or not sums_positions(b) else 1
-        return InputFactor(b.x / (n * positions), b.form.form.inputs_first)
+        return InputFactor(b.x / (n * q * positions), b.form.form.inputs_first)
     assert isinstance(b.form, Outer)
     x = b.x.mean(2, keepdim=True) if approximation == "reduce" else b.x
     positions = s if approximation == "expand" or (approximation is None and not sums_positions(b)) else 1

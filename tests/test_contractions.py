@@ -60,7 +60,7 @@ def test_patches_in_parts(samples: int, chunk_size: int | None, monkeypatch: pyt
     X, y = torch.randn(5, 2, 6, 6), torch.arange(5) % 3
     made: list[int] = []
     unfold = conv.unfold
-    monkeypatch.setattr(conv, "unfold", lambda x, *args: (made.append(len(x)), unfold(x, *args))[1])
+    monkeypatch.setattr(conv, "unfold", lambda x, *args, **kw: (made.append(len(x)), unfold(x, *args, **kw))[1])
     monkeypatch.setattr(forms, "PATCHES_BYTES", samples * 8 * 36 * 18)
     for quantity in ("batch_grad", "variance", "diag_ggn", "sqrt_ggn", "batch_l2"):
         made.clear()

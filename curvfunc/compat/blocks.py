@@ -99,7 +99,7 @@ def _ggn_parts(call: LossCall, graph: Upstream, root: losses.Root) -> dict[int, 
     for start, stop in chunks(root.num, graph.trace, None):
         uses: dict[int, list[Bound]] = {}
         for i, form, g in graph.pull(root.columns(start, stop).to(call.out.dtype), False):
-            uses.setdefault(i, []).append(prepared.bind(form, g, False))
+            uses.setdefault(i, []).append(prepared.bind(form, g))
         for i, mine in uses.items():
             found[i].append(condensed(merge(mine), root.num))
     return found

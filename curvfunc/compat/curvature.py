@@ -21,7 +21,7 @@ from curvfunc.compute import Quantity, compute
 from curvfunc.cotangents import AveragedHessian, FullHessian, LossRoot, chunks, common
 from curvfunc.forms import Form, merge
 from curvfunc.kfra import factors
-from curvfunc.passes import CONTRACTIONS, Prepared, check_block, combine, contracted, keep, takes_products
+from curvfunc.passes import CONTRACTIONS, Prepared, check_block, combine, contracted, keep
 
 __all__ = ["evaluate"]
 
@@ -80,7 +80,7 @@ def _pulled(
     found: dict[tuple[int, int, str], list[Any]] = {}  # by parameter, extension and contraction
     memory: dict[tuple[int, int], dict[str, Tensor]] = {}
     names = [name for _, spec in group for name in spec.contractions]
-    products = takes_products(names) and all(ext.get_subsampling() is None for ext, _ in group)
+    whole_batch = all(ext.get_subsampling() is None for ext, _ in group)
     ranges = chunks(root.num, graph.trace, None)
     prepared = Prepared(whole=len(ranges) > 1)
     for start, stop in ranges:
@@ -90,7 +90,7 @@ def _pulled(
         factors: list[dict[Any, Tensor]] = [{} for _ in group]
         for i in list(uses):
             mine = uses.pop(i)
-            bound = merge([prepared.bind(form, g, products and len(mine) == 1) for form, g in mine])
+            bound = merge([prepared.bind(form, g, names, whole_batch and len(mine) == 1) for form, g in mine])
             for k, (ext, spec) in enumerate(group):
                 check_block(spec.contractions, bound, f"{type(ext).__name__}: a parameter")
                 selected = select(bound, ext.get_subsampling())

@@ -150,7 +150,7 @@ class Pass:
         g = g.reshape(site.shape).movedim(site.axis, 0).unsqueeze(0)
         for i, form in site.forms.items():
             if self.first_order:
-                bound = bind(form, g, inputs_of)
+                bound = bind(form, g, inputs_of, factors=False)
                 self._take(region, i, _owned(bound, cotangent) if self.returns_gradients else bound)
             count = self.counts[region, i] = self.counts.get((region, i), 0) + 1
             if count == region.uses[i]:
@@ -165,7 +165,7 @@ class Pass:
             gs, _ = pull(trace, cotangent[None], create_graph=self.create_graph, retain_graph=True)
             for site, g in zip(trace.sites, gs, strict=True):
                 for i, form in site.forms.items():
-                    self._take(region, i, bind(form, g, inputs_of))
+                    self._take(region, i, bind(form, g, inputs_of, factors=False))
         region.uses = dict.fromkeys(range(len(region.params)), 1)
         for i in range(len(region.params)):
             self._complete(region, i)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,8 @@ from curvfunc.forms import Direct, Form, Outer
 from curvfunc.pages import may_overwrite
 from curvfunc.rules import Use, rule
 
-# Patches with fewer products than this are formed: products of rows take many small steps.
+# Patches that have fewer entries, and fewer products, than this are formed: products of rows take many small steps.
+MOMENT_ENTRIES = 2**20
 MOMENT_PRODUCTS = 2 * 10**8
 
 
@@ -38,24 +40,34 @@ def conv(
 
     def inputs(samples: slice = slice(None)) -> Tensor:
         some = input[samples]
-        patches = unfold(some.reshape(-1, *some.shape[-dims - 1 :]), weight.shape[2:], stride, padding, dilation)
+        flat = some.reshape(-1, *some.shape[-dims - 1 :])
+        patches = unfold(flat, weight.shape[2:], stride, padding, dilation, samples_first=groups > 1)
         return _grouped(patches.unflatten(0, (some.shape[0], -1)), groups)  # of [n, b, c k, s]
 
     def cotangent(g: Tensor) -> Tensor:
         return _grouped(g.reshape(*g.shape[:2], -1, g.shape[-dims - 1], math.prod(g.shape[-dims:])), groups)
 
-    def moment() -> Tensor:
-        x = input.reshape(-1, *input.shape[-dims - 1 :])
+    channels = input.shape[-dims - 1] // groups
+
+    def moment() -> Tensor:  # a group is as good as another sample
+        x = input.reshape(-1, channels, *input.shape[-dims:])
         return patch_moment(x, weight.shape[2:], stride, padding, dilation)
 
-    whole = groups == 1 and "weight" not in use.sampled and input.numel() > 0
-    shared = whole and moment_pays(input.shape, weight.shape[2:], stride, padding, dilation)
-    made = math.prod(weight.shape[2:]) > 1 and "weight" not in use.sampled
+    def gradient(g: Tensor) -> Tensor:
+        x = input.reshape(input.shape[0], -1, *input.shape[-dims - 1 :]).to(torch.promote_types(input.dtype, g.dtype))
+        g = g.reshape(*g.shape[:2], -1, *g.shape[-dims - 1 :])
+        return depthwise_gradient(x, g, weight.shape, stride, padding, dilation)
+
+    usual = "weight" not in use.sampled and input.numel() > 0
+    grouped = torch.Size((input.shape[:-dims].numel() // max(1, channels), channels, *input.shape[-dims:]))
+    shared = usual and moment_pays(grouped, weight.shape[2:], stride, padding, dilation)
+    made = usual and math.prod(weight.shape[2:]) > 1
     outer = Outer(
         *(inputs, cotangent, weight.shape),
         sum_positions=True,
         moment=moment if shared else None,
         part=inputs if made else None,
+        gradient=gradient if usual and channels == 1 < groups else None,
     )
     forms: dict[str, Form] = {"weight": outer}
     if bias is not None:
@@ -125,10 +137,12 @@ def unfold(
     stride: int | Sequence[int],
     padding: str | int | Sequence[int],
     dilation: int | Sequence[int],
+    samples_first: bool = False,
 ) -> Tensor:
     """The patches that a convolution sees: [n, c, *space] to [n, c * prod(kernel), positions].
 
-    A copy of strided views takes a fraction of the time of ``F.unfold``.
+    A copy of strided views takes a fraction of the time of ``F.unfold``. In memory, features come first, so that neither
+    sums over samples nor those of one sample need another copy, or samples, so that products of groups need none.
     """
     dims = len(kernel)
     stride, dilation = _tuple(stride, dims), _tuple(dilation, dims)
@@ -137,9 +151,46 @@ def unfold(
         window = (slice(None), slice(None), *(slice(None, None, t) for t in stride))
         return x[window].flatten(2)
     x = _windows(x, kernel, stride, before, after, dilation, 0)  # [n, c, *positions, *kernel]
-    # features, samples, positions in memory: neither sums over samples nor those of one sample need another copy
+    if samples_first:
+        x = x.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
+        return x.flatten(1, 1 + dims).flatten(2)
     x = x.permute(1, *range(2 + dims, 2 + 2 * dims), 0, *range(2, 2 + dims))
     return x.flatten(0, dims).flatten(2).transpose(0, 1)
+
+
+def depthwise_gradient(
+    x: Tensor,
+    g: Tensor,
+    shape: torch.Size,
+    stride: int | Sequence[int],
+    padding: str | int | Sequence[int],
+    dilation: int | Sequence[int],
+) -> Tensor:
+    """Per-sample gradients of a convolution whose every output channel sees one channel of the input.
+
+    Those of all samples are one gradient, of a convolution that has the channels of each sample as groups of their own.
+
+    Args:
+        x: Input [n, b, c, *space].
+        g: Cotangents [v, n, b, o, *space] of the output.
+        shape: Of the weight, [o, 1, *kernel].
+        stride: Of the convolution.
+        padding: Likewise.
+        dilation: Likewise.
+
+    Returns:
+        [v, n, *shape].
+    """
+    dims, v, n, o = len(shape) - 2, *g.shape[:2], shape[0]
+    stride, dilation = _tuple(stride, dims), _tuple(dilation, dims)
+    before, after = _padding(padding, shape[2:], dilation)
+    x = x.transpose(0, 1).flatten(1, 2)  # [b, n c, *space]
+    if before != after:
+        x, before = F.pad(x, [p for pair in zip(reversed(before), reversed(after), strict=True) for p in pair]), (0,) * dims
+    weights = x.new_zeros(()).expand(n * o, 1, *shape[2:])  # for their shape
+    fixed: Any = (weights, None, stride, before, dilation, False, (0,) * dims, x.shape[1], (False, True, False))
+    found = [torch.ops.aten.convolution_backward(h.transpose(0, 1).flatten(1, 2), x, *fixed)[1] for h in g]
+    return torch.stack(found).reshape(v, n, *shape)
 
 
 def _windows(
@@ -178,7 +229,8 @@ def moment_pays(
         max(0, (size - r) // t + 1) for size, r, t in zip(space, reach, stride, strict=True)
     )
     features = shape[-dims - 1] * math.prod(kernel)
-    return 2 * positions >= features and positions * features**2 >= MOMENT_PRODUCTS
+    large = positions * features >= MOMENT_ENTRIES or positions * features**2 >= MOMENT_PRODUCTS
+    return 2 * positions >= features and large
 
 
 def patch_moment(

@@ -1,0 +1,150 @@
+"""Convolutions with as many groups as channels: their gradients without patches, against those of patches."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_close
+from torch import Tensor, nn
+
+import curvfunc
+from curvfunc import reference
+from curvfunc.rules import conv
+
+pytestmark = pytest.mark.usefixtures("float64")
+N, C = 5, 3
+
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "conv1d": (lambda: nn.Conv1d(4, 4, 3, padding=1, groups=4), (4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 4, 3, padding=1, groups=4), (4, 6, 5)),
+    "conv3d": (lambda: nn.Conv3d(2, 2, 2, groups=2), (2, 4, 3, 4)),
+    "multiplier": (lambda: nn.Conv2d(3, 6, (3, 2), groups=3, bias=False), (3, 6, 5)),
+    "strided": (lambda: nn.Conv2d(3, 3, 3, stride=(2, 1), padding=(1, 2), groups=3), (3, 6, 5)),
+    "dilated": (lambda: nn.Conv2d(3, 3, 2, dilation=(1, 2), groups=3), (3, 6, 5)),
+    "same": (lambda: nn.Conv2d(3, 3, (2, 4), padding="same", groups=3), (3, 6, 5)),
+    "reflected": (lambda: nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect", groups=3), (3, 6, 5)),
+}
+
+
+class Frames(nn.Module):
+    """Several images in each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 3, 3, groups=3), nn.Linear(24, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.conv(x.flatten(0, 1))).reshape(len(x), -1))
+
+
+class Twice(nn.Module):
+    """One convolution at two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 3, 3, padding=1, groups=3), nn.Linear(48, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(self.conv(x).tanh()).flatten(1))
+
+
+def problem(name: str) -> tuple[Any, dict[str, Tensor], Tensor, Tensor]:
+    torch.manual_seed(0)
+    if name == "frames":
+        net, X = Frames(), torch.randn(N, 2, 3, 4, 4)
+    elif name == "twice":
+        net, X = Twice(), torch.randn(N, 3, 4, 4)
+    else:
+        build, shape = NETS[name]
+        net, X = nn.Sequential(build(), nn.Tanh(), nn.Flatten(), nn.LazyLinear(C)), torch.randn(N, *shape)
+        net(X)
+    return *curvfunc.functionalize(net), X, torch.arange(N) % C
+
+
+SPECS = (curvfunc.BatchGrad(), curvfunc.BatchL2(), curvfunc.SumGradSquared(), curvfunc.Variance(), curvfunc.DiagGGN(),
+         curvfunc.BatchDiagGGN(), curvfunc.SqrtGGN(), curvfunc.BatchDot())  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize("name", [*NETS, "frames", "twice"])
+def test_no_patches_are_made(name: str, chunk_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model_fn, params, X, y = problem(name)
+    with monkeypatch.context() as patched:
+        unfold = conv.unfold
+        made: list[int] = []
+        patched.setattr(conv, "unfold", lambda *args, **kwargs: (made.append(1), unfold(*args, **kwargs))[1])
+        got = [curvfunc.compute(model_fn, params, X, y, spec, chunk_size=chunk_size) for spec in SPECS]
+        assert not made
+    assert_close(got[0], reference.batch_grad(model_fn, params, X, y), rtol=1e-10)
+    assert_close(got[4], reference.diag_ggn(model_fn, params, X, y), rtol=1e-10)
+    grads = got[0]
+    assert_close(got[1], {k: g.flatten(1).square().sum(1) for k, g in grads.items()}, rtol=1e-10)
+    assert_close(got[2], {k: g.square().sum(0) for k, g in grads.items()}, rtol=1e-10)
+    columns = got[SPECS.index(curvfunc.SqrtGGN())]
+    assert_close(got[5], {k: c.square().sum(0) for k, c in columns.items()}, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", [*NETS, "frames", "twice"])
+def test_hessian(name: str) -> None:
+    model_fn, params, X, y = problem(name)
+    hessian = torch.func.hessian(lambda p: F.cross_entropy(model_fn(p, X), y))(params)
+    want = {k: hessian[k][k].reshape(p.numel(), p.numel()).diagonal().reshape(p.shape) for k, p in params.items()}
+    assert_close(curvfunc.diag_hessian(model_fn, params, X, y), want, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["conv2d", "multiplier", "frames"])
+def test_factors_beside_other_quantities(name: str) -> None:
+    """Those need the patches, and so share them with what would do without."""
+    model_fn, params, X, y = problem(name)
+    both = curvfunc.compute(model_fn, params, X, y, (curvfunc.KFLR(), curvfunc.DiagGGN()))
+    assert_close(both[0], curvfunc.kflr(model_fn, params, X, y), rtol=1e-10)
+    assert_close(both[1], curvfunc.diag_ggn(model_fn, params, X, y), rtol=1e-10)
+
+
+def test_transformations() -> None:
+    model_fn, params, X, y = problem("multiplier")
+
+    def total(params: Any) -> Tensor:
+        return sum(g.pow(3).sum() for g in curvfunc.batch_grad(model_fn, params, X, y).values())
+
+    def naive(params: Any) -> Tensor:
+        return sum(g.pow(3).sum() for g in reference.batch_grad(model_fn, params, X, y).values())
+
+    assert_close(torch.func.grad(total)(params), torch.func.grad(naive)(params), rtol=1e-9)
+    ensemble = {k: torch.stack([v, 1.1 * v]) for k, v in params.items()}
+    got = torch.vmap(lambda p: curvfunc.diag_ggn(model_fn, p, X, y))(ensemble)
+    each = [curvfunc.diag_ggn(model_fn, {k: v[i] for k, v in ensemble.items()}, X, y) for i in range(2)]
+    assert_close(got, {k: torch.stack([e[k] for e in each]) for k in params}, rtol=1e-10)
+    torch._dynamo.reset()
+    step = torch.compile(lambda p, X, y: curvfunc.diag_ggn(model_fn, p, X, y), fullgraph=True, backend="aot_eager")
+    assert_close(step(params, X, y), curvfunc.diag_ggn(model_fn, params, X, y), rtol=1e-10)
+
+
+def test_low_precision_is_summed_in_single() -> None:
+    torch.set_default_dtype(torch.float32)
+    model_fn, params, X, y = problem("conv2d")
+    want = curvfunc.sum_grad_squared(model_fn, params, X, y)
+    low = curvfunc.sum_grad_squared(model_fn, {k: p.bfloat16() for k, p in params.items()}, X.bfloat16(), y)
+    assert low["0.weight"].dtype == torch.float32
+    assert_close({k: v.float() for k, v in low.items()}, want, rtol=0.1)
+
+
+def test_the_shim() -> None:
+    from curvfunc.compat import backpack, extend, extensions
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, groups=3), nn.Tanh(), nn.Flatten(), nn.Linear(48, C))
+    X, y = torch.randn(N, 3, 4, 4), torch.arange(N) % C
+    problem = (*curvfunc.functionalize(net), X, y)
+    want = {"grad_batch": curvfunc.batch_grad(*problem), "diag_ggn_exact": curvfunc.diag_ggn(*problem)}
+    rows = curvfunc.batch_grad(*problem, subsampling=[3, 1])
+    model, loss_fn = extend(net), extend(nn.CrossEntropyLoss())
+    with backpack(extensions.BatchGrad(), extensions.DiagGGNExact()):
+        loss_fn(model(X), y).backward()
+    for field, values in want.items():
+        assert_close({k: getattr(p, field) for k, p in model.named_parameters()}, values, rtol=1e-10)
+    with backpack(extensions.BatchGrad(subsampling=[3, 1])):
+        loss_fn(model(X), y).backward()
+    assert_close({k: p.grad_batch for k, p in model.named_parameters()}, rows, rtol=1e-10)
