@@ -22,6 +22,7 @@ from torch import Tensor
 
 from curvfunc import pages
 from curvfunc.pages import may_overwrite
+from curvfunc.precision import at_least_float32
 
 __all__ = [
     "Bound",
@@ -72,7 +73,7 @@ class Outer:
         sum_positions: Whether the Kronecker output factor sums g over s first (the convention of convolutions).
         moment: Gives Σ_nqs x xᵀ [k, k], where that takes less than x.
         part: Gives x of some samples, where x is larger than what it is made of, and no wider than the output.
-        gradient: Maps the cotangent of the operation's output to the gradients [v, n, *shape], where that takes less than x.
+        instead: A form of the same use that takes less work, where no Kronecker factors are wanted.
     """
 
     inputs: Callable[[], Tensor]
@@ -83,7 +84,7 @@ class Outer:
     sum_positions: bool = False
     moment: Callable[[], Tensor] | None = None
     part: Callable[[slice], Tensor] | None = None
-    gradient: Callable[[Tensor], Tensor] | None = None
+    instead: "Outer | Direct | None" = None
 
 
 @dataclass(frozen=True)
@@ -208,13 +209,13 @@ def bind(form: Form, cotangent: Tensor, inputs: Callable[[Form], Tensor | Parts]
         form: The form.
         cotangent: Of the operation's output, [v, n, ...].
         inputs: Gives what a form takes from the forward pass.
-        factors: Whether Kronecker factors may be wanted. Else an `Outer` use may be given by its gradients.
+        factors: Whether Kronecker factors may be wanted. Else another form may take the place of an `Outer` one.
     """
     if isinstance(form, Through):
         return direct(form.pullback(per_sample(bind(form.form, cotangent, inputs, factors=False))))
-    if not factors and isinstance(form, Outer) and form.gradient is not None:
-        return direct(form.gradient(_wide(cotangent)))
-    g = _wide(form.cotangent(cotangent))
+    if not factors and isinstance(form, Outer) and form.instead is not None:
+        return bind(form.instead, at_least_float32(cotangent), inputs)
+    g = at_least_float32(form.cotangent(cotangent))
     if isinstance(form, Direct):
         return Bound(form, g, g)
     x = inputs(form)
@@ -225,7 +226,7 @@ def bind(form: Form, cotangent: Tensor, inputs: Callable[[Form], Tensor | Parts]
         return Bound(form, g.masked_fill(none.unsqueeze(-1), 0), x.masked_fill(none, form.shape[0]))
     if x.dtype != g.dtype:
         dtype = torch.promote_types(g.dtype, x.dtype)
-        g, x = g.to(dtype), _wide(x.to(dtype))
+        g, x = g.to(dtype), at_least_float32(x.to(dtype))
     return Bound(form, g, x)
 
 
@@ -236,12 +237,8 @@ def inputs_of(form: Any) -> Tensor | Parts:
 
 def bind_products(form: Outer, cotangent: Tensor, moment: Tensor) -> Bound:
     """The form with g and Σ_nqs x xᵀ."""
-    g = _wide(form.cotangent(cotangent))
+    g = at_least_float32(form.cotangent(cotangent))
     return Bound(Products(form), g, moment.to(torch.promote_types(g.dtype, moment.dtype)))
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
 def direct(gradient: Tensor) -> Bound:

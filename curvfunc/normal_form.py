@@ -14,7 +14,6 @@ from torch import Tensor, nn
 __all__ = [
     "Loss",
     "Root",
-    "at_least_float32",
     "check",
     "check_traceable",
     "flat",
@@ -284,11 +283,6 @@ def _broadcasts(weight: Tensor, out: Tensor) -> bool:
 def tolerance(dtype: torch.dtype) -> float:
     """Relative size of what counts as rounding: between eps and sqrt(eps)."""
     return float(torch.finfo(dtype).eps ** 0.75)
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor, or in low precision a copy of it in single precision."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ def cnn(width: int, groups: int) -> nn.Module:
 NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "mlp": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, C)), lambda: torch.randn(N, 3)),
     "sequence": (sequence, lambda: torch.randn(N, 5, 3)),
+    "narrow_cnn": (lambda: cnn(2, 1), lambda: torch.randn(N, 2, 6, 6)),
     "grouped_cnn": (lambda: cnn(4, 2), lambda: torch.randn(N, 2, 4, 4)),
     "wide_cnn": (lambda: cnn(64, 1), lambda: torch.randn(N, 2, 4, 4)),
     "tied": (Tied, lambda: torch.randint(0, C, (N, 5))),
@@ -95,7 +96,7 @@ def test_both_ways_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     curvfunc.batch_dot(*make("wide_cnn"))
     assert "_gram_of_positions" in taken
     taken.clear()
-    curvfunc.batch_dot(*make("grouped_cnn"))
+    curvfunc.batch_dot(*make("narrow_cnn"))
     assert "_gram_of_gradients" in taken
 
 

@@ -9,7 +9,7 @@ from helpers import assert_close
 from torch import Tensor, nn
 
 import curvfunc
-from curvfunc.rules import conv
+from curvfunc.rules import conv, patches
 
 CASES: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
     ((3, 2, 9), (4,), {}),
@@ -33,11 +33,11 @@ def test_is_the_moment_of_the_patches(
     shape: tuple[int, ...], kernel: tuple[int, ...], given: dict[str, Any], transformed: bool
 ) -> None:
     x = torch.randn(shape, dtype=torch.float64)
-    patches = conv.unfold(x, kernel, *options(given))  # [n, k, s]
-    want = torch.einsum("nks,njs->kj", patches, patches)
+    found = patches.unfold(x, kernel, *options(given))  # [n, k, s]
+    want = torch.einsum("nks,njs->kj", found, found)
 
     def moment(x: Tensor) -> Tensor:
-        return conv.patch_moment(x, kernel, *options(given))
+        return patches.patch_moment(x, kernel, *options(given))
 
     with torch.no_grad():
         got = torch.vmap(moment)(x[None])[0] if transformed else moment(x)
@@ -45,15 +45,53 @@ def test_is_the_moment_of_the_patches(
 
 
 def test_pays_where_rows_recur(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv, "MOMENT_PRODUCTS", 0)
-    assert conv.moment_pays((8, 3, 9, 9), (3, 3), 1, 1, 1)
-    assert not conv.moment_pays((8, 3, 9, 9), (1, 3), 1, 0, 1)
-    assert not conv.moment_pays((8, 3, 9, 9), (3, 3), (2, 1), 1, 1)
-    assert not conv.moment_pays((8, 3, 9, 9), (3, 3), 1, 0, (2, 1))
-    assert not conv.moment_pays((1, 64, 4, 4), (3, 3), 1, 0, 1)  # four patches of 576 features
-    monkeypatch.setattr(conv, "MOMENT_PRODUCTS", 2 * 10**8)
-    assert conv.moment_pays((32, 32, 14, 14), (5, 5), 1, 2, 1)
-    assert not conv.moment_pays((32, 1, 28, 28), (5, 5), 1, 2, 1)
+    monkeypatch.setattr(patches, "MOMENT_PRODUCTS", 0)
+    assert patches.moment_pays((8, 3, 9, 9), (3, 3), 1, 1, 1)
+    assert not patches.moment_pays((8, 3, 9, 9), (1, 3), 1, 0, 1)
+    assert not patches.moment_pays((8, 3, 9, 9), (3, 3), (2, 1), 1, 1)
+    assert not patches.moment_pays((8, 3, 9, 9), (3, 3), 1, 0, (2, 1))
+    assert not patches.moment_pays((1, 64, 4, 4), (3, 3), 1, 0, 1)  # four patches of 576 features
+    monkeypatch.setattr(patches, "MOMENT_PRODUCTS", 2 * 10**8)
+    assert patches.moment_pays((32, 32, 14, 14), (5, 5), 1, 2, 1)
+    assert not patches.moment_pays((32, 1, 28, 28), (5, 5), 1, 2, 1)
+
+
+TRANSPOSED: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
+    ((3, 2, 4), (4,), {"stride": 2}),
+    ((3, 2, 4), (4,), {"stride": 3, "padding": 1, "output_padding": 2}),
+    ((3, 2, 3), (2,), {"stride": 5}),  # outputs that see nothing
+    ((3, 2, 4), (3,), {"padding": 2}),
+    ((3, 2, 1), (5,), {"stride": 2, "padding": 2}),
+    ((2, 3, 3, 4), (4, 3), {"stride": (2, 1), "padding": (1, 0)}),
+    ((2, 3, 3, 4), (3, 3), {"stride": 2, "padding": 3, "output_padding": 1}),  # outputs without any of the first inputs
+    ((2, 2, 2, 3, 2), (2, 3, 2), {"stride": (2, 3, 1), "output_padding": (1, 2, 0)}),
+]
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("transformed", [False, True])
+@pytest.mark.parametrize(("shape", "kernel", "given"), TRANSPOSED)
+def test_is_the_moment_of_the_patches_of_a_transposed_convolution(
+    shape: tuple[int, ...],
+    kernel: tuple[int, ...],
+    given: dict[str, Any],
+    transformed: bool,
+    rows: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if rows:
+        monkeypatch.setattr(patches, "MOMENT_PRODUCTS", 0)
+    x = torch.randn(shape, dtype=torch.float64)
+    settings = given.get("stride", 1), given.get("padding", 0), given.get("output_padding", 0)
+    found = patches.unfold_transpose(x, kernel, *settings, 1)
+    want = torch.einsum("nks,njs->kj", found, found)
+
+    def moment(x: Tensor) -> Tensor:
+        return patches.transposed_moment(x, kernel, *settings)
+
+    with torch.no_grad():
+        got = torch.vmap(moment)(x[None])[0] if transformed else moment(x)
+    assert_close(got, want, rtol=1e-12)
 
 
 NETS: dict[str, Callable[[], nn.Module]] = {
@@ -94,10 +132,10 @@ def test_factors_are_the_same(name: str, approximation: str | None, monkeypatch:
         specs = (curvfunc.KFLR(kfac_approx=approximation), curvfunc.KFAC(mc_samples=2, kfac_approx=approximation))
         return curvfunc.compute(model_fn, params, X, y, specs, generator=torch.Generator().manual_seed(1), **kwargs)
 
-    monkeypatch.setattr(conv, "MOMENT_PRODUCTS", 10**15)
+    monkeypatch.setattr(patches, "MOMENT_PRODUCTS", 10**15)
     want = found()
     assert made == []
-    monkeypatch.setattr(conv, "MOMENT_PRODUCTS", 0)
+    monkeypatch.setattr(patches, "MOMENT_PRODUCTS", 0)
     assert_close(found(), want, rtol=1e-12)
     assert_close(found(chunk_size=1), want, rtol=1e-12)
     assert bool(made) == (name != "twice" and approximation != "reduce")
@@ -113,7 +151,7 @@ def test_the_shim_shares_it(monkeypatch: pytest.MonkeyPatch) -> None:
     want = curvfunc.kflr(model_fn, params, X, y)
     made: list[int] = []
     moment = conv.patch_moment
-    monkeypatch.setattr(conv, "MOMENT_PRODUCTS", 0)
+    monkeypatch.setattr(patches, "MOMENT_PRODUCTS", 0)
     monkeypatch.setattr(conv, "patch_moment", lambda *args: (made.append(1), moment(*args))[1])
     model, loss_fn = extend(net), extend(nn.CrossEntropyLoss())
     with backpack(extensions.KFLR()):
@@ -131,9 +169,9 @@ def test_can_be_differentiated_and_compiled(monkeypatch: pytest.MonkeyPatch) -> 
         factors = curvfunc.kflr(model_fn, params, X, y)
         return sum(f.square().sum() for pair in factors.values() for f in pair)
 
-    monkeypatch.setattr(conv, "MOMENT_PRODUCTS", 10**15)
+    monkeypatch.setattr(patches, "MOMENT_PRODUCTS", 10**15)
     want = torch.func.grad(total)(params)
-    monkeypatch.setattr(conv, "MOMENT_PRODUCTS", 0)
+    monkeypatch.setattr(patches, "MOMENT_PRODUCTS", 0)
     assert_close(torch.func.grad(total)(params), want, rtol=1e-10)
     compiled = torch.compile(lambda p, X, y: curvfunc.kflr(model_fn, p, X, y), backend="aot_eager")
     assert_close(compiled(params, X, y), curvfunc.kflr(model_fn, params, X, y), rtol=1e-10)

@@ -76,10 +76,10 @@ def test_cotangents_and_inputs_go_at_once(spec: Any, monkeypatch: pytest.MonkeyP
     inputs: list[weakref.ref[Tensor]] = []
     bind = passes.bind
 
-    def spy(form: Any, g: Tensor, prepare: Any) -> Any:
+    def spy(form: Any, g: Tensor, prepare: Any, factors: bool) -> Any:
         alive.append(sum(r() is not None for r in cotangents))
         cotangents.append(weakref.ref(g))
-        bound = bind(form, g, prepare)
+        bound = bind(form, g, prepare, factors)
         inputs.append(weakref.ref(bound.x))
         return bound
 

@@ -1,4 +1,4 @@
-"""Convolutions with as many groups as channels: their gradients without patches, against those of patches."""
+"""Convolutions whose gradients have a form of their own: grouped ones without patches, transposed ones."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +25,19 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "dilated": (lambda: nn.Conv2d(3, 3, 2, dilation=(1, 2), groups=3), (3, 6, 5)),
     "same": (lambda: nn.Conv2d(3, 3, (2, 4), padding="same", groups=3), (3, 6, 5)),
     "reflected": (lambda: nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect", groups=3), (3, 6, 5)),
+}
+
+
+TRANSPOSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "transposed 1d": (lambda: nn.ConvTranspose1d(3, 2, 4, stride=3, padding=1, output_padding=2), (3, 4)),
+    "transposed 2d": (lambda: nn.ConvTranspose2d(3, 2, (4, 3), stride=2, padding=1, output_padding=(0, 1)), (3, 3, 2)),
+    "transposed 3d": (lambda: nn.ConvTranspose3d(2, 2, 2, stride=(2, 1, 2)), (2, 2, 3, 2)),
+    "transposed, stride 1": (lambda: nn.ConvTranspose2d(3, 2, 3, padding=1), (3, 4, 3)),
+    "transposed, gaps": (lambda: nn.ConvTranspose2d(3, 2, 2, stride=3), (3, 3, 2)),
+    "transposed, dilated": (lambda: nn.ConvTranspose2d(3, 2, 2, stride=2, dilation=3, output_padding=2), (3, 3, 2)),
+    "transposed groups": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=2, groups=2), (4, 3, 4)),
+    "transposed depthwise": (lambda: nn.ConvTranspose2d(3, 6, 4, stride=2, padding=1, groups=3), (3, 3, 2)),
+    "ten channels in a group": (lambda: nn.Conv2d(20, 4, 2, groups=2), (20, 8, 8)),
 }
 
 
@@ -57,7 +70,7 @@ def problem(name: str) -> tuple[Any, dict[str, Tensor], Tensor, Tensor]:
     elif name == "twice":
         net, X = Twice(), torch.randn(N, 3, 4, 4)
     else:
-        build, shape = NETS[name]
+        build, shape = (NETS | TRANSPOSED)[name]
         net, X = nn.Sequential(build(), nn.Tanh(), nn.Flatten(), nn.LazyLinear(C)), torch.randn(N, *shape)
         net(X)
     return *curvfunc.functionalize(net), X, torch.arange(N) % C
@@ -68,15 +81,15 @@ SPECS = (curvfunc.BatchGrad(), curvfunc.BatchL2(), curvfunc.SumGradSquared(), cu
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1])
-@pytest.mark.parametrize("name", [*NETS, "frames", "twice"])
-def test_no_patches_are_made(name: str, chunk_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [*NETS, *TRANSPOSED, "frames", "twice"])
+def test_gradients(name: str, chunk_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     model_fn, params, X, y = problem(name)
     with monkeypatch.context() as patched:
         unfold = conv.unfold
         made: list[int] = []
         patched.setattr(conv, "unfold", lambda *args, **kwargs: (made.append(1), unfold(*args, **kwargs))[1])
         got = [curvfunc.compute(model_fn, params, X, y, spec, chunk_size=chunk_size) for spec in SPECS]
-        assert not made
+        assert not made or name in TRANSPOSED
     assert_close(got[0], reference.batch_grad(model_fn, params, X, y), rtol=1e-10)
     assert_close(got[4], reference.diag_ggn(model_fn, params, X, y), rtol=1e-10)
     grads = got[0]
@@ -86,7 +99,7 @@ def test_no_patches_are_made(name: str, chunk_size: int | None, monkeypatch: pyt
     assert_close(got[5], {k: c.square().sum(0) for k, c in columns.items()}, rtol=1e-10)
 
 
-@pytest.mark.parametrize("name", [*NETS, "frames", "twice"])
+@pytest.mark.parametrize("name", [*NETS, *TRANSPOSED, "frames", "twice"])
 def test_hessian(name: str) -> None:
     model_fn, params, X, y = problem(name)
     hessian = torch.func.hessian(lambda p: F.cross_entropy(model_fn(p, X), y))(params)
@@ -103,8 +116,17 @@ def test_factors_beside_other_quantities(name: str) -> None:
     assert_close(both[1], curvfunc.diag_ggn(model_fn, params, X, y), rtol=1e-10)
 
 
-def test_transformations() -> None:
-    model_fn, params, X, y = problem("multiplier")
+@pytest.mark.parametrize("name", ["transposed 1d", "transposed 2d", "transposed depthwise", "ten channels in a group"])
+def test_memory_of_results(name: str) -> None:
+    model_fn, params, X, y = problem(name)
+    out = {k: torch.empty(N, *p.shape) for k, p in params.items()}
+    curvfunc.compute(model_fn, params, X, y, curvfunc.BatchGrad(), out=out)
+    assert_close(out, reference.batch_grad(model_fn, params, X, y), rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["multiplier", "transposed 2d", "transposed groups"])
+def test_transformations(name: str) -> None:
+    model_fn, params, X, y = problem(name)
 
     def total(params: Any) -> Tensor:
         return sum(g.pow(3).sum() for g in curvfunc.batch_grad(model_fn, params, X, y).values())
