@@ -23,9 +23,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvfunc.contractions import sample_squares, squared_inputs, squares, weighted_sample_squares, weighted_squares
 from curvfunc.cotangents import CHUNK_BYTES
-from curvfunc.forms import Bound, Outer, Parts, bind, inputs_of, merge
+from curvfunc.forms import Bound, Outer, bind, merge
 from curvfunc.hessian_products import HessianProducts
 from curvfunc.observer import without_fallback_warnings
+from curvfunc.passes import Prepared
 from curvfunc.residuals import Curvature, Meeting, Residual
 from curvfunc.sites import Site, Trace
 
@@ -76,7 +77,7 @@ def diagonal(
         for residual, r in run.weights(curvature.residuals, gradient):
             run.residual(curvature, residual, r)
     if curved:
-        products = HessianProducts(trace, gradient, run.inputs, run.chunks, differentiable)
+        products = HessianProducts(trace, gradient, run.prepared.of, run.chunks, differentiable)
         for i, part in products.diagonals(run.uses(curved)):
             run.add_samples(i, part)
     return run.results()
@@ -114,13 +115,7 @@ class _Columns:
     trace: Trace
     chunk_size: int | None
     differentiable: bool
-    prepared: dict[int, Tensor | Parts] = field(default_factory=dict)
-
-    def inputs(self, form: Any) -> Tensor | Parts:
-        """What a form takes from the forward pass, prepared once."""
-        if id(form) not in self.prepared:
-            self.prepared[id(form)] = inputs_of(form)
-        return self.prepared[id(form)]
+    prepared: Prepared = field(default_factory=Prepared)
 
     def uses(self, targets: int) -> dict[int, list[int]]:
         """``{parameter: its sites}`` for the parameters in a mask."""
@@ -148,7 +143,9 @@ class _Columns:
         wanted = sorted({j for sites in uses.values() for j in sites})
         if not wanted or not self.trace.out.requires_grad:
             return
-        for start, stop in self.chunks(num, widest):
+        ranges = self.chunks(num, widest)
+        self.prepared.whole |= len(ranges) > 1
+        for start, stop in ranges:
             gs = self.pull(source, columns(start, stop), wanted)
             for i, sites in uses.items():
                 parts = [self.bind(j, i, gs[j], factors=False) for j in sites if j in gs]
@@ -157,7 +154,7 @@ class _Columns:
 
     def bind(self, j: int, i: int, g: Tensor, factors: bool = True) -> Bound:
         """Site j's use of parameter i with the cotangent g."""
-        return bind(self.trace.sites[j].forms[i], g, self.inputs, factors)
+        return bind(self.trace.sites[j].forms[i], g, self.prepared.of, factors)
 
     def pull(self, source: Tensor | GradientEdge, columns: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
         """Cotangents [v, n, ...] of those sites' outputs that ``source`` depends on."""

@@ -78,14 +78,15 @@ class Prepared:
         """
         if alone and names and isinstance(form, Outer) and form.moment is not None and OF_PRODUCTS.issuperset(names):
             return forms.bind_products(form, g, self._once(form, True, form.moment))
-        return bind(form, g, self._of, factors=not FACTORS.isdisjoint(names))
+        return bind(form, g, self.of, factors=not FACTORS.isdisjoint(names))
 
     def forget(self, form: Form) -> None:
         """Let go of what a form took."""
         self._inputs.pop((id(form), True), None)
         self._inputs.pop((id(form), False), None)
 
-    def _of(self, form: Any) -> Any:
+    def of(self, form: Any) -> Any:
+        """What a form takes."""
         return self._once(form, False, form.inputs if self.whole else partial(forms.inputs_of, form))
 
     def _once(self, form: Form, products: bool, prepare: Callable[[], Any]) -> Any:

@@ -95,8 +95,9 @@ def put_products(
 def _ggn_parts(call: LossCall, graph: Upstream, root: losses.Root) -> dict[int, list[Bound]]:
     """Columns of the loss Hessian's root at the uses of each parameter."""
     found: dict[int, list[Bound]] = {i: [] for i in graph.params}
-    prepared = Prepared()
-    for start, stop in chunks(root.num, graph.trace, None):
+    ranges = chunks(root.num, graph.trace, None)
+    prepared = Prepared(whole=len(ranges) > 1)
+    for start, stop in ranges:
         uses: dict[int, list[Bound]] = {}
         for i, form, g in graph.pull(root.columns(start, stop).to(call.out.dtype), False):
             uses.setdefault(i, []).append(prepared.bind(form, g))

@@ -314,7 +314,11 @@ class BatchDiagHessian(SecondOrderBackpropExtension):
 
 
 class MatrixProduct(SecondOrderBackpropExtension):
-    """A function on each parameter that multiplies [V, *shape] with its block of a curvature matrix."""
+    """A function on each parameter that multiplies [V, *shape] with its block of a curvature matrix.
+
+    While one is active, backward passes leave the graph in memory (`curvfunc.compat.graphs` says for whom). The functions
+    work as long as the extended module is there.
+    """
 
     def matrix(self) -> Any:
         """The matrix, as `curvfunc.linearization` knows it."""
