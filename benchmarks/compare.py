@@ -2,6 +2,7 @@
 
     python benchmarks/compare.py --out results.json --picture results.png --table
     python benchmarks/compare.py --nets 2C2D --quantities kfac kflr --rounds 15 --memory
+    python benchmarks/compare.py --nets layers --quantities batch_grad kfac --table
     python benchmarks/compare.py --device cuda --precision float32 tf32 bfloat16 --out gpu.json
     python benchmarks/compare.py --from results.json gpu.json --picture all.png --table
 
@@ -48,7 +49,7 @@ from typing import Any
 
 import torch
 from contenders import BACKPACK_QUANTITIES, COLUMNS, CONTENDERS, QUANTITIES, Problem, Step, deviation, problem, reason
-from nets import NETS
+from nets import LAYERS, NETS
 from report import picture, table
 
 TOLERANCE = {"float32": 1e-3, "tf32": 1e-2, "bfloat16": 1e-1}
@@ -271,7 +272,9 @@ def merged(paths: Sequence[Path]) -> list[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the arguments; measure or read; write JSON, picture and table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS), metavar="NET", help=", ".join(NETS))
+    nets = [*NETS, *LAYERS, "layers"]
+    told = f"{', '.join(NETS)}; layers for all of {', '.join(LAYERS)}"
+    parser.add_argument("--nets", nargs="+", choices=nets, default=list(NETS), metavar="NET", help=told)
     standard = [*BACKPACK_QUANTITIES, "batch_diag_ggn", "sqrt_ggn", "diag_hessian"]
     known = ", ".join(QUANTITIES)
     parser.add_argument("--quantities", nargs="+", choices=QUANTITIES, default=standard, metavar="QUANTITY", help=known)
@@ -290,6 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--from", dest="files", nargs="+", type=Path, metavar="JSON", help="read results, measure nothing")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    options.nets = [net for name in options.nets for net in (LAYERS if name == "layers" else [name])]
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
     if options.peak:

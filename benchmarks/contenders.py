@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from compat import load_backpack
-from nets import NETS
+from nets import LAYERS, NETS
 from torch import Tensor, nn
 
 import curvfunc as cf
@@ -107,7 +107,7 @@ def problem(net: str, quantity: str, device: str, precision: str) -> Problem:
     """A net and a batch for a quantity, from a fixed seed."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.manual_seed(0)
-    chosen = NETS[net]
+    chosen = (NETS | LAYERS)[net]
     module = chosen.make().eval()
     with torch.no_grad():
         outputs = module(chosen.inputs(1)).numel()

@@ -153,3 +153,67 @@ NETS: dict[str, Net] = {
     "GPT": Net(GPT, _below(VOCABULARY, LENGTH), _below(VOCABULARY, LENGTH), 8, 64),
     "tiny": Net(tiny, _uniform(4), _below(2), 8, 8),
 }
+
+
+class Last(nn.Module):
+    """A recurrent layer, of which the output at the last position goes on."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, T, width] to [N, width]."""
+        return self.layer(x)[0][:, -1]
+
+
+class SelfAttention(nn.Module):
+    """Torch's own layer."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.layer = nn.MultiheadAttention(width, heads, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, T, width] to the same."""
+        return self.layer(x, x, x, need_weights=False)[0]
+
+
+def _layer(make: Callable[[], nn.Module], *shape: int, tokens: int = 0) -> Net:
+    """One layer, with an activation, pooling and a linear layer after it."""
+
+    def net() -> nn.Module:
+        pool = nn.AvgPool2d(4) if len(shape) == 3 else nn.Identity()
+        model = nn.Sequential(make(), nn.ReLU(), pool, nn.Flatten(), nn.LazyLinear(10))
+        with torch.no_grad():
+            model(inputs(1))
+        return model
+
+    inputs = _below(tokens, *shape) if tokens else _uniform(*shape)
+    return Net(net, inputs, _below(10), 32, 128)
+
+
+# Single layers, to find those that take longer than they should: ``--nets layers``.
+LAYERS: dict[str, Net] = {
+    "linear over positions": _layer(lambda: nn.Linear(64, 256), 32, 64),
+    "convolution 1x1": _layer(lambda: nn.Conv2d(64, 64, 1), 64, 16, 16),
+    "convolution 3x3": _layer(lambda: nn.Conv2d(64, 64, 3, padding=1), 64, 16, 16),
+    "convolution, stride 2": _layer(lambda: nn.Conv2d(64, 64, 3, 2, 1), 64, 16, 16),
+    "convolution, dilation 2": _layer(lambda: nn.Conv2d(64, 64, 3, padding=2, dilation=2), 64, 16, 16),
+    "convolution, 8 groups": _layer(lambda: nn.Conv2d(64, 64, 3, padding=1, groups=8), 64, 16, 16),
+    "convolution, 32 groups": _layer(lambda: nn.Conv2d(64, 64, 3, padding=1, groups=32), 64, 16, 16),
+    "convolution, depthwise": _layer(lambda: nn.Conv2d(64, 64, 3, padding=1, groups=64), 64, 16, 16),
+    "convolution 1d": _layer(lambda: nn.Conv1d(32, 64, 5, padding=2), 32, 64),
+    "convolution 3d": _layer(lambda: nn.Conv3d(8, 16, 3, padding=1), 8, 8, 8, 8),
+    "transposed 2x2": _layer(lambda: nn.ConvTranspose2d(64, 32, 2, 2), 64, 16, 16),
+    "transposed 4x4": _layer(lambda: nn.ConvTranspose2d(64, 32, 4, 2, 1), 64, 16, 16),
+    "batch norm": _layer(lambda: nn.BatchNorm2d(64), 64, 16, 16),  # evaluation mode
+    "group norm": _layer(lambda: nn.GroupNorm(8, 64), 64, 16, 16),
+    "layer norm": _layer(lambda: nn.LayerNorm(64), 32, 64),
+    "PReLU": _layer(lambda: nn.PReLU(64), 64, 16, 16),
+    "embedding": _layer(lambda: nn.Embedding(1000, 64), 32, tokens=1000),
+    "RNN": _layer(lambda: Last(nn.RNN(64, 64, batch_first=True)), 32, 64),
+    "LSTM": _layer(lambda: Last(nn.LSTM(64, 64, batch_first=True)), 32, 64),
+    "GRU": _layer(lambda: Last(nn.GRU(64, 64, batch_first=True)), 32, 64),
+    "attention": _layer(lambda: SelfAttention(64, 4), 32, 64),
+}

@@ -580,7 +580,8 @@ def kfra(
 
     The model must be a chain of linear layers, convolutions, also transposed, elementwise operations, max, average and
     adaptive pooling, padding, reshapes, dropout, batch norm in evaluation mode, and other operations that are linear with
-    constant coefficients. G has as many rows as one sample's activation has entries, at each operation after the first layer
+    constant coefficients. Branches that meet again, such as x σ(x), count as one operation, which must be elementwise or
+    linear as a whole. G has as many rows as one sample's activation has entries, at each operation after the first layer
     with parameters; two such matrices are held at once, for max pooling a third one. ``chunk_size`` has no effect.
 
     Returns:
@@ -588,7 +589,7 @@ def kfra(
 
     Raises:
         ValueError: As `diag_ggn`.
-        NotImplementedError: If the graph branches, or for an operation without a rule; the message names it.
+        NotImplementedError: If the graph branches otherwise, or for an operation without a rule; the message names it.
 
     References:
         Botev, Ritter, Barber 2017, "Practical Gauss-Newton optimisation for deep learning", sec. 3.2, eqs. 19 ff.; Grosse and

@@ -45,6 +45,19 @@ def test_report(scripts, tmp_path):
     assert report["rows"][0]["contenders"]["gradient"]["ratio"] == 1
 
 
+def test_layers(scripts, tmp_path):
+    """Each runs, on a small part of its batch, and vmap agrees."""
+    for net, layer in scripts.nets.LAYERS.items():
+        module = layer.make().eval()
+        X = layer.inputs(2)
+        assert module(X).shape == (2, 10), net
+    options = ("--quantities", "batch_l2", "--contenders", "curvfunc", "vmap")
+    some = ["transposed 4x4", "convolution, depthwise"]
+    rows = run(scripts, tmp_path / "r.json", "--nets", *some, *options)["rows"]
+    assert [row["net"] for row in rows] == some
+    assert all(row["contenders"]["vmap"]["deviation"] < 1e-4 for row in rows)
+
+
 @pytest.mark.parametrize(
     ("peer", "quantities", "skipped"),
     [
