@@ -27,7 +27,7 @@ from curvfunc.cotangents import CHUNK_BYTES
 from curvfunc.forms import Direct, Outer, Rows, bind, per_sample
 from curvfunc.observer import edge_of, without_fallback_warnings
 from curvfunc.residuals import is_affine
-from curvfunc.rules.nonlinear import is_diagonal, is_reshape, is_shared, operation
+from curvfunc.rules.nonlinear import is_diagonal, is_linear, is_reshape, operation, takes_data
 from curvfunc.second_moments import second_moment
 from curvfunc.sites import Layouts, Site, Trace
 
@@ -131,7 +131,7 @@ def factors(
             raise NotImplementedError(f"kfra cannot see the operations before {step.name}. Use kflr or kfac.")
         output = step.data[0] if sites else None
         if output is not None:
-            G = _step_back(step, output, G, len(trace.out), differentiable)
+            G = _step_back(step, output, layouts, G, len(trace.out), differentiable)
     return [found[i] if i in found else (p.new_zeros(p.numel(), p.numel()),) for i, p in enumerate(leaves)]
 
 
@@ -190,7 +190,7 @@ def _flat(g: Tensor) -> Tensor:
 # -- one step back
 
 
-def _step_back(step: _Step, x: _Tensor, G: Tensor, samples: int, differentiable: bool) -> Tensor:
+def _step_back(step: _Step, x: _Tensor, layouts: Layouts, G: Tensor, samples: int, differentiable: bool) -> Tensor:
     """(1/N) Σₙ Jₙᵀ G Jₙ, to the tensor before the step."""
     nodes = _between(step.output.edge.node, x.edge.node)
     if x.shape[0] == samples and step.output.shape[0] == samples:
@@ -198,12 +198,17 @@ def _step_back(step: _Step, x: _Tensor, G: Tensor, samples: int, differentiable:
             return G
         if all(map(is_diagonal, nodes)) and x.shape.numel() == step.output.shape.numel():
             return _through_diagonal(step, x.edge, x.shape, G, differentiable)
-        if all(is_shared(node, [*nodes, x.edge.node]) for node in nodes):
+        if all(map(is_linear, nodes)) and not _by_sample(nodes, layouts):
             return _shared(step, x, nodes, G, differentiable)
         chosen = [node for node in nodes if node.name() in _SELECTIONS]
         if len(chosen) == 1 and all(is_reshape(node) for node in nodes if node is not chosen[0]):
             return _selected(chosen[0]._saved_result1, x.shape, G)  # type: ignore[attr-defined]
     return _refuse(step)
+
+
+def _by_sample(nodes: Sequence[Node], layouts: Layouts) -> bool:
+    """Whether Jacobians of linear operations may differ from sample to sample, since data are in them."""
+    return any(map(takes_data, nodes)) and any(map(layouts.several, nodes))
 
 
 def _refuse(step: _Step) -> NoReturn:

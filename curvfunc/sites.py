@@ -91,6 +91,7 @@ class Layouts:
     substitutes: dict[Any, Callable[..., Any]] = field(default_factory=dict)
     _of: dict[tuple[Node, int], tuple[int, torch.Size]] = field(default_factory=dict)
     _composites: dict[Node, GradientEdge] = field(default_factory=dict)
+    _several: set[Node] = field(default_factory=set)
 
     def note(self, edge: GradientEdge, axis: int, shape: torch.Size) -> None:
         """An operation took this tensor."""
@@ -99,6 +100,14 @@ class Layouts:
     def note_composite(self, node: Node, source: GradientEdge) -> None:
         """A function in ``functions`` made the output of ``node`` from the tensor at ``source``."""
         self._composites[node] = source
+
+    def note_several(self, node: Node) -> None:
+        """The operation with this output took several tensors that depend on samples."""
+        self._several.add(node)
+
+    def several(self, node: Node) -> bool:
+        """Whether an operation took several tensors that depend on samples."""
+        return node in self._several
 
     def of(self, edge: GradientEdge) -> tuple[int, torch.Size] | None:
         """Sample axis and shape of a tensor."""
@@ -112,3 +121,4 @@ class Layouts:
         """Forget everything, before another forward pass."""
         self._of.clear()
         self._composites.clear()
+        self._several.clear()

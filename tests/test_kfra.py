@@ -171,6 +171,8 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "repeated matrix, from the right": lambda h: torch.bmm(
         h.unsqueeze(1), torch.arange(16.0).reshape(1, 4, 4).expand(len(h), 4, 4)
     ).flatten(1),
+    "a matrix for each head": lambda h: torch.matmul(h.reshape(-1, 2, 1, 2), torch.arange(8.0).reshape(2, 2, 2)).flatten(1),
+    "chosen by constants": lambda h: h.gather(1, torch.tensor([[2, 0, 0, 3]]).expand(len(h), 4)),
     "scaled product": lambda h: torch.addmm(torch.ones(4), h, torch.arange(16.0).reshape(4, 4), alpha=0.5),
 }
 
@@ -301,6 +303,13 @@ class Shared(Branching):
         return self.out(self.b(torch.tanh(self.b(self.a(x)))))
 
 
+class Chosen(Branching):
+    """Entries that the data choose."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.a(x).gather(1, x[:, :4].argsort(1)))
+
+
 class Data(Branching):
     """A product with data: linear, but with another Jacobian for each sample."""
 
@@ -316,6 +325,7 @@ class Data(Branching):
         (Residual(), "Add takes 2 tensors .* branches"),
         (Shared(), "'b.weight' is used more than once"),
         (Data(), "no rule for Bmm"),
+        (Chosen(), "no rule for Gather"),
         (mlp(nn.Linear(5, 4), nn.Softmax(1), nn.Linear(4, C)), "no rule for Softmax"),
         (mlp(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, C)), "no rule for NativeLayerNorm"),
         (mlp(nn.Linear(5, 4), nn.Unflatten(1, (2, 2)), nn.GRU(2, 3, batch_first=True)), "no rule|more than once|branches"),

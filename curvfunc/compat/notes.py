@@ -26,6 +26,7 @@ __all__ = ["Call", "LossCall", "ModuleUse", "NodeLayouts", "Region", "RegionOutp
 KEY = "curvfunc"
 LAYOUTS = "curvfunc layouts"  # by output
 COMPOSITE = "curvfunc composite"
+SEVERAL = "curvfunc several"
 
 
 @dataclass(eq=False)
@@ -165,6 +166,16 @@ class NodeLayouts(Layouts):
         """A function in ``functions`` made the output of ``node`` from the tensor at ``source``."""
         metadata: Any = node.metadata
         metadata[COMPOSITE] = source
+
+    def note_several(self, node: Node) -> None:
+        """The operation with this output took several tensors that depend on samples."""
+        metadata: Any = node.metadata
+        metadata[SEVERAL] = True
+
+    def several(self, node: Node) -> bool:
+        """Whether an operation took several tensors that depend on samples."""
+        metadata: Any = node.metadata
+        return SEVERAL in metadata
 
     def of(self, edge: GradientEdge) -> tuple[int, torch.Size] | None:
         """Sample axis and shape of a tensor."""

@@ -20,10 +20,11 @@ __all__ = [
     "Curve",
     "curve",
     "is_diagonal",
+    "is_linear",
     "is_once_differentiable",
     "is_reshape",
-    "is_shared",
     "operation",
+    "takes_data",
 ]
 
 
@@ -135,8 +136,8 @@ _DIAGONAL = """
     PreluKernel"""
 
 _RESHAPES = {"Clone", "Alias", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze"}
-_PRODUCTS = {"Mm", "Addmm", "Linear", "Convolution"}
-_BY_SAMPLE = {"NativeDropout", "Embedding", "Gather"}  # linear, but by data that may differ from sample to sample
+_PRODUCTS = {"Mm", "Bmm", "Addmm", "Linear", "Convolution"}
+_BY_DATA = {*_PRODUCTS, "Gather", "Index", "IndexSelect"}
 
 _CURVES = {
     **dict.fromkeys(_LINEAR.split(), LINEAR),
@@ -171,20 +172,15 @@ def is_reshape(node: Node) -> bool:
     return operation(node) in _RESHAPES
 
 
-def is_shared(node: Any, data: Sequence[Node]) -> bool:
-    """Whether the operation is linear, up to a constant, with the same Jacobian for all samples.
-
-    Args:
-        node: The operation.
-        data: The nodes behind those inputs that it is a function of; all others are constants, or parameters.
-    """
+def is_linear(node: Node) -> bool:
+    """Whether the operation is linear, up to a constant, in any one of its inputs."""
     name = operation(node)
-    if name == "Bmm":  # with a matrix for each sample, unless they are one that is repeated
-        first = node.next_functions[0][0] in data
-        return bool((node._saved_mat2 if first else node._saved_self).stride(0) == 0)
-    if name == "Index":
-        return node._saved_indices[0] is None
-    return name in _PRODUCTS or (name in _LINEAR.split() and name not in _BY_SAMPLE)
+    return name in _PRODUCTS or (name in _LINEAR.split() and name not in ("NativeDropout", "Embedding"))
+
+
+def takes_data(node: Node) -> bool:
+    """Whether the Jacobian of a linear operation has another input in it, beyond layers' weights."""
+    return operation(node) in _BY_DATA
 
 
 def is_once_differentiable(node: Node) -> bool:
