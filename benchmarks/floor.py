@@ -6,9 +6,10 @@ The floor of a quantity, its gradient included, is
 
     max(operations / rate of matrix products, bytes / rate of copies).
 
-Both rates are measured here, as the best over several shapes. The maximum, not the sum: a kernel may compute while it moves
-memory, so only the maximum is a bound for whatever order of work. The sum is at most twice that, so a factor below 2 leaves
-nothing to be gained but overlap.
+Both rates are measured here: of matrix products, with the shape that is the fastest of several. They are measured again in
+each round of each quantity, since shared machines change their pace, and the factor is the median of each round's own. The
+maximum of the two, not the sum: a kernel may compute while it moves memory, so only the maximum is a bound for whatever
+order of work. The sum is at most twice that, so a factor below 2 leaves nothing to be gained but overlap.
 
 Operations (a multiplication and an addition are two) for N samples, with F the forward pass, D one backward pass to the
 inputs of all layers, W the weight gradients of all layers, and m columns beside the gradient (0 for first order, the number
@@ -32,16 +33,16 @@ input and outputs of these layers are written and read, all of it once; cotangen
 import argparse
 import json
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from compare import SHORTEST, SKIP, cpu_name, refusal, seconds
-from contenders import CONTENDERS, Problem, problem
+from contenders import CONTENDERS, Problem, Step, problem
 from nets import NETS
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -130,32 +131,33 @@ def entries(counts: Counts, results: Any) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def product_rate(device: str, dtype: torch.dtype) -> float:
-    """Operations per second of matrix products: the best of square and of thin shapes."""
-    squares = [(n, n, n) for n in ((2048, 4096, 8192) if device == "cuda" else (256, 512, 1024, 2048))]
-    thin = [(256, 4096, 256), (4096, 64, 4096), (4096, 4096, 128), (128, 4096, 4096)]
-    best = 0.0
-    for m, k, n in squares + thin:
-        a, b = torch.rand(m, k, device=device, dtype=dtype), torch.rand(k, n, device=device, dtype=dtype)
-        out = a @ b
-        best = max(best, 2 * m * k * n / _fastest(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device))
-    return best
+class Machine:
+    """How fast the machine multiplies matrices and copies memory, at the moment when it is asked."""
 
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self._device = device
+        squares = [(n, n, n) for n in ((2048, 4096, 8192) if device == "cuda" else (256, 512, 1024, 2048))]
+        thin = [(256, 4096, 256), (4096, 64, 4096), (4096, 4096, 128), (128, 4096, 4096)]
+        products = [self._product(*shape, dtype) for shape in squares + thin]
+        self._product_step, self._operations = max(products, key=lambda p: p[1] / self._mean(p[0], 0.3))
+        source = torch.ones((1 << 30 if device == "cuda" else 1 << 28) // 4, device=device)
+        target = source.clone()
+        self._copy, self._bytes = partial(target.copy_, source), 2 * source.nbytes  # read, and written to memory in use
 
-def copy_rate(device: str) -> float:
-    """Bytes per second, read and written, of copies into memory that is in use."""
-    source = torch.ones((1 << 30 if device == "cuda" else 1 << 28) // 4, device=device)
-    target = source.clone()
-    return 2 * source.nbytes / _fastest(lambda: target.copy_(source), device)
+    def _product(self, m: int, k: int, n: int, dtype: torch.dtype) -> tuple[Step, int]:
+        a, b = torch.rand(m, k, device=self._device, dtype=dtype), torch.rand(k, n, device=self._device, dtype=dtype)
+        return partial(torch.mm, a, b, out=a @ b), 2 * m * k * n
 
+    def _mean(self, step: Callable[[], Any], duration: float) -> float:
+        step()
+        return seconds(step, int(duration / seconds(step, 1, self._device)) + 1, self._device)
 
-def _fastest(step: Callable[[], Any], device: str) -> float:
-    step()
-    end = time.perf_counter() + 0.3
-    times = [seconds(step, 1, device)]
-    while time.perf_counter() < end:
-        times.append(seconds(step, 1, device))
-    return min(times)
+    def rates(self, duration: float = 0.05) -> dict[str, float]:
+        """Operations per second of the shape that was fastest at first, and bytes per second of copies."""
+        return {
+            "operations_per_second": self._operations / self._mean(self._product_step, duration),
+            "bytes_per_second": self._bytes / self._mean(self._copy, duration),
+        }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,21 +165,28 @@ def _fastest(step: Callable[[], Any], device: str) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def floor(cell: Problem, rates: dict[str, float], rounds: int) -> dict[str, Any]:
-    """A row: the time of a quantity, its floor and their quotient."""
+def floor(cell: Problem, rates: Callable[[], dict[str, float]], rounds: int) -> dict[str, Any]:
+    """A row: the time of a quantity, its floor and their quotient, medians over rounds that each measure the machine too."""
     step = CONTENDERS["gradient" if cell.quantity == "gradient" else "curvfunc"](cell)
     counts = count(cell.module, cell.X, lambda out: nn.functional.cross_entropy(out, cell.y))
     columns = cell.outputs - cell.y[0].numel() if cell.quantity in EXACT else int(cell.quantity in ("diag_ggn_mc", "kfac"))
     work = operations(cell.quantity, counts, columns)
     moved = entries(counts, step()[1]) * next(cell.module.parameters()).element_size()
     repeats = int(SHORTEST / seconds(step, 1, cell.device)) + 1
-    taken = statistics.median(seconds(step, repeats, cell.device) for _ in range(rounds))
-    bounds = {"products": work / rates["operations_per_second"], "memory": moved / rates["bytes_per_second"]}
-    bound = max(bounds, key=bounds.__getitem__)
+    times, floors, bounds = [], [], []
+    for _ in range(rounds):
+        at = rates()
+        step()
+        times.append(seconds(step, repeats, cell.device))
+        limits = {"products": work / at["operations_per_second"], "memory": moved / at["bytes_per_second"]}
+        bounds.append(max(limits, key=limits.__getitem__))
+        floors.append(limits[bounds[-1]])
+    factor = statistics.median(t / f for t, f in zip(times, floors, strict=True))
     return {
         **{"net": cell.net, "quantity": cell.quantity, "batch": len(cell.X), "columns": columns},
-        **{"operations": work, "bytes": moved, "bound": bound, "counts": asdict(counts)},
-        **{"ms": round(1e3 * taken, 4), "floor_ms": round(1e3 * bounds[bound], 4), "factor": round(taken / bounds[bound], 2)},
+        **{"operations": work, "bytes": moved, "bound": statistics.mode(bounds), "counts": asdict(counts)},
+        **{"ms": round(1e3 * statistics.median(times), 4), "floor_ms": round(1e3 * statistics.median(floors), 4)},
+        "factor": round(factor, 2),
     }
 
 
@@ -209,16 +218,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     torch.backends.cuda.matmul.allow_tf32 = options.precision == "tf32"
     dtype = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
-    rates = {
-        "operations_per_second": product_rate(options.device, dtype),
-        "bytes_per_second": copy_rate(options.device),
-    }
+    machine = Machine(options.device, dtype)
+    rates = machine.rates(0.3)
     rows = []
     for net in options.nets:
         for quantity in options.quantities:
             cell = problem(net, quantity, options.device, options.precision)
             if quantity == "gradient" or refusal(cell, SKIP) is None:
-                rows.append(floor(cell, rates, options.rounds))
+                rows.append(floor(cell, machine.rates, options.rounds))
     print(f"{rates['operations_per_second'] / 1e9:.1f} G operations/s, {rates['bytes_per_second'] / 1e9:.1f} GB/s")
     if options.out:
         environment = {"torch": torch.__version__, "cpu": cpu_name(), "threads": options.threads, "device": options.device}

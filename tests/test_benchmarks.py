@@ -171,7 +171,7 @@ def test_operations_of_convolutions(scripts):
 def test_floor_and_its_table(scripts):
     rates = {"operations_per_second": 1e9, "bytes_per_second": 1e12}
     cell = scripts.contenders.problem("tiny", "diag_ggn_mc", "cpu", "float32")
-    row = scripts.floor.floor(cell, rates, rounds=1)
+    row = scripts.floor.floor(cell, lambda: rates, rounds=1)
     assert row["columns"] == 1
     assert row["bound"] == "products"
     assert row["floor_ms"] == pytest.approx(row["operations"] / 1e6, abs=1e-4)
