@@ -261,21 +261,23 @@ class Observer(TorchFunctionMode):
         self, layouts: Layouts, func: Any, run: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
     ) -> Any:
         """Run an operation; note before it, since it may change them in place, the layouts of the tensors with a gradient."""
-        source, sampled = None, 0
+        source, sampled = None, set()
         for t in tensors:
             raw = self._raw(t)
             axis = axis_or_none(t) if self.level is None else _functorch.maybe_get_bdim(t) if raw is not t else None
-            sampled += axis is not None
+            if axis is not None:
+                sampled.add(id(t))
             if t.requires_grad:
                 if axis is not None:
                     layouts.note(edge_of(raw), axis, raw.shape)
                 if source is None and func in layouts.functions:
                     source = edge_of(raw)
         out = layouts.substitutes.get(func, run)(*args, **kwargs)
-        if source is not None and out.requires_grad:
-            layouts.note_composite(edge_of(self._raw(out)).node, source)
-        if sampled > 1 and isinstance(out, Tensor) and out.requires_grad:
-            layouts.note_several(edge_of(self._raw(out)).node)
+        if isinstance(out, Tensor) and (raw := self._raw(out)).grad_fn is not None:
+            if source is not None:
+                layouts.note_composite(edge_of(raw).node, source)
+            if len(sampled) > 1:
+                layouts.note_several(edge_of(raw).node)
         return out
 
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], out: Any) -> None:
