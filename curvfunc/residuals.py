@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from curvfunc.forms import Direct, Outer
-from curvfunc.rules.nonlinear import curve, is_diagonal
+from curvfunc.rules.nonlinear import Curve, curve, is_diagonal
 from curvfunc.sites import Layouts, Site, Trace
 
 __all__ = ["Curvature", "Meeting", "Residual", "curvature", "is_affine"]
@@ -123,17 +123,17 @@ def curvature(trace: Trace, leaves: Sequence[Tensor], layouts: Layouts) -> Curva
     kinks: dict[Node, int] = {}  # parameters for which the operation curves in a way that residuals do not cover
     bends: dict[Node, int] = {}  # parameters for which it is a residual
     smooth: list[tuple[Residual, int]] = []
-    for node in _from_below(get_gradient_edge(trace.out).node, ends, layouts) if trace.out.requires_grad else ():
+    for node, source, below in _from_below(get_gradient_edge(trace.out).node, ends, layouts) if trace.out.requires_grad else ():
         if node in ends:
             masks[node] = ends[node]
             continue
-        inputs = _inputs(node, layouts)
-        own = [masks.get(e.node, 0) for e in inputs]
+        own = [masks.get(child, 0) for _, child, _ in below]
         masks[node] = _union(own)
-        kinks[node], bends[node] = _kinks(node, own, layouts), 0
-        for k in _elementwise(node, layouts) if masks[node] else ():
+        kinks[node], elementwise = (0, (0,)) if source is not None else _bends(curve(node), own, [k for k, *_ in below])
+        bends[node] = 0
+        for k in elementwise if masks[node] else ():
             if k < len(own) and own[k]:
-                residual = _residual(node, inputs[k], layouts)
+                residual = _residual(node, GradientEdge(*below[k][1:]), source is not None, layouts)
                 if residual is None:
                     kinks[node] |= own[k]
                 else:
@@ -152,55 +152,57 @@ def _inputs(node: Node, layouts: Layouts) -> list[GradientEdge]:
     return [GradientEdge(child, k) for child, k in node.next_functions if child is not None]
 
 
-def _from_below(top: Node, ends: dict[Node, int], layouts: Layouts) -> Iterator[Node]:
-    """All nodes, each after those that it depends on."""
+def _from_below(
+    top: Node, ends: dict[Node, int], layouts: Layouts
+) -> Iterator[tuple[Node, GradientEdge | None, list[tuple[int, Node, int]]]]:
+    """All nodes, each after those that it depends on.
+
+    Yields:
+        The node; if it is the last of a composite, that one's input; and position, node and output number of its inputs.
+    """
     seen: set[Node] = set()
-    stack = [(top, False)]
+    stack: list[tuple[Node, GradientEdge | None, list[tuple[int, Node, int]] | None]] = [(top, None, None)]
     while stack:
-        node, done = stack.pop()
-        if done:
-            yield node
+        node, source, below = stack.pop()
+        if below is not None:
+            yield node, source, below
         elif node not in seen:
             seen.add(node)
-            stack.append((node, True))
+            source = layouts.composite(node)
+            if source is not None:
+                below = [(0, source.node, source.output_nr)]
+            else:
+                below = [(k, child, number) for k, (child, number) in enumerate(node.next_functions) if child is not None]
+            stack.append((node, source, below))
             if node not in ends:
-                stack.extend((e.node, False) for e in _inputs(node, layouts))
+                stack.extend((child, None, None) for _, child, _ in below)
 
 
-def _elementwise(node: Node, layouts: Layouts) -> tuple[int, ...]:
-    """Positions among all inputs that require grad."""
-    if layouts.composite(node):
-        return (0,)
-    position: dict[int, int] = {}
-    for k, (child, _) in enumerate(node.next_functions):
-        if child is not None:
-            position[k] = len(position)
-    return tuple(position[k] for k in curve(node).elementwise if k in position)
+def _bends(known: Curve, own: Sequence[int], reached: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+    """Parameters for which an operation curves otherwise than elementwise in one input, and where it is elementwise.
 
-
-def _kinks(node: Node, own: Sequence[int], layouts: Layouts) -> int:
-    """Parameters for which the operation curves otherwise than elementwise in one input."""
-    if layouts.composite(node):
-        return 0
-    known = curve(node)
+    Args:
+        known: How it curves.
+        own: The parameters that each input that requires grad depends on.
+        reached: The positions of these inputs among all.
+    """
     if known.unknown is None:
-        return _union(own)
-    reached = [k for k, (child, _) in enumerate(node.next_functions) if child is not None]
-    kinks = _union(mask for k, mask in zip(reached, own, strict=True) if k in known.unknown)
+        return _union(own), ()
+    kinks = _union(mask for k, mask in zip(reached, own, strict=True) if k in known.unknown) if known.unknown else 0
     if not known.additive:
         once = 0
         for mask in own:
             kinks |= once & mask
             once |= mask
-    return kinks
+    return kinks, tuple(reached.index(k) for k in known.elementwise if k in reached)
 
 
-def _residual(node: Node, source: GradientEdge, layouts: Layouts) -> Residual | None:
+def _residual(node: Node, source: GradientEdge, composite: bool, layouts: Layouts) -> Residual | None:
     """The residual of an operation in one input, if the layout of that is known and nothing is broadcast."""
     layout = layouts.of(source)
     if layout is None or torch.Size(node._input_metadata[0].shape) != layout[1]:
         return None
-    return Residual(GradientEdge(node, 0), source, *layout, 0, layouts.composite(node) is not None)
+    return Residual(GradientEdge(node, 0), source, *layout, 0, composite)
 
 
 def _split(trace: Trace, curved: int, masks: dict[Node, int], curves: dict[Node, int], layouts: Layouts) -> int:

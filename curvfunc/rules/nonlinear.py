@@ -6,6 +6,7 @@ that really ran, so that none can hide in a composite. What is not listed here c
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -156,7 +157,12 @@ def curve(node: Node) -> Curve:
     name = node.name()
     if name == "NativeBatchNormBackward0":  # by running statistics it is a scaling; instance norms use their own
         return UNKNOWN if getattr(node, "_saved_training", True) else MULTILINEAR
-    return _POWERS.get(name) or _CURVES.get(operation(node), UNKNOWN)
+    return _curve(name)
+
+
+@cache
+def _curve(name: str) -> Curve:
+    return _POWERS.get(name) or _CURVES.get(_without_number(name), UNKNOWN)
 
 
 def is_diagonal(node: Node) -> bool:
@@ -191,4 +197,8 @@ def is_once_differentiable(node: Node) -> bool:
 
 def operation(node: Node) -> str:
     """``AddmmBackward0`` is ``Addmm``; the digits number the overloads, which all behave alike."""
-    return node.name().rstrip("0123456789").removesuffix("Backward")
+    return _without_number(node.name())
+
+
+def _without_number(name: str) -> str:
+    return name.rstrip("0123456789").removesuffix("Backward")
