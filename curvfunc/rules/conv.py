@@ -187,7 +187,7 @@ def _as_groups(
         if before != after:
             x = F.pad(x, [p for pair in zip(reversed(before), reversed(after), strict=True) for p in pair])
             padded = (0,) * dims
-        weights = x.new_zeros(()).expand(n * shape[0], *shape[1:])  # for their shape
+        weights = x.new_zeros(n * shape[0], *shape[1:])  # for their shape
         options: Any = (None, stride, padded, dilation, transposed, output_padding, n * groups, (False, True, False))
         g = g.reshape(*g.shape[:2], -1, *g.shape[-dims - 1 :]).transpose(1, 2).flatten(2, 3)  # [v, b, n o, *space]
         found = [torch.ops.aten.convolution_backward(column, x, weights, *options)[1] for column in g]
