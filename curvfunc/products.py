@@ -198,7 +198,16 @@ def block(
     def multiply(v: Tensor) -> Tensor:
         """Multiply [V, *shape] with the block."""
         check_vector(f"v of parameter {name!r}", v, leaves[i], batched=True)
-        return batched(product, leaves, [i], [v], chunk_size)[0]
+        try:
+            return batched(product, leaves, [i], [v], chunk_size)[0]
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise RuntimeError(
+                f"the product with the block of parameter {name!r} needs its graph as it was, and a tensor of it was "
+                "modified by an inplace operation since, such as optimizer.step(). Multiply before that, or make new products "
+                "after it."
+            ) from error
 
     return multiply
 

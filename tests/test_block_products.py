@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close
+from helpers import Mark, Marked, assert_close
 from torch import Tensor, nn
 
 import curvfunc
@@ -172,23 +172,6 @@ def test_losses_that_are_not_convex(name: str) -> None:
         v = torch.randn(3, *p.shape)
         assert_close(p.ggnmp(v), ggn[k](v), rtol=1e-9)
         assert_close(p.hmp(v), hessian[k](v), rtol=1e-9)
-
-
-class Marked(torch.autograd.Function):
-    """The identity; its context has a mark."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mark: Any) -> Tensor:
-        ctx.mark = mark
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        return g, None
-
-
-class Mark:
-    pass
 
 
 @pytest.mark.parametrize("extension", [GGNMP, HMP, PCHMP])

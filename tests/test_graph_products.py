@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close
+from helpers import Mark, Marked, assert_close
 from torch import Tensor, nn
 
 import curvfunc
-from curvfunc.compat import backpack, extend, graphs
+from curvfunc.compat import backpack, extend, extensions, graphs
 from curvfunc.compat.extensions import GGNMP, HMP, PCHMP, BatchGrad
 
 N, C = 6, 3
@@ -143,6 +143,75 @@ def test_two_modules_and_gradients_by_name() -> None:
             assert_close(p.hmp(v), want[part][name](v), rtol=1e-9)
 
 
+SECOND = ["DiagGGNExact", "DiagGGNMC", "KFAC", "KFLR", "KFRA", "DiagHessian", "BatchDiagHessian", "SqrtGGNExact"]
+
+
+class Layers(nn.Module):
+    """Layers that are extended one by one, with functions between them."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.between, self.first, self.last = between, nn.Linear(6, 5), nn.Linear(5, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.between(self.first(x)))
+
+
+def separately(between: Callable[[Tensor], Tensor]) -> Layers:
+    model = Layers(between)
+    extend(model.first)
+    extend(model.last)
+    return model
+
+
+MIXED: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda h: h - h.mean(0),
+    "neighbour": lambda h: h + h.roll(1, 0),
+    "one pair": lambda h: torch.cat([h[:1] + h[1:2], h[1:]]),
+    "the other pair": lambda h: torch.cat([h[:1], h[1:2] + h[:1], h[2:]]),
+    "product": lambda h: (h @ h.mT) @ h,
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("place", ["before the loss", "between modules"])
+@pytest.mark.parametrize("name", MIXED)
+def test_samples_that_are_mixed_outside_of_modules(name: str, place: str) -> None:
+    """Products are those of the whole batch; what is a sum over samples is refused."""
+    X, y, loss_fn = torch.randn(N, 6), torch.arange(N) % C, extend(nn.CrossEntropyLoss())
+    inside = place == "between modules"
+    model = separately(MIXED[name] if inside else F.relu)
+    after = (lambda out: out) if inside else MIXED[name]
+    params = {k: p.detach() for k, p in model.named_parameters()}
+    want = curvfunc.hmp(lambda p, X: after(torch.func.functional_call(model, p, X)), params, X, y)
+    for extension in SECOND:
+        ext = getattr(extensions, extension)()
+        with backpack(ext), pytest.raises(ValueError, match=f"{extension} needs .* samples of the batch are mixed"):
+            loss_fn(after(model(X)), y).backward()
+        assert not hasattr(model.last.weight, ext.savefield)
+    with backpack(HMP()):
+        loss_fn(after(model(X)), y).backward()
+    for k, p in model.named_parameters():
+        v = torch.randn(2, *p.shape)
+        assert_close(p.hmp(v), want[k](v), rtol=1e-9)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    "between",
+    [torch.tanh, lambda h: h.cumsum(1), lambda h: h.T.contiguous().T, lambda h: F.max_pool1d(h, 3, 1, 1), torch.softmax],
+    ids=["elementwise", "linear", "transposed", "pool", "softmax"],
+)
+def test_samples_that_stay_apart_outside_of_modules(between: Callable[..., Tensor]) -> None:
+    X, y = torch.randn(N, 6), torch.arange(N) % C
+    model = separately((lambda h: between(h, 1)) if between is torch.softmax else between)
+    params = {k: p.detach() for k, p in model.named_parameters()}
+    want = curvfunc.diag_ggn(lambda p, X: torch.func.functional_call(model, p, X), params, X, y)
+    with backpack(extensions.DiagGGNExact()):
+        extend(nn.CrossEntropyLoss())(model(X), y).backward()
+    assert_close({k: p.diag_ggn_exact for k, p in model.named_parameters()}, want, rtol=1e-10)
+
+
 def test_the_graph_counts_as_freed() -> None:
     """It is kept for the products alone: another backward pass with extensions finds nothing, as without products."""
     model, X, y, _ = problem("norm")
@@ -168,7 +237,7 @@ def test_parameters_that_changed_are_noticed() -> None:
     weight = model.get_parameter("4.weight")
     with torch.no_grad():
         weight.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"parameter '0.weight' needs .* modified by an inplace operation .* optimizer.step"):
         model.get_parameter("0.weight").hmp(torch.randn(1, 5, 6))
     with pytest.raises(ValueError, match=r"parameter '0.weight' has shape \(5, 6\)"):
         model.get_parameter("0.weight").hmp(torch.randn(5, 6))
@@ -185,19 +254,6 @@ def test_code_that_has_nothing_to_do_with_it() -> None:
         assert_close(torch.func.grad(lambda t: t.sin().sum())(x.detach()), x.detach().cos())
 
 
-class Marked(torch.autograd.Function):
-    """The identity; its context has a mark."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mark: Any) -> Tensor:
-        ctx.mark = mark
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        return g, None
-
-
 class Net(nn.Module):
     def __init__(self, marks: list[Any]) -> None:
         super().__init__()
@@ -205,10 +261,6 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.norm(F.relu(self.first(Marked.apply(x, self.marks.pop()) if self.marks else x))))
-
-
-class Mark:
-    pass
 
 
 @pytest.mark.parametrize("end", ["functions", "model", "next step", "one function"])

@@ -1,7 +1,7 @@
 """The state that BackPACK keeps globally: which extensions are active, and whether forward passes are recorded."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import isclass
 from types import TracebackType
 from typing import Any
@@ -183,22 +183,13 @@ class retaining(TorchFunctionMode):
         keeps = kwargs.get("create_graph") if kwargs.get("retain_graph") is None else kwargs["retain_graph"]
         if func not in PASSES or PAUSED[0] or keeps:
             return func(*args, **kwargs)
-        with _counted():
+        with _counted(RETAINED):
             return func(*args, **{**kwargs, "retain_graph": True})
 
 
 def retained() -> bool:
     """Whether the backward pass that runs now keeps the graph, whoever asked for it."""
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
-
-
-@contextmanager
-def _counted() -> Iterator[None]:
-    RETAINED[0] += 1
-    try:
-        yield
-    finally:
-        RETAINED[0] -= 1
 
 
 class disable:
@@ -222,11 +213,15 @@ class disable:
         return disable.store_io
 
 
-@contextmanager
-def paused() -> Iterator[None]:
+def paused() -> AbstractContextManager[None]:
     """Neither record calls nor react to backward passes: they are curvfunc's own."""
-    PAUSED[0] += 1
+    return _counted(PAUSED)
+
+
+@contextmanager
+def _counted(counter: list[int]) -> Iterator[None]:
+    counter[0] += 1
     try:
         yield
     finally:
-        PAUSED[0] -= 1
+        counter[0] -= 1

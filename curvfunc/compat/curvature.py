@@ -38,6 +38,13 @@ def evaluate(call: LossCall, exts: Sequence[BackpropExtension]) -> None:
     with paused():
         graph = Upstream.of(call, create_graph)
         specs = [(ext, ext.quantity()) for ext in exts if not isinstance(ext, MatrixProduct)]
+        apart = graph.keeps_samples_apart(call)
+        if specs and not apart:
+            names = ", ".join(type(ext).__name__ for ext, _ in specs)
+            raise ValueError(
+                f"{names} needs a loss that is a sum over samples, but between the extended modules, or before the loss, the "
+                "samples of the batch are mixed, as in out - out.mean(0). Only HMP, GGNMP and PCHMP can be had then."
+            )
         cotangents = [spec.cotangent for _, spec in specs]
         hessians = FullHessian() in cotangents or any(isinstance(ext, (HMP, PCHMP)) for ext in exts)
         curved = graph.curvature() if hessians else None
@@ -47,7 +54,7 @@ def evaluate(call: LossCall, exts: Sequence[BackpropExtension]) -> None:
         for (ext, spec), cotangent in zip(specs, common(cotangents), strict=True):
             if isinstance(cotangent, LossRoot):
                 pulled.setdefault(cotangent, []).append((ext, spec))
-            elif isinstance(cotangent, AveragedHessian) and graph.is_chain():
+            elif isinstance(cotangent, AveragedHessian) and graph.is_chain() and whole_model(call) is not None:
                 _averaged(call, graph, ext, create_graph)
             elif isinstance(cotangent, FullHessian) and curved is not None and curved.suffices(call, create_graph):
                 diagonals.append(ext)
@@ -57,7 +64,8 @@ def evaluate(call: LossCall, exts: Sequence[BackpropExtension]) -> None:
             _pulled(call, graph, cotangent, group, create_graph)
         if curved is not None and diagonals:
             _diagonals(call, curved, diagonals, create_graph)
-        asked = blocks.put_products(call, graph, curved, asked, create_graph)
+        if apart:
+            asked = blocks.put_products(call, graph, curved, asked, create_graph)
         if asked and graphs.put_products(call, graph, asked):
             asked = []
         if others or asked:

@@ -6,16 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from curvfunc import losses
 from curvfunc.compat.delivery import FREED, repeat
 from curvfunc.compat.notes import LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, notes
-from curvfunc.cotangents import pull
+from curvfunc.cotangents import chunks, pull
 from curvfunc.forms import Form
 from curvfunc.residuals import Curvature, curvature
-from curvfunc.rules.nonlinear import is_once_differentiable
+from curvfunc.rules.nonlinear import is_diagonal, is_once_differentiable, is_reshape
 from curvfunc.sites import Site, Trace
 
 __all__ = ["Curved", "Upstream", "whole_model"]
@@ -84,6 +85,47 @@ class Upstream:
         place = {id(p): i for i, p in enumerate(params)}
         sites = [replace(s, forms={place[p]: form for p, form in s.forms.items()}) for s in self.trace.sites]
         return replace(self.trace, sites=sites)
+
+    def keeps_samples_apart(self, call: LossCall) -> bool:
+        """Whether no sample's output depends on other samples by what lies between the calls, and before the loss.
+
+        Inside of the calls this is known. Outside of them nothing was recorded, so it is tried: for any two samples there is
+        a column that is zero for one of them and not for the other.
+        """
+        if self._outside_is_known():
+            return True
+        index, bits = torch.arange(len(call.out), device=call.out.device), (len(call.out) - 1).bit_length()
+        chosen = torch.stack([index >> b & 1 == side for b in range(bits) for side in (0, 1)])  # [columns, n]
+        values = torch.arange(1, call.out.numel() + 1, device=call.out.device).cos().view(call.out.shape).to(call.out.dtype)
+        for start, stop in chunks(len(chosen), self.trace, None):
+            some = chosen[start:stop]
+            columns = values * some.reshape(*some.shape, *[1] * (values.ndim - 1))
+            for g in pull(self.trace, columns, create_graph=False, retain_graph=True)[0]:
+                if bool(((g.flatten(2).abs() > 0).any(2) & ~some).any()):
+                    return False
+        return True
+
+    def _outside_is_known(self) -> bool:
+        """Whether what lies between the calls, and before the loss, is elementwise or pools; or there is one sample only."""
+        if len(self.trace.out) == 1:
+            return True
+        seen: set[Node] = set()
+        stack: list[Node | None] = [get_gradient_edge(self.trace.out).node]
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            calls = [note.region.inputs for note in notes(node) if isinstance(note, RegionOutput)]
+            if calls:
+                if None in calls:
+                    return False
+                stack.extend(t.grad_fn for c in calls if c is not None for t in c.leaves if isinstance(t, Tensor))
+            elif not node.next_functions or is_diagonal(node) or is_reshape(node) or "Pool" in node.name():
+                stack.extend(n for n, _ in node.next_functions)
+            else:
+                return False
+        return True
 
     def is_twice_differentiable(self) -> bool:
         """Whether the backward pass of all operations can be differentiated."""

@@ -124,8 +124,9 @@ def conv_transpose(
 
     # the other way round, in which a convolution is the transpose of this one: patches of g meet entries of x
     instead: Outer | Direct = Outer(inputs_alone, patches_of_outputs, shape, inputs_first=True)
-    less = all(p < s for p, s in zip(per_dimension(output_padding, dims), per_dimension(stride, dims), strict=True))
-    usual = less and "weight" not in use.sampled and input.numel() > 0
+    # with more padding of outputs, which dilation allows, there are more patches of outputs than entries of x
+    matches = all(p < s for p, s in zip(per_dimension(output_padding, dims), per_dimension(stride, dims), strict=True))
+    usual = matches and "weight" not in use.sampled and input.numel() > 0
     if usual and groups == shape[0] > 1:
         instead = _as_groups(input, shape, True, stride, padding, dilation, groups, output_padding)
     channels = shape[0] // groups
