@@ -44,6 +44,7 @@ __all__ = [
     "merge",
     "outer",
     "per_sample",
+    "reads",
     "rows_of",
     "sample_blocks",
     "scatter",
@@ -111,11 +112,13 @@ class Direct:
         shape: Shape of the parameter.
         sums: The use at the same operation for which it is Σ_s g, with the features [q o] in their order: a bias and its
             weight share a Kronecker factor.
+        reads: Whether ``cotangent`` takes values of the operation's inputs, which must then stay as they are.
     """
 
     cotangent: Callable[[Tensor], Tensor]
     shape: torch.Size
     sums: Outer | None = None
+    reads: bool = True
 
 
 @dataclass(frozen=True)
@@ -390,6 +393,13 @@ def rows_of(form: Form, start: int, shape: torch.Size) -> Form | None:
         return None
     after = shape[0] - start - form.shape[0]
     return replace(form, cotangent=lambda g: F.pad(form.cotangent(g), (start, after)), shape=shape)
+
+
+def reads(form: Form) -> bool:
+    """Whether a form takes values of the operation's inputs."""
+    if isinstance(form, Through):
+        return reads(form.form)
+    return not isinstance(form, Direct) or form.reads
 
 
 def sum_to_shape(g: Tensor, shape: torch.Size) -> Tensor:

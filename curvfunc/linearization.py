@@ -26,11 +26,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from curvfunc import losses
-from curvfunc.capture import check_output
+from curvfunc.capture import check_leaves, check_output, check_subset, nothing_hidden
 from curvfunc.compute import _leaf
 from curvfunc.cotangents import CHUNK_BYTES
-from curvfunc.inputs import Batch, flatten_params, forward_errors, read_batch
-from curvfunc.observer import BATCH_NORMS, refuse_batch_statistics, without_fallback_warnings
+from curvfunc.effects import Attributes
+from curvfunc.inputs import Batch, check_used, flatten_params, forward_errors, read_batch
+from curvfunc.observer import BATCH_NORMS, Observer, Opaque, reached, refuse_batch_statistics, without_fallback_warnings
 
 __all__ = [
     "EmpiricalFisher",
@@ -73,11 +74,29 @@ class Problem:
 
     def forward(self, leaves: Sequence[Tensor]) -> Tensor:
         """The output of the subset, [B, ...]."""
-        X = self.batch.inputs()
+        try:
+            return self._forward(leaves)
+        except Opaque:  # checkpoints and compiled parts, which have no second derivatives
+            with nothing_hidden():
+                return self._forward(leaves)
+
+    def _forward(self, leaves: Sequence[Tensor]) -> Tensor:
+        X, size = self.batch.inputs(), self.batch.size
+        subset = None if self.batch.index is None else Observer(dict(enumerate(leaves)), None, size)
+        if subset is not None:
+            subset.effects = None
+        given = X if subset is None else optree.tree_map(subset.marked, X)
+        attributes = Attributes.of(self.model_fn)
         # the fused kernels of attention have no second derivative
-        with forward_errors(self.names, leaves, X), sdpa_kernel(SDPBackend.MATH), _NoBatchStatistics():
-            out: Tensor = self.model_fn(self.rebuild(leaves), X)
-        check_output(out, self.batch.size)
+        with forward_errors(self.names, leaves, X), sdpa_kernel(SDPBackend.MATH), subset or _NoBatchStatistics():
+            out: Tensor = self.model_fn(self.rebuild(leaves), given)
+            attributes.take_back()
+        check_output(out, size)
+        found = reached([out], [], dict(enumerate(leaves)))
+        check_used(out, bool(found.params))
+        check_leaves(self.model_fn, found.leaves, leaves)
+        if subset is not None:
+            check_subset(self.model_fn, leaves, self.rebuild, self.batch, subset, out)
         return out
 
     def gradient(self, out: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from curvfunc.compat import delivery
 from curvfunc.compat.context import CTX, PAUSED, disable
 from curvfunc.compat.extensions import BatchDiagHessian, DiagHessian, MatrixProduct
 from curvfunc.compat.notes import Call, LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, note
-from curvfunc.observer import BATCH_NORMS, Observer, axis_of, hidden, marked, refuse_batch_statistics
+from curvfunc.observer import BATCH_NORMS, Observer, reached, refuse_batch_statistics
 from curvfunc.rules.nonlinear import SUBSTITUTES
 from curvfunc.sites import Site
 
@@ -64,6 +64,10 @@ class _Recording(Observer):
     """The capture mode, in the user's own forward pass: training-mode batch normalization is noted, not refused."""
 
     refusal: str | None = None
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.effects = None  # the forward pass is the user's own, and so is what it changes
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -198,12 +202,12 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
     call = Call(weakref.ref(module), list(leaves), tree, sampled, _generators() if module.training else None)
     names, tensors, owners = map(list, zip(*params, strict=True))
     region = Region(type(module).__name__, tensors, names, owners, len(first), call)
-    for i in sampled:
-        leaves[i] = marked(leaves[i])
-    called = optree.tree_unflatten(tree, leaves)
-    args, kwargs = called
     twice = CTX.is_extension_active(DiagHessian, BatchDiagHessian, MatrixProduct)
     mode = _Recording(dict(enumerate(tensors)), None, len(first), NodeLayouts(SUBSTITUTES if twice else None))
+    for i in sampled:
+        leaves[i] = mode.marked(leaves[i])
+    called = optree.tree_unflatten(tree, leaves)
+    args, kwargs = called
     _LOCAL.region = region
     if not module._modules:
         region.calls.append(call.module)
@@ -213,13 +217,9 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
             out = forward(*args, **kwargs)
     finally:
         _LOCAL.region = None
-        for p in tensors:
-            p.__dict__.pop("_curvfunc_axis", None)
     outputs = [t for t in _tensors_in(out) if t.grad_fn is not None]
     _judge(region, mode, outputs)
     _attach(region, mode.sites, outputs)
-    for t in outputs:
-        t.__dict__.pop("_curvfunc_axis", None)
     return out
 
 
@@ -252,12 +252,11 @@ def _tensors_in(out: Any) -> Iterator[Tensor]:
 def _judge(region: Region, mode: _Recording, outputs: list[Tensor]) -> None:
     """Whether the sites hold, or why not."""
     region.refusal = mode.refusal
-    if not mode.reasons and any((axis := axis_of(t)) is None or axis < 0 for t in outputs):
+    if not mode.reasons and any(mode.axis_or_none(t) is None for t in outputs):
         mode.note([None], "the sample axis could not be followed to the output")
     if not mode.reasons:
         tracked = dict(enumerate(region.params))
-        unseen = {i for t in outputs for i in hidden(t, mode.sites, tracked)}
-        mode.note(sorted(unseen), "it is used where calls cannot be seen")
+        mode.note(reached(outputs, mode.sites, tracked).params, "it is used where calls cannot be seen")
     for i, why in mode.reasons.items():
         region.reason = why if i is None else f"parameter {region.names[i]!r}: {why}"
         return

@@ -37,7 +37,7 @@ def _last_axes(normalized: Callable[[], Tensor], weight: Tensor | None, bias: Te
         forms["weight"] = Direct(lambda g: sum_to_shape(g * normalized(), w), w)
     if bias is not None:
         b = bias.shape
-        forms["bias"] = Direct(lambda g: sum_to_shape(g, b), b)
+        forms["bias"] = Direct(lambda g: sum_to_shape(g, b), b, reads=False)
     return forms
 
 
@@ -119,5 +119,5 @@ def _channels(
     if weight is not None:
         forms["weight"] = Direct(lambda g: total(g * normalized()), weight.shape)
     if bias is not None:
-        forms["bias"] = Direct(total, bias.shape)
+        forms["bias"] = Direct(total, bias.shape, reads=False)
     return forms
