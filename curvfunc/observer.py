@@ -73,8 +73,10 @@ class Observer(TorchFunctionMode):
         if func in BATCH_NORMS:
             refuse_batch_statistics(func, args, kwargs)
         tensors = tensors_in(args, kwargs)
-        if func in ESCAPES:
-            self._escapes(func, tensors)
+        if (what := ESCAPES.get(func)) is not None:
+            if what == "set":  # autograd itself sets attributes, while it holds what a look at the graph would wait for
+                return func(*args, **kwargs)
+            self._escapes(what, func, tensors)
         if self.effects is not None and (mutates(func) or func in HIDDEN_WRITES):
             self.effects.before(func, args, kwargs, self._is_made)
         used = [p for t in tensors if (p := self.index.get(id(t))) is not None]
@@ -354,9 +356,8 @@ class Observer(TorchFunctionMode):
             return MIXED if found is None else found
         return CONSTANT if constant_with_grad else None
 
-    def _escapes(self, func: Any, tensors: list[Tensor]) -> None:
+    def _escapes(self, what: str, func: Any, tensors: list[Tensor]) -> None:
         """Note what the model asks of tensors that the sample axis cannot tell."""
-        what = ESCAPES[func]
         if what == "random":
             self.random = True
         elif any(self.axis_of(t) not in (None, CONSTANT) for t in tensors):
@@ -461,7 +462,7 @@ def _name(func: Any) -> str:
 
 
 def _escape_table() -> dict[Any, str]:
-    """Functions that tell Python values or shapes of tensors, and those that may draw at random."""
+    """Functions that tell Python values or shapes of tensors, that may draw at random, and that set attributes."""
     values = """item tolist numpy __float__ __int__ __bool__ __index__ __complex__ __array__ __contains__ equal allclose
         is_nonzero"""
     random = """rand randn randint randperm normal bernoulli multinomial poisson rand_like randn_like randint_like
@@ -475,6 +476,9 @@ def _escape_table() -> dict[Any, str]:
                 if (func := getattr(space, name, None)) is not None:
                     table[func] = what
     table[Tensor.shape.__get__] = "shape"  # type: ignore[attr-defined]
+    for name in dir(Tensor):
+        if (setter := getattr(getattr(Tensor, name), "__set__", None)) is not None:
+            table[setter] = "set"
     return table
 
 
