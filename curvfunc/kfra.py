@@ -80,7 +80,9 @@ def _taken(edge: GradientEdge, layouts: Layouts) -> dict[tuple[Node, int], _Tens
         if node is None or (node, number) in seen:
             continue
         seen.add((node, number))
-        if (layout := layouts.of(before := GradientEdge(node, number))) is not None:
+        before = GradientEdge(node, number)
+        # the matrices are of real numbers: complex tensors are inside of a step
+        if (layout := layouts.of(before)) is not None and not node._input_metadata[number].dtype.is_complex:
             found[node, number] = _Tensor(before, *layout)
         else:
             stack.extend(node.next_functions)

@@ -132,6 +132,8 @@ class Observer(TorchFunctionMode):
         """A parameter that is repeated once per sample: the site at which it meets them."""
         if self.level is not None or func not in EXPANSIONS or not isinstance(out, Tensor) or self.guesses is False:
             return None
+        if out.is_complex():
+            return None
         own = [1] * (out.ndim - p.tensor.ndim) + list(p.tensor.shape)
         if self.samples == 1 or any(a not in (1, b) for a, b in zip(own, out.shape, strict=True)):
             return None
@@ -158,6 +160,8 @@ class Observer(TorchFunctionMode):
         rule = RULES.get(func)
         if rule is None:
             return self._refuse(used, f"{_name(func)} has no rule")
+        if any(t.is_complex() for t in tensors):  # rules are for real numbers: no conjugates, no real parts
+            return self._refuse(used, f"{_name(func)} takes complex numbers")
         bound = {**dict(zip(rule.arguments, args, strict=False)), **kwargs}
         roles = {name: p for name in rule.parameters if (p := self.index.get(id(bound.get(name)))) is not None}
         if len(roles) != len(used) or not isinstance(out, Tensor):
@@ -274,7 +278,7 @@ class Observer(TorchFunctionMode):
                     source = edge_of(raw)
         out = layouts.substitutes.get(func, run)(*args, **kwargs)
         if isinstance(out, Tensor) and (raw := self._raw(out)).grad_fn is not None:
-            if source is not None:
+            if source is not None and not out.is_complex():
                 layouts.note_composite(edge_of(raw).node, source)
             if len(sampled) > 1:
                 layouts.note_several(edge_of(raw).node)

@@ -31,6 +31,7 @@ from curvfunc.compat import delivery
 from curvfunc.compat.context import CTX, PAUSED, disable
 from curvfunc.compat.extensions import BatchDiagHessian, DiagHessian, MatrixProduct
 from curvfunc.compat.notes import Call, LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, note
+from curvfunc.inputs import not_real
 from curvfunc.observer import BATCH_NORMS, Observer, axis_of, hidden, marked, refuse_batch_statistics
 from curvfunc.rules.nonlinear import SUBSTITUTES
 from curvfunc.sites import Site
@@ -251,7 +252,10 @@ def _tensors_in(out: Any) -> Iterator[Tensor]:
 
 def _judge(region: Region, mode: _Recording, outputs: list[Tensor]) -> None:
     """Whether the sites hold, or why not."""
-    region.refusal = mode.refusal
+    for name, p in zip(region.names, region.params, strict=True):
+        if p.is_complex():
+            region.refusal = not_real(name, p)
+    region.refusal = mode.refusal or region.refusal
     if not mode.reasons and any((axis := axis_of(t)) is None or axis < 0 for t in outputs):
         mode.note([None], "the sample axis could not be followed to the output")
     if not mode.reasons:

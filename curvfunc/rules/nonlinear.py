@@ -117,6 +117,7 @@ _LINEAR = """
     Add Sub Rsub Neg Sum Mean Cumsum Cat Stack Select Slice Split SplitWithSizes Unbind Index IndexSelect Gather Diagonal
     Transpose Permute T Expand Repeat Roll Flip Tril Triu Squeeze Unsqueeze View UnsafeView ReshapeAlias Alias Clone
     ToCopy AsStrided Unfold Im2Col Col2Im ConstantPadNd Embedding BackwardHookFunction
+    Complex ViewAsComplex ViewAsReal Conj ConjPhysical FftR2C FftC2R FftC2C
     ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D
     AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D PixelShuffle PixelUnshuffle ChannelShuffle NativeDropout
     UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleLinear1D UpsampleBilinear2D UpsampleBicubic2D
@@ -157,7 +158,14 @@ def curve(node: Node) -> Curve:
     name = node.name()
     if name == "NativeBatchNormBackward0":  # by running statistics it is a scaling; instance norms use their own
         return UNKNOWN if getattr(node, "_saved_training", True) else MULTILINEAR
-    return _curve(name)
+    known = _curve(name)
+    return UNKNOWN if (known.elementwise or name == "AbsBackward0") and _is_complex(node) else known
+
+
+def _is_complex(node: Node) -> bool:
+    """Whether an operation takes or makes complex numbers: as maps of pairs of reals, elementwise ones are not diagonal."""
+    places = [(node, 0), *node.next_functions]
+    return any(n is not None and n._input_metadata[number].dtype.is_complex for n, number in places)
 
 
 @cache
