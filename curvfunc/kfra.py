@@ -155,7 +155,8 @@ def _parameter_factors(form: Any, G: Tensor, site: Site) -> tuple[Tensor, ...]:
     b = bind(form, G.new_zeros(1, samples, *shape[1:]), inputs)
     A = second_moments.input_factor(b)
     assert A is not None
-    B = G if isinstance(form, Outer) and b.x.shape[1:3] == (1, 1) else _output_factor(form, G, shape)
+    whole = isinstance(form, Outer) and b.x.shape[1:3] == (1, 1) and b.g.shape[4] == len(G) and is_affine(site)
+    B = G if whole else _output_factor(form, G, shape)
     return (A.factor, B) if A.first else (B, A.factor)
 
 

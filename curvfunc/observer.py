@@ -18,8 +18,8 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from curvfunc.batch_axis import mutates, propagate
-from curvfunc.forms import Direct, Form, Through, rows_of, sum_to_shape, transposed
-from curvfunc.rules import DECOMPOSITIONS, EXPANSIONS, ROWS, RULES, TRANSPOSES, Use
+from curvfunc.forms import Direct, Form, Through, block_of, sum_to_shape, transposed
+from curvfunc.rules import DECOMPOSITIONS, EXPANSIONS, RULES, SPLITS, TRANSPOSES, Use
 from curvfunc.sites import Layouts, Parameter, Site
 
 __all__ = ["Observer", "without_fallback_warnings"]
@@ -99,8 +99,11 @@ class Observer(TorchFunctionMode):
             p = self.index[id(t)] = Parameter(t, None, [*used])
             if len(used) == 1 and func in TRANSPOSES and t.ndim == 2:
                 p.transposed_of = used[0]
-            elif len(used) == 1 and func in ROWS and t.ndim == 2:
-                p.rows_of = (used[0], sum(len(o) for o in out[:k]))
+            elif len(used) == 1 and func in SPLITS and t.ndim == 2:
+                whole = used[0].tensor.shape
+                dim = int(t.shape[0] == whole[0] and t.shape[1] != whole[1])
+                if sum(o.shape[dim] for o in out) == whole[dim]:  # its pieces follow each other
+                    p.block_of = (used[0], dim, sum(o.shape[dim] for o in out[:k]))
         return True
 
     def _sampled(self, t: Tensor) -> bool:
@@ -213,9 +216,9 @@ class Observer(TorchFunctionMode):
             return [(p.leaf, form)]
         if p.transposed_of is not None and (flipped := transposed(form)) is not None:
             return self._leaf_forms(p.transposed_of, flipped)
-        if p.rows_of is not None:
-            parent, start = p.rows_of
-            if (whole := rows_of(form, start, parent.tensor.shape)) is not None:
+        if p.block_of is not None:
+            parent, dim, start = p.block_of
+            if (whole := block_of(form, dim, start, parent.tensor.shape)) is not None:
                 return self._leaf_forms(parent, whole)
         edge = get_gradient_edge(p.tensor)
         leaves = {q.leaf: q.tensor for q in p.ancestors()}

@@ -12,7 +12,7 @@ from torch import Tensor
 from curvfunc import batch_axis
 from curvfunc.forms import Form
 
-__all__ = ["DECOMPOSITIONS", "EXPANSIONS", "ROWS", "RULES", "TRANSPOSES", "Rule", "Use", "operation", "rule"]
+__all__ = ["DECOMPOSITIONS", "EXPANSIONS", "RULES", "SPLITS", "TRANSPOSES", "Rule", "Use", "operation", "rule"]
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,13 @@ RULES: dict[Any, Rule] = {}
 # Opaque calls, and functions that do the same by operations that have rules.
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
 
-# How parameters are commonly transposed, split by rows, and repeated.
+# How parameters are commonly transposed, split into pieces that follow each other along an axis, and repeated.
 TRANSPOSES = {torch.t, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__}  # type: ignore[attr-defined]
-ROWS = {torch.chunk, Tensor.chunk, torch.split, Tensor.split, torch.functional.split}
+SPLITS = {
+    *(torch.chunk, Tensor.chunk, torch.split, Tensor.split, torch.functional.split, torch.tensor_split, Tensor.tensor_split),
+    *(torch.unsafe_chunk, Tensor.unsafe_chunk, torch.unsafe_split, Tensor.unsafe_split),
+    *(torch.split_with_sizes, Tensor.split_with_sizes),
+}
 EXPANSIONS = {Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to, torch.tile}
 
 
