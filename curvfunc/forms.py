@@ -283,7 +283,7 @@ def arranged(b: Bound, result: Tensor) -> Tensor:
         return form.arrange(result)
     if form.inputs_first:
         result = result.mT
-    return result.reshape(*result.shape[:-3], *form.shape)
+    return result.reshape(result.shape[:-3] + form.shape)
 
 
 def per_sample(b: Bound, out: Tensor | None = None) -> Tensor:

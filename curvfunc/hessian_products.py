@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from curvfunc.forms import Outer, Parts, Through, arranged, bind, per_sample
+from curvfunc.forms import Outer, Parts, Through, arranged, bind, flat_vectors, per_sample
 from curvfunc.observer import without_fallback_warnings
 from curvfunc.residuals import is_affine
 from curvfunc.sites import Trace
@@ -127,7 +127,7 @@ class HessianProducts:
             entries = entries.expand(-1, samples, *shape)
             moves = [self._transpose(j, partial(self._gradient, j, i), entries) for j in sites]
             products = self._product(sites, moves)
-            diagonals = [(m * h).flatten(2).sum(2) for m, h in zip(moves, products, strict=True)]
+            diagonals = [flat_vectors(m * h).sum(2) for m, h in zip(moves, products, strict=True)]
             parts.append(sum(diagonals[1:], diagonals[0]))
         return torch.cat(parts).mT.reshape(samples, *shape)
 

@@ -42,7 +42,7 @@ class Truth:
         """[..., P] as one tensor per parameter."""
         sizes = [j[0, 0].numel() for j in self.J.values()]
         return {
-            k: part.reshape(*flat.shape[:-1], *j.shape[2:])
+            k: part.reshape(flat.shape[:-1] + j.shape[2:])
             for (k, j), part in zip(self.J.items(), flat.split(sizes, -1), strict=True)
         }
 
@@ -73,7 +73,8 @@ class Truth:
             root = losses.sampled_root(loss, self.out, self.y, mc_samples, generator)
         else:
             root = losses.exact_root(loss, self.out, self.y)
-        columns = root.columns(0, root.num).flatten(2)
+        columns = root.columns(0, root.num)
+        columns = columns.reshape(*columns.shape[:2], -1)
         return self.split(torch.einsum("vnc,ncp->vnp", columns, self.flat()))
 
 
