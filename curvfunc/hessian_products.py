@@ -121,7 +121,7 @@ class HessianProducts:
         """One column for each entry of the parameter."""
         shape = self.trace.sites[sites[0]].forms[i].shape
         numel, samples = shape.numel(), len(self.trace.out)
-        parts = []
+        parts = [self.trace.out.new_zeros(0, samples)]
         for start, stop in self.chunks(numel, 1):
             entries = _units(start, stop, numel, self.trace.out).reshape(-1, 1, *shape)
             entries = entries.expand(-1, samples, *shape)

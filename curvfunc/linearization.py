@@ -26,11 +26,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from curvfunc import losses
+from curvfunc.batch_axis import mutates
 from curvfunc.capture import check_output
 from curvfunc.compute import _leaf
 from curvfunc.cotangents import CHUNK_BYTES
 from curvfunc.inputs import Batch, flatten_params, forward_errors, read_batch
-from curvfunc.observer import BATCH_NORMS, refuse_batch_statistics, without_fallback_warnings
+from curvfunc.observer import BATCH_NORMS, refuse_batch_statistics, tensors_in, without_fallback_warnings
 
 __all__ = [
     "EmpiricalFisher",
@@ -75,7 +76,7 @@ class Problem:
         """The output of the subset, [B, ...]."""
         X = self.batch.inputs()
         # the fused kernels of attention have no second derivative
-        with forward_errors(self.names, leaves, X), sdpa_kernel(SDPBackend.MATH), _NoBatchStatistics():
+        with forward_errors(self.names, leaves, X), sdpa_kernel(SDPBackend.MATH), _NoBatchStatistics(leaves):
             out: Tensor = self.model_fn(self.rebuild(leaves), X)
         check_output(out, self.batch.size)
         return out
@@ -101,14 +102,27 @@ class Problem:
 
 
 class _NoBatchStatistics(TorchFunctionMode):
+    """Refuses batch statistics, except of tensors that are made of parameters alone: weights that are standardized."""
+
+    def __init__(self, leaves: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._leaves = {id(p): p for p in leaves}
+        self._made = dict(self._leaves)
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run ``func``, unless it mixes samples."""
         kwargs = kwargs or {}
-        if func in BATCH_NORMS:
+        if func in BATCH_NORMS and id(args[0] if args else kwargs["input"]) not in self._made:
             refuse_batch_statistics(func, args, kwargs)
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if args and id(args[0]) in self._made:
+            if not all(id(t) in self._made for t in tensors_in(args, kwargs)):
+                self._made = dict(self._leaves) if mutates(func) else self._made  # views may have changed too
+            elif isinstance(out, Tensor):
+                self._made[id(out)] = out
+        return out
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class Observer(TorchFunctionMode):
     ) -> Any:
         """Run ``func`` and note what it does with parameters and samples."""
         kwargs = kwargs or {}
-        if func in BATCH_NORMS:
+        if func in BATCH_NORMS and self.normalizes_samples(args, kwargs):
             refuse_batch_statistics(func, args, kwargs)
         tensors = tensors_in(args, kwargs)
         used = [p for t in tensors if (p := self.index.get(id(t))) is not None]
@@ -72,7 +72,7 @@ class Observer(TorchFunctionMode):
         if used and func in RULES and not any(map(self._sampled, tensors)):
             args, kwargs = (self._repeated(a) for a in (args, kwargs))
             tensors = tensors_in(args, kwargs)
-        run = _embedding if func is F.embedding and self.level is not None else self.faster.get(func, func)
+        run = self.faster.get(func, func) if self.level is None else UNDER_VMAP.get(func, func)
         out = run(*args, **kwargs) if self.layouts is None else self._laid_out(self.layouts, func, run, args, kwargs, tensors)
         if used and _tensor_in(out):
             if not self._derive(func, tensors, out, used):
@@ -80,6 +80,14 @@ class Observer(TorchFunctionMode):
         elif self.level is None:
             self._follow(func, args, kwargs, tensors, out)
         return out
+
+    def normalizes_samples(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether what is normalized may depend on samples; weights may be standardized by their own statistics.
+
+        Looked at on the whole batch alone, which runs before all else: elsewhere each sample has statistics of its own.
+        """
+        x = args[0] if args else kwargs["input"]
+        return self.level is None and bool(self.index) and self._sampled(x)
 
     # -- parameters
 
@@ -135,7 +143,7 @@ class Observer(TorchFunctionMode):
         """A parameter that is repeated once per sample: the site at which it meets them."""
         if self.level is not None or func not in EXPANSIONS or not isinstance(out, Tensor) or self.guesses is False:
             return None
-        if out.is_complex():
+        if out.is_complex() or not out.numel():
             return None
         own = [1] * (out.ndim - p.tensor.ndim) + list(p.tensor.shape)
         if self.samples == 1 or any(a not in (1, b) for a, b in zip(own, out.shape, strict=True)):
@@ -165,6 +173,8 @@ class Observer(TorchFunctionMode):
             return self._refuse(used, f"{_name(func)} has no rule")
         if any(t.is_complex() for t in tensors):  # rules are for real numbers: no conjugates, no real parts
             return self._refuse(used, f"{_name(func)} takes complex numbers")
+        if not all(t.numel() for t in tensors):
+            return self._refuse(used, f"{_name(func)} takes a tensor of no elements")
         bound = {**dict(zip(rule.arguments, args, strict=False)), **kwargs}
         roles = {name: p for name in rule.parameters if (p := self.index.get(id(bound.get(name)))) is not None}
         if len(roles) != len(used) or not isinstance(out, Tensor):
@@ -450,6 +460,10 @@ def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *a
     if padding_idx is None:
         return out
     return torch.where((input == padding_idx % len(weight)).unsqueeze(-1), out.detach(), out)
+
+
+# Functions whose own kernels are wrong, or warn, under vmap.
+UNDER_VMAP: dict[Any, Any] = {F.embedding: _embedding, **{f: DECOMPOSITIONS[f] for f in (torch.prelu, F.prelu, Tensor.prelu)}}
 
 
 def hidden(out: Tensor, sites: list[Site], tracked: dict[int, Tensor]) -> list[int]:

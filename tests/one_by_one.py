@@ -131,7 +131,7 @@ def _of_loss(loss_fn: Any, out: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _hessian(value: Tensor, leaves: list[Tensor]) -> Tensor:
     if not value.requires_grad:
-        return torch.zeros([sum(p.numel() for p in leaves)] * 2, dtype=leaves[0].dtype)
+        return leaves[0].new_zeros([sum(p.numel() for p in leaves)] * 2)
     given: dict[str, Any] = {"materialize_grads": True, "allow_unused": True}
     first = torch.autograd.grad(value, leaves, create_graph=True, **given)
     rows = []
@@ -142,7 +142,7 @@ def _hessian(value: Tensor, leaves: list[Tensor]) -> Tensor:
             else:
                 row = tuple(torch.zeros_like(p) for p in leaves)
             rows.append(torch.cat([r.flatten() for r in row]))
-    return torch.stack(rows)
+    return torch.stack(rows) if rows else leaves[0].new_zeros(0, 0)
 
 
 def verify(

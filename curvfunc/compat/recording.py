@@ -69,7 +69,7 @@ class _Recording(Observer):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in BATCH_NORMS:
+        if func in BATCH_NORMS and self.normalizes_samples(args, kwargs or {}):
             try:
                 refuse_batch_statistics(func, args, kwargs or {})
             except ValueError:
