@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from curvfunc.batch_axis import mutates, propagate
 from curvfunc.forms import Direct, Form, Through, block_of, sum_to_shape, transposed
 from curvfunc.rules import DECOMPOSITIONS, EXPANSIONS, RULES, SPLITS, TRANSPOSES, Use
+from curvfunc.rules.checks import guarded
 from curvfunc.sites import Layouts, Parameter, Site
 
 __all__ = ["Observer", "without_fallback_warnings"]
@@ -199,8 +200,11 @@ class Observer(TorchFunctionMode):
         if rule.takes_use:
             bound["use"] = Use(axis if self.level is None else None, frozenset(roles), frozenset(batched))
         forms = rule.forms(**bound)
-        if forms is NotImplemented or not roles.keys() <= forms.keys():
+        if forms is NotImplemented or (isinstance(forms, dict) and not roles.keys() <= forms.keys()):
             return self._decline(used, f"the rule of {_name(func)} does not cover this use")
+        if rule.own:
+            shapes = {k: p.tensor.shape for k, p in roles.items()}
+            forms = guarded(_name(func), forms, shapes, rule.parameters, self.samples)
         if alone:
             forms = {k: _squeezed(f) for k, f in forms.items()}
         of_leaves = [(i, form) for name, p in roles.items() for i, form in self._leaf_forms(p, forms[name])]
