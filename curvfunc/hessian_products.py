@@ -155,7 +155,11 @@ class HessianProducts:
             bias = bias.index_add(0, feature, rows.sum(2))
         yield i, arranged(b, weight.movedim(0, 1).reshape(n, q, o, -1))
         for k in biases:
-            yield k, bias.mT.reshape(n, *self.trace.sites[j].forms[k].shape)
+            shape = self.trace.sites[j].forms[k].shape
+            if shape.numel() == q * o:
+                yield k, bias.mT.reshape(n, *shape)
+            else:  # the weight is a part of a parameter, which has features that the bias does not have
+                yield k, self._by_entry(k, [j])
 
     def _bind(self, j: int, i: int, g: Tensor) -> Any:
         return bind(self.trace.sites[j].forms[i], g, self.inputs)

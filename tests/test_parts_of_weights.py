@@ -87,6 +87,7 @@ MODELS: dict[str, tuple[Callable[[Params, Tensor], Tensor], dict[str, tuple[int,
         lambda p, x: F.linear(x.softmax(1)[:, :2], p["w"].chunk(2, 1)[1], p["b"].chunk(2)[1]),
         {"w": (C, 4), "b": (2 * C,)},
     ),
+    "whole_bias": (lambda p, x: F.linear(x, p["w"].chunk(2)[1], p["b"]).softmax(1)[:, :C], {"w": (12, 4), "b": (6,)}),
     "two_layers": (
         lambda p, x: F.linear(torch.tanh(F.linear(x, p["w"].chunk(2, 1)[0])), p["v"].tensor_split([1, 5], 1)[1]),
         {"w": (4, 8), "v": (C, 6)},
