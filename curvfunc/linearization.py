@@ -20,6 +20,7 @@ from typing import Any
 
 import optree
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch._C import _functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,7 +32,8 @@ from curvfunc.capture import check_output
 from curvfunc.compute import _leaf
 from curvfunc.cotangents import CHUNK_BYTES
 from curvfunc.inputs import Batch, flatten_params, forward_errors, read_batch
-from curvfunc.observer import BATCH_NORMS, refuse_batch_statistics, tensors_in, without_fallback_warnings
+from curvfunc.observer import BATCH_NORMS, BATCH_STATISTICS, takes_batch_statistics, tensors_in, without_fallback_warnings
+from curvfunc.rules.nonlinear import standardized
 
 __all__ = [
     "EmpiricalFisher",
@@ -114,8 +116,10 @@ class _NoBatchStatistics(TorchFunctionMode):
     ) -> Any:
         """Run ``func``, unless it mixes samples."""
         kwargs = kwargs or {}
-        if func in BATCH_NORMS and id(args[0] if args else kwargs["input"]) not in self._made:
-            refuse_batch_statistics(func, args, kwargs)
+        if func in BATCH_NORMS and takes_batch_statistics(args, kwargs):
+            if func is not F.batch_norm or id(args[0] if args else kwargs["input"]) not in self._made:
+                raise ValueError(BATCH_STATISTICS)
+            func = standardized
         out = func(*args, **kwargs)
         if args and id(args[0]) in self._made:
             if not all(id(t) in self._made for t in tensors_in(args, kwargs)):

@@ -21,6 +21,7 @@ from curvfunc.batch_axis import mutates, propagate
 from curvfunc.forms import Direct, Form, Through, block_of, sum_to_shape, transposed
 from curvfunc.rules import DECOMPOSITIONS, EXPANSIONS, RULES, SPLITS, TRANSPOSES, Use
 from curvfunc.rules.checks import guarded
+from curvfunc.rules.nonlinear import standardized
 from curvfunc.sites import Layouts, Parameter, Site
 
 __all__ = ["Observer", "without_fallback_warnings"]
@@ -63,8 +64,11 @@ class Observer(TorchFunctionMode):
     ) -> Any:
         """Run ``func`` and note what it does with parameters and samples."""
         kwargs = kwargs or {}
-        if func in BATCH_NORMS and self.normalizes_samples(args, kwargs):
-            refuse_batch_statistics(func, args, kwargs)
+        if func in BATCH_NORMS and takes_batch_statistics(args, kwargs):
+            if func is not F.batch_norm or self.normalizes_samples(args, kwargs):
+                raise ValueError(BATCH_STATISTICS)
+            with self:
+                return standardized(*args, **kwargs)
         tensors = tensors_in(args, kwargs)
         used = [p for t in tensors if (p := self.index.get(id(t))) is not None]
         if used and (decomposition := DECOMPOSITIONS.get(func)) is not None:
@@ -420,17 +424,19 @@ def _name(func: Any) -> str:
     return getattr(func, "__name__", str(func))
 
 
-BATCH_NORMS = {F.batch_norm: 5, torch.batch_norm: 5, torch.native_batch_norm: 5}
+BATCH_NORMS = {F.batch_norm, torch.batch_norm, torch.native_batch_norm}
 
 
-def refuse_batch_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    training = kwargs.get("training", args[5] if len(args) > 5 else False)
-    if training:
-        raise ValueError(
-            "batch normalization in training mode mixes the samples of a batch, so that per-sample gradients and "
-            "curvature are not defined: call module.eval() before functionalize's function runs (running statistics "
-            "are then used), or use GroupNorm or LayerNorm."
-        )
+BATCH_STATISTICS = (
+    "batch normalization in training mode mixes the samples of a batch, so that per-sample gradients and curvature are not "
+    "defined: call module.eval() before functionalize's function runs (running statistics are then used), or use GroupNorm or "
+    "LayerNorm."
+)
+
+
+def takes_batch_statistics(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of a batch normalization is in training mode."""
+    return bool(kwargs.get("training", args[5] if len(args) > 5 else False))
 
 
 class Opaque(Exception):

@@ -71,6 +71,17 @@ def test_vmapped_and_compiled(name: str) -> None:
     assert_close(compiled({k: p[0] for k, p in stacked.items()}), want[0])
 
 
+def test_derivatives_of_quantities() -> None:
+    """Σₙ ‖gₙ‖² has the gradient 2 Σₙ Hₙ gₙ; torch's own kernel would give another."""
+    model_fn, shapes = MODELS["linear"]
+    params, X, y = {k: torch.randn(s, requires_grad=True) for k, s in shapes.items()}, torch.randn(N, 4), torch.arange(N) % C
+    total = sum(v.sum() for v in cf.batch_l2(model_fn, params, X, y).values())
+    got = torch.cat([g.flatten() for g in torch.autograd.grad(total, list(params.values()))])
+    t = truth(model_fn, params, X, y)
+    grads = torch.cat([g.flatten(1) for g in t.batch_grad().values()], dim=1)
+    assert_close(got, 2 * torch.einsum("npq,nq->p", t.H, grads))
+
+
 class StandardizedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, standardized(self.weight), self.bias)

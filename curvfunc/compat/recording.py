@@ -20,6 +20,7 @@ from typing import Any
 
 import optree
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _functorch
 from torch.autograd.graph import get_gradient_edge
@@ -32,7 +33,7 @@ from curvfunc.compat.context import CTX, PAUSED, disable
 from curvfunc.compat.extensions import BatchDiagHessian, DiagHessian, MatrixProduct
 from curvfunc.compat.notes import Call, LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, note
 from curvfunc.inputs import not_real
-from curvfunc.observer import BATCH_NORMS, Observer, axis_of, hidden, marked, refuse_batch_statistics
+from curvfunc.observer import BATCH_NORMS, Observer, axis_of, hidden, marked, takes_batch_statistics
 from curvfunc.rules.nonlinear import SUBSTITUTES
 from curvfunc.sites import Site
 
@@ -69,12 +70,11 @@ class _Recording(Observer):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in BATCH_NORMS and self.normalizes_samples(args, kwargs or {}):
-            try:
-                refuse_batch_statistics(func, args, kwargs or {})
-            except ValueError:
-                self.refusal = BATCH_NORM
-                return func(*args, **kwargs or {})
+        kwargs = kwargs or {}
+        statistics = func in BATCH_NORMS and takes_batch_statistics(args, kwargs)
+        if statistics and (func is not F.batch_norm or self.normalizes_samples(args, kwargs)):
+            self.refusal = BATCH_NORM
+            return func(*args, **kwargs)
         return super().__torch_function__(func, types, args, kwargs)
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "is_once_differentiable",
     "is_reshape",
     "operation",
+    "standardized",
     "takes_data",
 ]
 
@@ -92,6 +93,25 @@ def _instance_norm(
         with torch.no_grad():  # for the update of the running statistics alone
             F.instance_norm(input, running_mean, running_var, None, None, True, momentum, eps)
     return _group_norm(input, input.shape[1], weight, bias, eps)
+
+
+def standardized(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.batch_norm` in training mode, of weights: its kernel's derivatives are wrong under vmap."""
+    if running_mean is not None:
+        with torch.no_grad():  # for the update of the running statistics alone
+            F.batch_norm(input, running_mean, running_var, None, None, True, momentum, eps)
+    channels = [-1] + [1] * (input.ndim - 2)
+    out = _normalized(input, [0, *range(2, input.ndim)], eps)
+    return _affine(out, *(None if p is None else p.reshape(channels) for p in (weight, bias)))
 
 
 def _normalized(x: Tensor, axes: list[int], eps: float) -> Tensor:
