@@ -71,7 +71,7 @@ class AveragedHessian:
 def chunks(total: int, trace: Trace, chunk_size: int | None) -> list[tuple[int, int]]:
     """Ranges of columns that are backpropagated together."""
     if chunk_size is None:
-        widest = max((s.shape.numel() for s in trace.sites), default=1) * trace.out.element_size()
+        widest = max([1, *[s.shape.numel() for s in trace.sites]]) * trace.out.element_size()
         chunk_size = max(1, CHUNK_BYTES.get(trace.out.device.type, 1 << 28) // widest)
     return [(i, min(i + chunk_size, total)) for i in range(0, total, chunk_size)]
 

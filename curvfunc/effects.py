@@ -114,7 +114,9 @@ class Attributes:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules
         self._own = [{k: v for k, v in vars(m).items() if k not in _COMMON} for m in modules]
-        self._inside = [{k: v.copy() for k, v in own.items() if isinstance(v, (dict, list, set))} for own in self._own]
+        self._inside: list[dict[str, Any]] = [
+            {k: v.copy() for k, v in own.items() if isinstance(v, (dict, list, set))} for own in self._own
+        ]
 
     @classmethod
     def of(cls, model_fn: Any) -> "Attributes":

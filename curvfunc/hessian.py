@@ -226,8 +226,8 @@ class _Diagonal(_Columns):
 
     def results(self) -> list[Tensor]:
         """What has been summed up."""
-        lead = (len(self.trace.out),) if self.batched else ()
-        return [self.sums[i].to(p.dtype) if i in self.sums else p.new_zeros(*lead, *p.shape) for i, p in enumerate(self.leaves)]
+        lead = torch.Size((len(self.trace.out),) if self.batched else ())
+        return [self.sums[i].to(p.dtype) if i in self.sums else p.new_zeros(lead + p.shape) for i, p in enumerate(self.leaves)]
 
     def contract(
         self,

@@ -9,7 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "check_used", "flatten_params", "forward_errors", "in_order", "read_batch"]
+__all__ = ["Batch", "check_used", "flatten_params", "forward_errors", "in_order", "not_real", "read_batch"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ def flatten_params(params: Any) -> tuple[list[str], list[Tensor], Callable[[Sequ
                 f"parameter {name!r} is a DTensor, sharded over processes, which is not supported. Functionalize the model as "
                 "it is before fully_shard (a copy, with p.full_tensor() for its parameters)."
             )
+        if p.is_complex():
+            raise TypeError(not_real(name, p))
         if not p.is_floating_point():
             raise TypeError(
                 f"parameter {name!r} has dtype {p.dtype}; parameters must be real floating-point tensors. Keep others "
@@ -102,6 +104,14 @@ def check_used(out: Tensor, any_used: bool) -> None:
         "forward pass, and compute with the parameters that model_fn gets"
     )
     raise ValueError(f"the model's output {why}.")
+
+
+def not_real(name: str, p: Tensor) -> str:
+    """What to say of a complex parameter."""
+    return (
+        f"parameter {name!r} has dtype {p.dtype}; parameters must be real. Write it as pairs of reals: keep "
+        "torch.view_as_real(p) as the parameter, and use torch.view_as_complex of it in the model."
+    )
 
 
 def in_order(params: Any, tree: Any) -> list[Any]:

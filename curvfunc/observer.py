@@ -20,8 +20,10 @@ from torch.overrides import TorchFunctionMode
 
 from curvfunc.batch_axis import mutates, propagate
 from curvfunc.effects import HIDDEN_WRITES, Effects
-from curvfunc.forms import Direct, Form, Through, reads, rows_of, sum_to_shape, transposed
-from curvfunc.rules import DECOMPOSITIONS, EXPANSIONS, ROWS, RULES, TRANSPOSES, Use
+from curvfunc.forms import Direct, Form, Through, block_of, reads, sum_to_shape, transposed
+from curvfunc.rules import DECOMPOSITIONS, EXPANSIONS, RULES, SPLITS, TRANSPOSES, Use
+from curvfunc.rules.checks import guarded
+from curvfunc.rules.nonlinear import standardized
 from curvfunc.sites import Layouts, Parameter, Site
 
 __all__ = ["Observer", "reached", "without_fallback_warnings"]
@@ -70,8 +72,11 @@ class Observer(TorchFunctionMode):
     ) -> Any:
         """Run ``func`` and note what it does with parameters and samples."""
         kwargs = kwargs or {}
-        if func in BATCH_NORMS:
-            refuse_batch_statistics(func, args, kwargs)
+        if func in BATCH_NORMS and takes_batch_statistics(args, kwargs):
+            if func is not F.batch_norm or self.normalizes_samples(args, kwargs):
+                raise ValueError(BATCH_STATISTICS)
+            with self:
+                return standardized(*args, **kwargs)
         tensors = tensors_in(args, kwargs)
         if (what := ESCAPES.get(func)) is not None:
             if what == "set":  # autograd itself sets attributes, while it holds what a look at the graph would wait for
@@ -89,7 +94,7 @@ class Observer(TorchFunctionMode):
         # before the call, which may move on from these nodes in place
         data = [self._raw(t) for t in tensors if id(t) not in self.index] if used else []
         before = [edge_of(t).node for t in data if t.requires_grad]
-        run = _embedding if func is F.embedding and self.level is not None else self.faster.get(func, func)
+        run = self.faster.get(func, func) if self.level is None else UNDER_VMAP.get(func, func)
         out = run(*args, **kwargs) if self.layouts is None else self._laid_out(self.layouts, func, run, args, kwargs, tensors)
         if used and _tensor_in(out):
             if not self._derive(func, tensors, out, used):
@@ -104,6 +109,14 @@ class Observer(TorchFunctionMode):
         """Take back what the forward pass wrote into tensors that it did not make."""
         assert self.effects is not None
         return self.effects.undo(but)
+
+    def normalizes_samples(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether what is normalized may depend on samples; weights may be standardized by their own statistics.
+
+        Looked at on the whole batch alone, which runs before all else: elsewhere each sample has statistics of its own.
+        """
+        x = args[0] if args else kwargs["input"]
+        return self.level is None and bool(self.index) and self._sampled(x)
 
     # -- parameters
 
@@ -123,8 +136,11 @@ class Observer(TorchFunctionMode):
             p = self.index[id(t)] = Parameter(t, None, [*used])
             if len(used) == 1 and func in TRANSPOSES and t.ndim == 2:
                 p.transposed_of = used[0]
-            elif len(used) == 1 and func in ROWS and t.ndim == 2:
-                p.rows_of = (used[0], sum(len(o) for o in out[:k]))
+            elif len(used) == 1 and func in SPLITS and t.ndim == 2:
+                whole = used[0].tensor.shape
+                dim = int(t.shape[0] == whole[0] and t.shape[1] != whole[1])
+                if sum(o.shape[dim] for o in out) == whole[dim]:  # its pieces follow each other
+                    p.block_of = (used[0], dim, sum(o.shape[dim] for o in out[:k]))
         return True
 
     def _sampled(self, t: Tensor) -> bool:
@@ -156,6 +172,8 @@ class Observer(TorchFunctionMode):
         """A parameter that is repeated once per sample: the site at which it meets them."""
         if self.level is not None or func not in EXPANSIONS or not isinstance(out, Tensor) or self.guesses is False:
             return None
+        if out.is_complex() or not out.numel():
+            return None
         own = [1] * (out.ndim - p.tensor.ndim) + list(p.tensor.shape)
         if self.samples == 1 or any(a not in (1, b) for a, b in zip(own, out.shape, strict=True)):
             return None
@@ -183,6 +201,10 @@ class Observer(TorchFunctionMode):
         rule = RULES.get(func)
         if rule is None:
             return self._refuse(used, f"{_name(func)} has no rule")
+        if any(t.is_complex() for t in tensors):  # rules are for real numbers: no conjugates, no real parts
+            return self._refuse(used, f"{_name(func)} takes complex numbers")
+        if not all(t.numel() for t in tensors):
+            return self._refuse(used, f"{_name(func)} takes a tensor of no elements")
         bound = {**dict(zip(rule.arguments, args, strict=False)), **kwargs}
         roles = {name: p for name in rule.parameters if (p := self.index.get(id(bound.get(name)))) is not None}
         if len(roles) != len(used) or not isinstance(out, Tensor):
@@ -207,8 +229,11 @@ class Observer(TorchFunctionMode):
         if rule.takes_use:
             bound["use"] = Use(axis if self.level is None else None, frozenset(roles), frozenset(batched))
         forms = rule.forms(**bound)
-        if forms is NotImplemented or not roles.keys() <= forms.keys():
+        if forms is NotImplemented or (isinstance(forms, dict) and not roles.keys() <= forms.keys()):
             return self._decline(used, f"the rule of {_name(func)} does not cover this use")
+        if rule.own:
+            shapes = {k: p.tensor.shape for k, p in roles.items()}
+            forms = guarded(_name(func), forms, shapes, rule.parameters, self.samples)
         if alone:
             forms = {k: _squeezed(f) for k, f in forms.items()}
         of_leaves = [(i, form) for name, p in roles.items() for i, form in self._leaf_forms(p, forms[name])]
@@ -234,9 +259,9 @@ class Observer(TorchFunctionMode):
             return [(p.leaf, form)]
         if p.transposed_of is not None and (flipped := transposed(form)) is not None:
             return self._leaf_forms(p.transposed_of, flipped)
-        if p.rows_of is not None:
-            parent, start = p.rows_of
-            if (whole := rows_of(form, start, parent.tensor.shape)) is not None:
+        if p.block_of is not None:
+            parent, dim, start = p.block_of
+            if (whole := block_of(form, dim, start, parent.tensor.shape)) is not None:
                 return self._leaf_forms(parent, whole)
         edge = get_gradient_edge(p.tensor)
         leaves = {q.leaf: q.tensor for q in p.ancestors()}
@@ -299,7 +324,7 @@ class Observer(TorchFunctionMode):
                     source = edge_of(raw)
         out = layouts.substitutes.get(func, run)(*args, **kwargs)
         if isinstance(out, Tensor) and (raw := self._raw(out)).grad_fn is not None:
-            if source is not None:
+            if source is not None and not out.is_complex():
                 layouts.note_composite(edge_of(raw).node, source)
             if len(sampled) > 1:
                 layouts.note_several(edge_of(raw).node)
@@ -484,17 +509,19 @@ def _escape_table() -> dict[Any, str]:
 
 ESCAPES = _escape_table()
 
-BATCH_NORMS = {F.batch_norm: 5, torch.batch_norm: 5, torch.native_batch_norm: 5}
+BATCH_NORMS = {F.batch_norm, torch.batch_norm, torch.native_batch_norm}
 
 
-def refuse_batch_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    training = kwargs.get("training", args[5] if len(args) > 5 else False)
-    if training:
-        raise ValueError(
-            "batch normalization in training mode mixes the samples of a batch, so that per-sample gradients and "
-            "curvature are not defined: call module.eval() before functionalize's function runs (running statistics "
-            "are then used), or use GroupNorm or LayerNorm."
-        )
+BATCH_STATISTICS = (
+    "batch normalization in training mode mixes the samples of a batch, so that per-sample gradients and curvature are not "
+    "defined: call module.eval() before functionalize's function runs (running statistics are then used), or use GroupNorm or "
+    "LayerNorm."
+)
+
+
+def takes_batch_statistics(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of a batch normalization is in training mode."""
+    return bool(kwargs.get("training", args[5] if len(args) > 5 else False))
 
 
 class Opaque(Exception):
@@ -522,6 +549,10 @@ def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *a
     if padding_idx is None:
         return out
     return torch.where((input == padding_idx % len(weight)).unsqueeze(-1), out.detach(), out)
+
+
+# Functions whose own kernels are wrong, or warn, under vmap.
+UNDER_VMAP: dict[Any, Any] = {F.embedding: _embedding, **{f: DECOMPOSITIONS[f] for f in (torch.prelu, F.prelu, Tensor.prelu)}}
 
 
 class Reached(NamedTuple):

@@ -45,14 +45,14 @@ class Parameter:
         leaf: Index of the parameter, None if made.
         parents: What it was made of.
         transposed_of: The matrix whose transpose it is.
-        rows_of: The matrix of which it is a block of rows, and the first of them.
+        block_of: The matrix of which it is a block of rows or columns, the axis along which it is one, and where it starts.
     """
 
     tensor: Tensor
     leaf: int | None
     parents: list["Parameter"] = field(default_factory=list)
     transposed_of: "Parameter | None" = None
-    rows_of: "tuple[Parameter, int] | None" = None
+    block_of: "tuple[Parameter, int, int] | None" = None
 
     def ancestors(self) -> list["Parameter"]:
         """The parameters that it is made of."""

@@ -20,6 +20,7 @@ from typing import Any
 
 import optree
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _functorch
 from torch.autograd.graph import get_gradient_edge
@@ -31,7 +32,8 @@ from curvfunc.compat import delivery
 from curvfunc.compat.context import CTX, PAUSED, disable
 from curvfunc.compat.extensions import BatchDiagHessian, DiagHessian, MatrixProduct
 from curvfunc.compat.notes import Call, LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, note
-from curvfunc.observer import BATCH_NORMS, Observer, reached, refuse_batch_statistics
+from curvfunc.inputs import not_real
+from curvfunc.observer import BATCH_NORMS, Observer, reached, takes_batch_statistics
 from curvfunc.rules.nonlinear import SUBSTITUTES
 from curvfunc.sites import Site
 
@@ -72,12 +74,11 @@ class _Recording(Observer):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in BATCH_NORMS:
-            try:
-                refuse_batch_statistics(func, args, kwargs or {})
-            except ValueError:
-                self.refusal = BATCH_NORM
-                return func(*args, **kwargs or {})
+        kwargs = kwargs or {}
+        statistics = func in BATCH_NORMS and takes_batch_statistics(args, kwargs)
+        if statistics and (func is not F.batch_norm or self.normalizes_samples(args, kwargs)):
+            self.refusal = BATCH_NORM
+            return func(*args, **kwargs)
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -251,7 +252,10 @@ def _tensors_in(out: Any) -> Iterator[Tensor]:
 
 def _judge(region: Region, mode: _Recording, outputs: list[Tensor]) -> None:
     """Whether the sites hold, or why not."""
-    region.refusal = mode.refusal
+    for name, p in zip(region.names, region.params, strict=True):
+        if p.is_complex():
+            region.refusal = not_real(name, p)
+    region.refusal = mode.refusal or region.refusal
     if not mode.reasons and any(mode.axis_or_none(t) is None for t in outputs):
         mode.note([None], "the sample axis could not be followed to the output")
     if not mode.reasons:

@@ -55,8 +55,8 @@ def einsum_form(inputs: Sequence[str], output: str, operands: Sequence[Tensor], 
 
     def arrange(result: Tensor) -> Tensor:
         lead = result.shape[:-3]
-        result = result.reshape(*lead, *[sizes[c] for c in q + o + k])
-        return result.permute(*range(len(lead)), *[len(lead) + (q + o + k).index(c) for c in own])
+        result = result.reshape((*lead, *[sizes[c] for c in q + o + k]))
+        return result.permute((*range(len(lead)), *[len(lead) + (q + o + k).index(c) for c in own]))
 
     return Outer(x, cotangent, shape, arrange)
 

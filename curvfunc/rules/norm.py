@@ -96,7 +96,7 @@ def batch_norm(
     use: Use,
 ) -> Any:
     """x [n, *b, c, *s] normalized by running statistics; γ, β [c]."""
-    if {"running_mean", "running_var"} & (use.parameters | use.sampled):
+    if training or {"running_mean", "running_var"} & (use.parameters | use.sampled):
         return NotImplemented
     return _channels(input, lambda x: F.batch_norm(x, running_mean, running_var, eps=eps), weight, bias, use)
 
