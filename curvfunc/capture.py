@@ -26,10 +26,13 @@ from torch._C import _functorch
 from curvfunc.forms import Direct
 from curvfunc.losses import values_visible
 from curvfunc.observer import Observer, Opaque, axis_of, calls_may_hide, edge_of, hidden, marked, without_fallback_warnings
+from curvfunc.rules.kernels import INSTEAD
 from curvfunc.rules.pooling import FASTER
 from curvfunc.sites import Layouts, Site, Trace
 
 __all__ = ["capture", "check_output"]
+
+FASTEST = {order: instead | FASTER for order, instead in INSTEAD.items()}
 
 
 def capture(
@@ -42,6 +45,7 @@ def capture(
     generic: Sequence[int] = (),
     layouts: Layouts | None = None,
     faster: bool = False,
+    order: int = 1,
 ) -> Trace:
     """Run ``model_fn(rebuild(leaves), X)`` once and find the sites.
 
@@ -54,16 +58,17 @@ def capture(
         generic: Indices of parameters that are to be generic whatever use they have.
         layouts: Filled with the layouts of intermediate tensors if given.
         faster: Whether operations may be replaced by faster ones with the same values, so that the graph is another one.
+        order: The number of derivatives that will be taken of the model's function.
     """
     try:
-        return _attempt(model_fn, leaves, rebuild, X, samples, generic, layouts, faster)
+        return _attempt(model_fn, leaves, rebuild, X, samples, generic, layouts, faster, order)
     except Exception as error:
         if not _hides_calls(error):
             raise
     if layouts is not None:
         layouts.clear()
     with _nothing_hidden():
-        return _attempt(model_fn, leaves, rebuild, X, samples, generic, layouts, faster)
+        return _attempt(model_fn, leaves, rebuild, X, samples, generic, layouts, faster, order)
 
 
 def _attempt(
@@ -75,14 +80,16 @@ def _attempt(
     generic: Sequence[int],
     layouts: Layouts | None,
     faster: bool,
+    order: int,
 ) -> Trace:
     """On the whole batch; if that does not hold, under vmap; if that does not run, sample by sample."""
     tracked = dict(enumerate(leaves))
     if generic:
         reasons: dict[int | None, str] = dict.fromkeys(generic, "on request")
-        return _capture_batched(model_fn, leaves, rebuild, X, samples, reasons, layouts)
+        return _capture_batched(model_fn, leaves, rebuild, X, samples, reasons, layouts, order)
+    instead = (FASTEST if faster else INSTEAD)[order]
     for guesses in (None, False):
-        mode = Observer(tracked, None, samples, layouts, FASTER if faster else {})
+        mode = Observer(tracked, None, samples, layouts, instead)
         mode.guesses = guesses
         params, X_marked = rebuild(leaves), optree.tree_map(marked, X)
         with mode:
@@ -96,7 +103,7 @@ def _attempt(
             return Trace(out, mode.sites, "plain")
         if not mode.guesses:
             break
-    trace = _capture_batched(model_fn, leaves, rebuild, X, samples, mode.reasons, layouts)
+    trace = _capture_batched(model_fn, leaves, rebuild, X, samples, mode.reasons, layouts, order)
     _check_separate(out, trace.out, lambda: model_fn(rebuild(leaves), X))
     return trace
 
@@ -131,15 +138,16 @@ def _capture_batched(
     samples: int,
     reasons: dict[int | None, str],
     layouts: Layouts | None,
+    order: int,
 ) -> Trace:
     try:
-        return _capture_vmapped(model_fn, leaves, rebuild, X, samples, reasons, layouts)
+        return _capture_vmapped(model_fn, leaves, rebuild, X, samples, reasons, layouts, order)
     except (RuntimeError, NotImplementedError) as error:
         if _hides_calls(error):
             raise
         if layouts is not None:
             layouts.clear()
-        return _capture_loop(model_fn, leaves, rebuild, X, samples, error)
+        return _capture_loop(model_fn, leaves, rebuild, X, samples, error, order)
 
 
 def _hides_calls(error: Exception) -> bool:
@@ -178,7 +186,8 @@ def _capture_vmapped(
     X: Any,
     samples: int,
     reasons: dict[int | None, str],
-    layouts: Layouts | None = None,
+    layouts: Layouts | None,
+    order: int,
 ) -> Trace:
     """Run under vmap over samples, generic parameters expanded; again if more of them turn out to be generic."""
     reasons = dict(reasons)
@@ -189,7 +198,7 @@ def _capture_vmapped(
 
         def one(x: Any, own: dict[int, Tensor]) -> Tensor:
             level = _functorch.maybe_get_level(optree.tree_leaves(x)[0])
-            modes.append(Observer(tracked, level, samples, layouts))  # noqa: B023 (called at once, below)
+            modes.append(Observer(tracked, level, samples, layouts, INSTEAD[order]))  # noqa: B023 (called at once, below)
             params = rebuild([own.get(i, p) for i, p in enumerate(leaves)])
             x = optree.tree_map(lambda t: t.unsqueeze(0), x)
             with modes[0]:  # noqa: B023
@@ -213,13 +222,14 @@ def _capture_loop(
     X: Any,
     samples: int,
     error: Exception,
+    order: int,
 ) -> Trace:
     """Run sample by sample, every parameter with a copy per sample."""
     generic = {i: _copies(p, samples) for i, p in enumerate(leaves)}
     outs = []
     for n in range(samples):
         x = optree.tree_map(lambda t, n=n: t[n : n + 1], X)
-        with Observer({}, None, 1):
+        with Observer({}, None, 1, None, INSTEAD[order]):
             out = model_fn(rebuild([p[n] for p in generic.values()]), x)
         check_output(out, 1)
         outs.append(out)

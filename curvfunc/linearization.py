@@ -23,7 +23,6 @@ import torch
 from torch import Generator, Tensor
 from torch._C import _functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from curvfunc import losses
 from curvfunc.capture import check_output
@@ -31,6 +30,7 @@ from curvfunc.compute import _leaf
 from curvfunc.cotangents import CHUNK_BYTES
 from curvfunc.inputs import Batch, flatten_params, forward_errors, read_batch
 from curvfunc.observer import BATCH_NORMS, refuse_batch_statistics, without_fallback_warnings
+from curvfunc.rules.kernels import INSTEAD, Instead
 
 __all__ = [
     "EmpiricalFisher",
@@ -62,6 +62,7 @@ class Problem:
         batch: The samples and the subset of them.
         loss: The loss.
         generator: Source of Monte-Carlo draws.
+        differentiable: Whether products will be differentiated.
     """
 
     model_fn: Callable[..., Any]
@@ -70,12 +71,13 @@ class Problem:
     batch: Batch
     loss: losses.Loss
     generator: Generator | None = None
+    differentiable: bool = False
 
     def forward(self, leaves: Sequence[Tensor]) -> Tensor:
         """The output of the subset, [B, ...]."""
-        X = self.batch.inputs()
+        X, order = self.batch.inputs(), 3 if self.differentiable else 2
         # the fused kernels of attention have no second derivative
-        with forward_errors(self.names, leaves, X), sdpa_kernel(SDPBackend.MATH), _NoBatchStatistics():
+        with forward_errors(self.names, leaves, X), sdpa_kernel(SDPBackend.MATH), _NoBatchStatistics(INSTEAD[order]):
             out: Tensor = self.model_fn(self.rebuild(leaves), X)
         check_output(out, self.batch.size)
         return out
@@ -100,15 +102,14 @@ class Problem:
         return whole
 
 
-class _NoBatchStatistics(TorchFunctionMode):
+class _NoBatchStatistics(Instead):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run ``func``, unless it mixes samples."""
-        kwargs = kwargs or {}
+        """Run ``func``, or what stands for it, unless it mixes samples."""
         if func in BATCH_NORMS:
-            refuse_batch_statistics(func, args, kwargs)
-        return func(*args, **kwargs)
+            refuse_batch_statistics(func, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 @dataclass(frozen=True)

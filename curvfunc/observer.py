@@ -31,7 +31,7 @@ CONSTANT = -2  # a tensor that requires grad and depends on no sample: parameter
 class Observer(TorchFunctionMode):
     """Records sites, generic parameters and the sample axis. ``level`` is the vmap level, None on the plain path.
 
-    Functions in ``faster`` are replaced by those that do the same in less time.
+    Functions in ``instead`` are replaced by those that do the same, faster or with the right derivatives.
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class Observer(TorchFunctionMode):
         level: int | None,
         samples: int,
         layouts: Layouts | None = None,
-        faster: Mapping[Any, Any] = MappingProxyType({}),
+        instead: Mapping[Any, Any] = MappingProxyType({}),
     ) -> None:
         super().__init__()
-        self.faster = faster
+        self.instead = instead
         self.layouts = layouts
         if layouts is not None:
             layouts.clear()
@@ -72,7 +72,7 @@ class Observer(TorchFunctionMode):
         if used and func in RULES and not any(map(self._sampled, tensors)):
             args, kwargs = (self._repeated(a) for a in (args, kwargs))
             tensors = tensors_in(args, kwargs)
-        run = _embedding if func is F.embedding and self.level is not None else self.faster.get(func, func)
+        run = self.instead.get(func, func)
         out = run(*args, **kwargs) if self.layouts is None else self._laid_out(self.layouts, func, run, args, kwargs, tensors)
         if used and _tensor_in(out):
             if not self._derive(func, tensors, out, used):
@@ -272,7 +272,7 @@ class Observer(TorchFunctionMode):
                     layouts.note(edge_of(raw), axis, raw.shape)
                 if source is None and func in layouts.functions:
                     source = edge_of(raw)
-        out = layouts.substitutes.get(func, run)(*args, **kwargs)
+        out = run(*args, **kwargs)
         if isinstance(out, Tensor) and (raw := self._raw(out)).grad_fn is not None:
             if source is not None:
                 layouts.note_composite(edge_of(raw).node, source)
@@ -435,14 +435,6 @@ def without_fallback_warnings() -> Iterator[None]:
         yield
     finally:
         _functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
-
-
-def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
-    """F.embedding whose row of padding gets no gradient under vmap either: torch 2.13 ignores ``padding_idx`` there."""
-    out = F.embedding(input, weight, None, *args, **kwargs)
-    if padding_idx is None:
-        return out
-    return torch.where((input == padding_idx % len(weight)).unsqueeze(-1), out.detach(), out)
 
 
 def hidden(out: Tensor, sites: list[Site], tracked: dict[int, Tensor]) -> list[int]:

@@ -25,6 +25,7 @@ Params = dict[str, Tensor]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated in favor of"),
     pytest.mark.filterwarnings("ignore:index_reduce.* is in beta"),
+    pytest.mark.filterwarnings("ignore:An output with one or more elements was resized"),
 ]
 
 
@@ -291,7 +292,7 @@ def test_right_or_refused(name: str) -> None:
     for where in placements(operation):
         if operation.differences and where != "batched":
             problems += check_truth(name, where)
-        for quantity in QUANTITIES:
+        for quantity in QUANTITIES if operation.differences else list(QUANTITIES)[:-2]:
             kind, message = outcome(name, where, quantity)
             if kind == "refused" and quantity in expected and expected[quantity] in message:
                 refused.add(quantity)

@@ -32,7 +32,7 @@ from curvfunc.compat.context import CTX, PAUSED, disable
 from curvfunc.compat.extensions import BatchDiagHessian, DiagHessian, MatrixProduct
 from curvfunc.compat.notes import Call, LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, note
 from curvfunc.observer import BATCH_NORMS, Observer, axis_of, hidden, marked, refuse_batch_statistics
-from curvfunc.rules.nonlinear import SUBSTITUTES
+from curvfunc.rules.kernels import INSTEAD
 from curvfunc.sites import Site
 
 __all__ = ["extend", "memory_cleanup"]
@@ -203,7 +203,7 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
     called = optree.tree_unflatten(tree, leaves)
     args, kwargs = called
     twice = CTX.is_extension_active(DiagHessian, BatchDiagHessian, MatrixProduct)
-    mode = _Recording(dict(enumerate(tensors)), None, len(first), NodeLayouts(SUBSTITUTES if twice else None))
+    mode = _Recording(dict(enumerate(tensors)), None, len(first), NodeLayouts(), INSTEAD[3 if twice else 1])
     _LOCAL.region = region
     if not module._modules:
         region.calls.append(call.module)
