@@ -53,13 +53,14 @@ def _batch_norm(
 ) -> Tensor:
     """On CPU, the backward pass with running statistics reads strided vectors as if they were dense.
 
-    For one sample it does the same with a gradient that has its axes in another order; as a sequence, that has but one.
+    With axes of size one, which make layouts ambiguous, it does the same with a gradient whose axes have another order; as
+    sequences, images have a single one.
     """
     if training or running_mean is None or running_var is None:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     vectors: list[Any] = [t if t is None else t.contiguous() for t in (running_mean, running_var, weight, bias)]
     mean, var, weight, bias = vectors
-    if input.ndim > 3 and input.shape[0] == 1:
+    if input.ndim > 3 and 1 in (input.shape[0], *input.shape[2:]):
         return F.batch_norm(input.flatten(2), mean, var, weight, bias, False, momentum, eps).reshape(input.shape)
     return F.batch_norm(input, mean, var, weight, bias, False, momentum, eps)
 
