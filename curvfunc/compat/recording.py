@@ -34,7 +34,7 @@ from curvfunc.compat.extensions import BatchDiagHessian, DiagHessian, MatrixProd
 from curvfunc.compat.notes import Call, LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, note
 from curvfunc.inputs import not_real
 from curvfunc.observer import BATCH_NORMS, Observer, reached, takes_batch_statistics
-from curvfunc.rules.nonlinear import SUBSTITUTES
+from curvfunc.rules.kernels import INSTEAD
 from curvfunc.sites import Site
 
 __all__ = ["extend", "memory_cleanup"]
@@ -204,7 +204,7 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
     names, tensors, owners = map(list, zip(*params, strict=True))
     region = Region(type(module).__name__, tensors, names, owners, len(first), call)
     twice = CTX.is_extension_active(DiagHessian, BatchDiagHessian, MatrixProduct)
-    mode = _Recording(dict(enumerate(tensors)), None, len(first), NodeLayouts(SUBSTITUTES if twice else None))
+    mode = _Recording(dict(enumerate(tensors)), None, len(first), NodeLayouts(), INSTEAD[3 if twice else 1])
     for i in sampled:
         leaves[i] = mode.marked(leaves[i])
     called = optree.tree_unflatten(tree, leaves)
