@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from curvfunc.capture import capture
-from curvfunc.compat.context import CTX, PAUSED, RETAINED, RUNNING, no_op, retained
+from curvfunc.compat.context import LOCK, State, no_op, retained, state
 from curvfunc.compat.extensions import BackpropExtension
 from curvfunc.compat.memory import earlier
 from curvfunc.compat.notes import LossCall, ModuleUse, Region, RegionOutput
@@ -43,26 +43,26 @@ REGIONS: weakref.WeakSet[Region] = weakref.WeakSet()
 
 def on_use(use: ModuleUse, grads: Grads) -> None:
     """The cotangent of an operation that uses parameters has arrived."""
-    cotangent = grads[use.output]
-    if PAUSED[0] or cotangent is None:
+    cotangent, now = grads[use.output], state()
+    if now.paused or cotangent is None:
         return
-    if CTX.active_exts:
+    if now.active_exts:
         if use.site is None:
             raise RuntimeError(FREED)
-        Pass.current().deliver(use, cotangent)
-    if not _keeps_graph() and use.site is not None:  # what the hook holds would live as long as the loss tensor
+        Pass.current(now).deliver(use, cotangent)
+    if not _keeps_graph(now) and use.site is not None:  # what the hook holds would live as long as the loss tensor
         use.site = None
         use.region.release()
 
 
 def on_output(output: RegionOutput, grads: Grads) -> None:
     """The cotangent of the output of a module has arrived, and the plain path does not hold for it."""
-    cotangent = grads[output.output]
-    if PAUSED[0] or cotangent is None:
+    cotangent, now = grads[output.output], state()
+    if now.paused or cotangent is None:
         return
-    if CTX.active_exts:
-        Pass.current().replay(output, cotangent)
-    if not _keeps_graph() and output.value is not None:
+    if now.active_exts:
+        Pass.current(now).replay(output, cotangent)
+    if not _keeps_graph(now) and output.value is not None:
         output.value = None
         output.region.release()
 
@@ -71,24 +71,25 @@ def on_loss(held: list[LossCall], grads: Grads) -> None:
     """The backward pass starts at an extended loss; ``held`` is emptied once the graph is freed."""
     from curvfunc.compat import curvature
 
-    if PAUSED[0]:
+    now = state()
+    if now.paused:
         return
-    if CTX.active_exts:
+    if now.active_exts:
         if not held:
             raise RuntimeError(FREED)
-        current = Pass.current()
+        current = Pass.current(now)
         current.loss_seen = True
         if current.second_order:
             curvature.evaluate(held[0], current.second_order)
-        _debug("Running extension hook on", held[0].module)
-        CTX.get_extension_hook()(held[0].module)
-    if not _keeps_graph():
+        current.say("Running extension hook on", held[0].module)
+        current.hook(held[0].module)
+    if not _keeps_graph(now):
         held.clear()
 
 
 def on_disabled(grads: Grads) -> None:
     """A backward pass runs through a module whose forward pass was not recorded."""
-    if CTX.active_exts:
+    if state().active_exts:
         raise RuntimeError(
             "this forward pass ran inside disable(), which records nothing, so extensions have nothing to work with. "
             "Leave the disable() block for passes whose backward pass runs in backpack(...)."
@@ -100,9 +101,9 @@ FREED = (
 )
 
 
-def _keeps_graph() -> bool:
+def _keeps_graph(now: State) -> bool:
     """Whether another backward pass may follow."""
-    return retained() and not RETAINED[0]
+    return retained() and not now.retained
 
 
 # -- one backward pass
@@ -111,14 +112,15 @@ def _keeps_graph() -> bool:
 class Pass:
     """What has arrived in one backward pass."""
 
-    def __init__(self, task: int) -> None:
+    def __init__(self, task: int, now: State) -> None:
         self.task = task
+        self.state = now  # at the end, autograd may be in a thread that does not know it
         self.create_graph = torch.is_grad_enabled()
-        self.first_order = [(e, e.quantity()) for e in CTX.active_exts if not e.expects_backpropagation_quantities()]
+        self.first_order = [(e, e.quantity()) for e in now.active_exts if not e.expects_backpropagation_quantities()]
         self.returns_gradients = any("per_sample" in spec.contractions for _, spec in self.first_order)
-        self.second_order = [e for e in CTX.active_exts if e.expects_backpropagation_quantities()]
-        self.hook: Callable[[nn.Module], Any] = CTX.get_extension_hook()
-        self.debug = CTX.debug
+        self.second_order = [e for e in now.active_exts if e.expects_backpropagation_quantities()]
+        self.hook: Callable[[nn.Module], Any] = now.extension_hook
+        self.debug = now.debug
         self.loss_seen = False
         self.arrived: dict[tuple[Region, int], list[Bound]] = {}
         self.counts: dict[tuple[Region, int], int] = {}
@@ -127,12 +129,12 @@ class Pass:
         self.calls: dict[Region, list[weakref.ref[nn.Module]]] = {}
 
     @classmethod
-    def current(cls) -> Pass:
+    def current(cls, now: State) -> Pass:
         """The pass that runs now."""
         task = torch._C._current_graph_task_id()
-        running: Pass | None = RUNNING.get(task)
+        running: Pass | None = now.running.get(task)
         if running is None:
-            running = RUNNING[task] = cls(task)
+            running = now.running[task] = cls(task, now)
             Variable._execution_engine.queue_callback(running.finish)
         return running
 
@@ -172,7 +174,7 @@ class Pass:
 
     def finish(self) -> None:
         """At the end: parameters that not all uses of were reached, and those of several calls."""
-        RUNNING.pop(self.task, None)
+        self.state.running.pop(self.task, None)
         with torch.set_grad_enabled(self.create_graph):
             for region, i in list(self.arrived):
                 self._defer(region, i)
@@ -226,8 +228,7 @@ class Pass:
         """Contract, and put the results on the parameter."""
         bound = merge(bounds)
         for ext, spec in self.first_order:
-            if self.debug:
-                print("[DEBUG] Running extension", ext, "on a parameter of shape", tuple(p.shape))
+            self.say("Running extension", ext, "on a parameter of shape", tuple(p.shape))
             selected = select(bound, ext.get_subsampling())
             memory = earlier(p, ext.savefield, spec, 1, selected.g.shape[1])
             result = first_order(spec, selected, memory)
@@ -241,19 +242,26 @@ class Pass:
         position = max((k for k, r in enumerate(calls) if r() is module), default=None)
         for called in reversed(calls[position + 1 :]) if position is not None else ():
             if (m := called()) is not None and not m._parameters:
-                _debug("Running extension hook on", m, on=self.debug)
+                self.say("Running extension hook on", m)
                 self.hook(m)
         if position is not None:
             keep = [r for r in calls[position + 1 :] if (m := r()) is not None and m._parameters]
             self.calls[region] = [r for r in calls[:position] if r() is not module] + keep
         if module is not None:
-            _debug("Running extension hook on", module, on=self.debug)
+            self.say("Running extension hook on", module)
             self.hook(module)
+
+    def say(self, *message: object) -> None:
+        """Print a message where messages are wanted."""
+        if self.debug:
+            print("[DEBUG]", *message)
 
 
 def _elsewhere(region: Region, p: Tensor) -> bool:
     """Whether another call uses the parameter and waits for a backward pass."""
-    return any(r is not region and r.pending > 0 and any(p is q for q in r.params) for r in REGIONS)
+    with LOCK:
+        others = [r for r in REGIONS if r is not region and r.pending > 0]
+    return any(p is q for r in others for q in r.params)
 
 
 def _indices_by_owner(region: Region) -> dict[int, list[int]]:
@@ -264,11 +272,6 @@ def _indices_by_owner(region: Region) -> dict[int, list[int]]:
         owner = first.setdefault(id(region.owners[i]()), i)
         found.setdefault(owner, []).append(i)
     return found
-
-
-def _debug(*message: object, on: bool | None = None) -> None:
-    if CTX.debug if on is None else on:
-        print("[DEBUG]", *message)
 
 
 # -- from cotangents to results

@@ -28,7 +28,7 @@ from torch.nn.modules.loss import _Loss
 
 from curvfunc import losses
 from curvfunc.compat import delivery
-from curvfunc.compat.context import CTX, PAUSED, disable
+from curvfunc.compat.context import CTX, LOCK, state
 from curvfunc.compat.extensions import BatchDiagHessian, DiagHessian, MatrixProduct
 from curvfunc.compat.notes import Call, LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, note
 from curvfunc.observer import BATCH_NORMS, Observer, axis_of, hidden, marked, refuse_batch_statistics
@@ -54,7 +54,7 @@ _LOCAL = _Local()
 
 
 def _recordable() -> bool:
-    if PAUSED[0] or not torch.is_grad_enabled() or _functorch.peek_interpreter_stack() is not None:
+    if state().paused or not torch.is_grad_enabled() or _functorch.peek_interpreter_stack() is not None:
         return False
     modes = torch.overrides._get_current_function_mode_stack() if torch._C._len_torch_function_stack() else []
     return not any(isinstance(m, Observer) and not isinstance(m, _Recording) for m in modes)
@@ -100,7 +100,7 @@ class ExtendedForward:
             return forward(*args, **kwargs)
         if not _recordable():
             return forward(*args, **kwargs)
-        if not disable.store_io:
+        if not state().store_io:
             return _watched(forward(*args, **kwargs))
         if isinstance(module, _Loss):
             return _record_loss(module, forward, args, kwargs)
@@ -282,7 +282,8 @@ def _attach(region: Region, sites: list[Site], outputs: list[Tensor]) -> None:
         if not plain:
             region.pending += 1
             node.register_prehook(partial(delivery.on_output, result))
-    delivery.REGIONS.add(region)
+    with LOCK:
+        delivery.REGIONS.add(region)
 
 
 def _watched(out: Any) -> Any:
