@@ -16,6 +16,7 @@ from torch import Tensor
 
 from curvfunc import hessian, losses
 from curvfunc.block_products import Block, condensed
+from curvfunc.compat.delivery import Pass
 from curvfunc.compat.extensions import GGNMP, HMP, PCHMP, MatrixProduct
 from curvfunc.compat.notes import LossCall
 from curvfunc.compat.upstream import Curved, Upstream
@@ -57,7 +58,7 @@ class BlockProduct:
 
 
 def put_products(
-    call: LossCall, graph: Upstream, curved: Curved | None, exts: Sequence[MatrixProduct], create_graph: bool
+    call: LossCall, graph: Upstream, curved: Curved | None, exts: Sequence[MatrixProduct], current: Pass
 ) -> list[MatrixProduct]:
     """Put functions on the parameters for those extensions whose matrix has a small root, and return the others."""
     outputs = call.out[:1].numel()
@@ -66,7 +67,7 @@ def put_products(
     root, weights = losses.signed_root(call.loss, call.out.detach(), call.y)
     residuals = curved.curvature.residuals if curved is not None else []
     entries = sum(r.shape.numel() for r in residuals) // max(1, len(call.out))
-    resolved = curved is not None and curved.is_resolved() and (not residuals or curved.suffices(call, create_graph))
+    resolved = curved is not None and curved.is_resolved() and (not residuals or curved.suffices(call, current.create_graph))
     resolved = resolved and entries <= MOST_ENTRIES and _kept_bytes(call, graph, outputs + entries) <= LARGEST_BYTES
     definite = resolved and weights is None and not any(r.composite for r in residuals)
     products = [
@@ -82,13 +83,13 @@ def put_products(
             for i, b in _ggn_parts(call, graph, root).items():
                 product = BlockProduct(graph.params[i], [Block.of(join(b), weights)] if b else [])
                 for ext in plain:
-                    setattr(graph.params[i], ext.savefield, product)
+                    current.put_curved(graph.params[i], ext, product)
         if curved is not None and len(plain) < len(products):
             bent = [ext for ext in products if ext not in plain]
             for p, parts in zip(curved.leaves, _hessian_parts(call, curved, root, weights), strict=True):
                 for ext in bent:
                     modify = MODIFICATIONS[ext.get_modification_mode()] if isinstance(ext, PCHMP) else None
-                    setattr(p, ext.savefield, BlockProduct(p, [part.block(modify) for part in parts]))
+                    current.put_curved(p, ext, BlockProduct(p, [part.block(modify) for part in parts]))
     return [ext for ext in exts if ext not in products]
 
 

@@ -244,8 +244,7 @@ class retaining(TorchFunctionMode):
         """Run ``func``, with ``retain_graph`` if it is a backward pass that would free the graph."""
         kwargs = kwargs or {}
         keeps = kwargs.get("create_graph") if kwargs.get("retain_graph") is None else kwargs["retain_graph"]
-        now = state()
-        if func not in PASSES or now.paused or keeps:
+        if func not in PASSES or keeps or (now := state()).paused:
             return func(*args, **kwargs)
         now.retained += 1
         try:

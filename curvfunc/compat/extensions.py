@@ -14,8 +14,11 @@ Extension              Attribute                 Computed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from curvfunc import quantities
 from curvfunc.compute import Quantity
@@ -43,6 +46,8 @@ __all__ = [
     "SumGradSquared",
     "Variance",
 ]
+
+Product = Callable[[Tensor], Tensor]
 
 FAIL_ERROR, FAIL_WARN, FAIL_SILENT = "ERROR", "WARNING", "SILENT"
 
@@ -95,6 +100,27 @@ class BackpropExtension:
     def get_subsampling(self) -> Sequence[int] | None:
         """Indices of the samples, None for all."""
         return self._subsampling
+
+    def of_two_losses(self, p: Tensor, one: Any, other: Any) -> Any:
+        """The result for the sum of two losses, from those for each of them.
+
+        Raises:
+            ValueError: If it cannot be had from them.
+        """
+        raise ValueError(
+            f"two extended losses of this backward pass depend on a parameter of shape {tuple(p.shape)}, and "
+            f"{type(self).__name__} of their sum cannot be had from that of each. Run one backward pass per loss, or use "
+            "curvfunc's functions, whose loss may be a sum."
+        )
+
+
+def _sum(ext: BackpropExtension, p: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    if one.shape != other.shape:
+        raise ValueError(
+            f"two extended losses of this backward pass, of {len(one)} and {len(other)} samples, depend on a parameter of "
+            f"shape {tuple(p.shape)}, so {type(ext).__name__} has no sum. Run one backward pass per loss."
+        )
+    return one + other
 
 
 class FirstOrderBackpropExtension(BackpropExtension):
@@ -172,6 +198,8 @@ class _Sampled:
 class DiagGGN(SecondOrderBackpropExtension):
     """Diagonal of the generalized Gauss-Newton matrix."""
 
+    of_two_losses = _sum
+
 
 class DiagGGNExact(DiagGGN):
     """Diagonal of the GGN, ``p.diag_ggn_exact`` [*shape]; see `curvfunc.diag_ggn`."""
@@ -199,6 +227,8 @@ class DiagGGNMC(_Sampled, DiagGGN):
 class BatchDiagGGN(SecondOrderBackpropExtension):
     """Each sample's part of the diagonal of the generalized Gauss-Newton matrix."""
 
+    of_two_losses = _sum
+
 
 class BatchDiagGGNExact(BatchDiagGGN):
     """Per-sample diagonal of the GGN, ``p.diag_ggn_exact_batch`` [N, *shape]; see `curvfunc.batch_diag_ggn`."""
@@ -225,6 +255,12 @@ class BatchDiagGGNMC(_Sampled, BatchDiagGGN):
 
 class SqrtGGN(SecondOrderBackpropExtension):
     """Root of the generalized Gauss-Newton matrix."""
+
+    def of_two_losses(self, p: Tensor, one: Tensor, other: Tensor) -> Tensor:
+        """The columns of both."""
+        if one.shape[1:] != other.shape[1:]:
+            _sum(self, p, one[0], other[0])
+        return torch.cat([one, other])
 
 
 class SqrtGGNExact(SqrtGGN):
@@ -291,6 +327,8 @@ class KFRA(HBP):
 class DiagHessian(SecondOrderBackpropExtension):
     """Diagonal of the Hessian, ``p.diag_h`` [*shape]; see `curvfunc.diag_hessian`."""
 
+    of_two_losses = _sum
+
     def __init__(self) -> None:
         super().__init__("diag_h")
 
@@ -301,6 +339,8 @@ class DiagHessian(SecondOrderBackpropExtension):
 
 class BatchDiagHessian(SecondOrderBackpropExtension):
     """Each sample's part of the Hessian's diagonal, ``p.diag_h_batch`` [N, *shape]; see `curvfunc.batch_diag_hessian`."""
+
+    of_two_losses = _sum
 
     def __init__(self) -> None:
         super().__init__("diag_h_batch")
@@ -325,11 +365,17 @@ class MatrixProduct(SecondOrderBackpropExtension):
         raise NotImplementedError(f"{type(self).__name__} does not say what it multiplies with. {WRITE_A_QUANTITY}")
 
 
+def _both(ext: BackpropExtension, p: Tensor, one: Product, other: Product) -> Product:
+    return lambda v: one(v) + other(v)
+
+
 class HMP(MatrixProduct):
     """Products with Hessian blocks, ``p.hmp``; see `curvfunc.hmp`."""
 
     def __init__(self, savefield: str = "hmp") -> None:
         super().__init__(savefield)
+
+    of_two_losses = _both
 
     def matrix(self) -> Any:
         """The Hessian."""
@@ -341,6 +387,8 @@ class GGNMP(MatrixProduct):
 
     def __init__(self, savefield: str = "ggnmp") -> None:
         super().__init__(savefield)
+
+    of_two_losses = _both
 
     def matrix(self) -> Any:
         """The GGN."""

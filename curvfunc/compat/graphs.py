@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from curvfunc.compat.context import retained
+from curvfunc.compat.delivery import Pass
 from curvfunc.compat.extensions import MatrixProduct
 from curvfunc.compat.notes import LossCall
 from curvfunc.compat.upstream import Upstream
@@ -59,7 +60,7 @@ class GraphProduct:
         return block(product, leaves, self._i, self._name)(v)
 
 
-def put_products(call: LossCall, graph: Upstream, exts: Sequence[MatrixProduct]) -> bool:
+def put_products(call: LossCall, graph: Upstream, exts: Sequence[MatrixProduct], current: Pass) -> bool:
     """Put functions on the parameters, if the graph stays and its operations can be differentiated twice."""
     if not retained() or not graph.regions or not graph.is_twice_differentiable():
         return False
@@ -70,15 +71,14 @@ def put_products(call: LossCall, graph: Upstream, exts: Sequence[MatrixProduct])
     module = None if inputs is None else inputs.module()
     if module is None:
         return False
-    found = {id(p): name for region in graph.regions for p, name in zip(region.params, region.names, strict=True)}
-    leaves, names = list(graph.params.values()), [found[i] for i in graph.params]
+    leaves, names = list(graph.params.values()), graph.names()
     problem = Problem(_gone, names, list, read_batch(call.out.detach(), call.y, None), call.loss)
     for ext in exts:
         with torch.enable_grad():
             product = ext.matrix().linearize(problem, leaves, call.out)
         shared = _Shared(module, (product, leaves))
         for i, p in enumerate(leaves):
-            setattr(p, ext.savefield, GraphProduct(shared, i, names[i]))
+            current.put_curved(p, ext, GraphProduct(shared, i, names[i]))
     return True
 
 

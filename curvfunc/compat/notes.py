@@ -12,7 +12,7 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.func import functional_call
 
 from curvfunc import losses
@@ -20,7 +20,7 @@ from curvfunc.compat.context import paused
 from curvfunc.rules.nonlinear import COMPOSITES
 from curvfunc.sites import Layouts, Site
 
-__all__ = ["Call", "LossCall", "ModuleUse", "NodeLayouts", "Region", "RegionOutput", "note", "notes"]
+__all__ = ["Call", "LossCall", "ModuleUse", "NodeLayouts", "Region", "RegionOutput", "nodes", "note", "notes"]
 
 # In a node's metadata.
 KEY = "curvfunc"
@@ -39,9 +39,10 @@ class Region:
         names: Their names.
         owners: The modules they belong to.
         samples: Number of samples.
+        inputs: The call itself, to be able to repeat it; None once the graph was freed.
+        versions: The parameters' version counters before the call.
         uses: How often each parameter is used, by index.
         calls: Modules without submodules, in the order of their calls.
-        inputs: The call itself, to be able to repeat it; None once the graph was freed.
         refusal: Why no quantity is defined.
         reason: Why the plain path does not hold.
         pending: How many of its notes are still waiting for a backward pass.
@@ -53,6 +54,7 @@ class Region:
     owners: list["weakref.ref[nn.Module]"]
     samples: int
     inputs: "Call | None"
+    versions: list[int]
     uses: dict[int, int] = field(default_factory=dict)
     calls: list["weakref.ref[nn.Module]"] = field(default_factory=list)
     refusal: str | None = None
@@ -212,3 +214,16 @@ def notes(node: Node) -> list[Any]:
     """What was noted on a node."""
     metadata: Any = node.metadata
     return list(metadata.get(KEY, []))
+
+
+def nodes(out: Tensor) -> Iterator[Node]:
+    """The graph before a tensor."""
+    seen: set[Node] = set()
+    stack: list[Node | None] = [get_gradient_edge(out).node] if out.requires_grad else []
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack.extend([n for n, _ in node.next_functions])

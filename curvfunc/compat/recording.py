@@ -10,6 +10,7 @@ region notes its input only, and the backward pass runs the functional core on i
 """
 
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from typing import Any
 
 import optree
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _functorch
 from torch.autograd.graph import get_gradient_edge
@@ -27,11 +29,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.loss import _Loss
 
 from curvfunc import losses
+from curvfunc.batch_axis import mutates
 from curvfunc.compat import delivery
 from curvfunc.compat.context import CTX, LOCK, state
 from curvfunc.compat.extensions import BatchDiagHessian, DiagHessian, MatrixProduct
 from curvfunc.compat.notes import Call, LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, note
-from curvfunc.observer import BATCH_NORMS, Observer, axis_of, hidden, marked, refuse_batch_statistics
+from curvfunc.observer import BATCH_NORMS, Observer, Opaque, axis_of, hidden, marked, refuse_batch_statistics
 from curvfunc.rules.nonlinear import SUBSTITUTES
 from curvfunc.sites import Site
 
@@ -63,18 +66,39 @@ def _recordable() -> bool:
 class _Recording(Observer):
     """The capture mode, in the user's own forward pass: training-mode batch normalization is noted, not refused."""
 
+    repeats = False
     refusal: str | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func in BATCH_NORMS:
             try:
-                refuse_batch_statistics(func, args, kwargs or {})
+                refuse_batch_statistics(func, args, kwargs)
             except ValueError:
                 self.refusal = BATCH_NORM
-                return func(*args, **kwargs or {})
+                return func(*args, **kwargs)
+        elif func in TABLES:
+            args, kwargs = _renormalized(args, kwargs)
+        elif not torch.is_grad_enabled() and mutates(func) and id(next(iter((*args, *kwargs.values())))) in self.index:
+            return func(*args, **kwargs)  # the parameter has a new value, and no gradient knows of it
         return super().__torch_function__(func, types, args, kwargs)
+
+
+TABLES = {F.embedding, F.embedding_bag}
+
+
+def _renormalized(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Do what ``max_norm`` asks for, which changes rows of the table before they are looked up, and the call without it."""
+    given = {**dict(zip(("input", "weight", "", "max_norm", "norm_type"), args, strict=False)), **kwargs}
+    if given.get("max_norm") is None:
+        return args, kwargs
+    with torch.no_grad():
+        torch.embedding_renorm_(
+            given["weight"].detach(), given["input"].contiguous(), given["max_norm"], given.get("norm_type", 2.0)
+        )
+    return (*args[:3], *[None for _ in args[3:4]], *args[4:]), {k: v for k, v in kwargs.items() if k != "max_norm"}
 
 
 # -- modules
@@ -192,12 +216,13 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
     leaves, tree = optree.tree_flatten(called, none_is_leaf=True)
     first = next((t for t in leaves if isinstance(t, Tensor) and t.ndim), None)
     params = _parameters(module)
-    if first is None or not params:
+    if first is None or not params or delivery.is_replayed([p for _, p, _ in params]):
         return forward(*args, **kwargs)
     sampled = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.ndim and len(t) == len(first)]
     call = Call(weakref.ref(module), list(leaves), tree, sampled, _generators() if module.training else None)
     names, tensors, owners = map(list, zip(*params, strict=True))
-    region = Region(type(module).__name__, tensors, names, owners, len(first), call)
+    versions = [p._version for p in tensors]
+    region = Region(type(module).__name__, tensors, names, owners, len(first), call, versions)
     for i in sampled:
         leaves[i] = marked(leaves[i])
     called = optree.tree_unflatten(tree, leaves)
@@ -216,6 +241,8 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
         for p in tensors:
             p.__dict__.pop("_curvfunc_axis", None)
     outputs = [t for t in _tensors_in(out) if t.grad_fn is not None]
+    if not outputs and state().active_exts and any(t.is_floating_point() for t in _tensors_in(out)):
+        warnings.warn(delivery.NOTHING_USED.format(region.name, "its output has no graph"), stacklevel=2)
     _judge(region, mode, outputs)
     _attach(region, mode.sites, outputs)
     for t in outputs:
@@ -256,8 +283,14 @@ def _judge(region: Region, mode: _Recording, outputs: list[Tensor]) -> None:
         mode.note([None], "the sample axis could not be followed to the output")
     if not mode.reasons:
         tracked = dict(enumerate(region.params))
-        unseen = {i for t in outputs for i in hidden(t, mode.sites, tracked)}
-        mode.note(sorted(unseen), "it is used where calls cannot be seen")
+        unused = tracked.keys() - {i for site in mode.sites for i in site.forms}
+        try:
+            unseen = {i for t in outputs for i in hidden(t, mode.sites, tracked)}
+            if unused:  # by no operation that was seen
+                unseen |= {i for t in outputs for i in hidden(t, [], {i: tracked[i] for i in unused})}
+            mode.note(sorted(unseen), "it is used where calls cannot be seen")
+        except Opaque:
+            mode.note([None], "it holds checkpoints or compiled code, in which calls cannot be seen")
     for i, why in mode.reasons.items():
         region.reason = why if i is None else f"parameter {region.names[i]!r}: {why}"
         return
@@ -282,6 +315,8 @@ def _attach(region: Region, sites: list[Site], outputs: list[Tensor]) -> None:
         if not plain:
             region.pending += 1
             node.register_prehook(partial(delivery.on_output, result))
+        elif not region.uses:
+            node.register_prehook(partial(delivery.on_nothing_used, region.name))
     with LOCK:
         delivery.REGIONS.add(region)
 

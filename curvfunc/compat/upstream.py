@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from curvfunc import losses
 from curvfunc.compat.delivery import FREED, repeat
-from curvfunc.compat.notes import LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, notes
+from curvfunc.compat.notes import LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, nodes, notes
 from curvfunc.cotangents import chunks, pull
 from curvfunc.forms import Form
 from curvfunc.residuals import Curvature, curvature
@@ -29,7 +29,7 @@ class Upstream:
     Attributes:
         trace: The recorded operations, and the outputs of calls that would have to be repeated.
         outputs: Such outputs, by position.
-        params: By identity.
+        params: By identity; of calls that would have to be repeated, all.
         regions: The calls they belong to.
     """
 
@@ -43,7 +43,7 @@ class Upstream:
     def of(cls, call: LossCall, create_graph: bool) -> Upstream:
         """Find what was noted before the output."""
         graph = cls(Trace(call.out, [], "plain"), {}, {}, [], create_graph)
-        for node, note in ((n, note) for n in _nodes(call.out) for note in notes(n)):
+        for node, note in ((n, note) for n in nodes(call.out) for note in notes(n)):
             region = note.region
             if region not in graph.regions:
                 graph.regions.append(region)
@@ -61,10 +61,16 @@ class Upstream:
             elif region.refusal is not None or region.reason is not None:
                 graph.outputs[len(graph.trace.sites)] = note
                 graph.trace.sites.append(Site(region.name, {}, edge, 0, [], note.value.shape, []))
-            else:
-                continue
-            graph.params.update({id(p): p for p in region.params})
+        used = {p for site in graph.trace.sites for p in site.forms}
+        for region in graph.regions:
+            plain = region.refusal is None and region.reason is None
+            graph.params |= {id(p): p for p in region.params if not plain or id(p) in used}
         return graph
+
+    def names(self) -> list[str]:
+        """Of the parameters."""
+        found = {id(p): name for region in self.regions for p, name in zip(region.params, region.names, strict=True)}
+        return [found[i] for i in self.params]
 
     @cached_property
     def repeated(self) -> dict[int, tuple[Trace, list[Tensor]]]:
@@ -129,7 +135,7 @@ class Upstream:
 
     def is_twice_differentiable(self) -> bool:
         """Whether the backward pass of all operations can be differentiated."""
-        return not any(is_once_differentiable(node) for node in _nodes(self.trace.out))
+        return not any(is_once_differentiable(node) for node in nodes(self.trace.out))
 
     def is_chain(self) -> bool:
         """Whether it is one call whose operations are all known."""
@@ -178,7 +184,7 @@ class Curved:
             return False
         if self.is_resolved():
             return True
-        return not create_graph and not any(is_once_differentiable(node) for node in _nodes(self.trace.out))
+        return not create_graph and not any(is_once_differentiable(node) for node in nodes(self.trace.out))
 
     def is_resolved(self) -> bool:
         """Whether all operations are linear by pieces, or smooth and elementwise."""
@@ -187,19 +193,6 @@ class Curved:
 
 def _by_identity(forms: dict[int, Form], params: list[Tensor]) -> dict[int, Form]:
     return {id(params[i]): form for i, form in forms.items()}
-
-
-def _nodes(out: Tensor) -> Iterator[Node]:
-    """The graph before ``out``."""
-    seen: set[Node] = set()
-    stack: list[Node | None] = [get_gradient_edge(out).node]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        stack.extend([n for n, _ in node.next_functions])
 
 
 def whole_model(call: LossCall) -> Region | None:
