@@ -159,8 +159,9 @@ def test_parts_that_are_called_one_by_one() -> None:
         loss_fn(model(X), y).backward()
     assert_close(got(model, "grad_batch"), want("batch_grad", model, X, y))
     assert_close(got(model, "diag_ggn_exact"), want("diag_ggn", model, X, y))
-    with backpack(DiagHessian()), pytest.raises(NotImplementedError, match="whole model as one extended module"):
+    with backpack(DiagHessian()):
         loss_fn(model(X), y).backward()
+    assert_close(got(model, "diag_h"), want("diag_hessian", model, X, y))
 
 
 class Twins(nn.Module):

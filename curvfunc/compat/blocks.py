@@ -67,7 +67,7 @@ def put_products(
     root, weights = losses.signed_root(call.loss, call.out.detach(), call.y)
     residuals = curved.curvature.residuals if curved is not None else []
     entries = sum(r.shape.numel() for r in residuals) // max(1, len(call.out))
-    resolved = curved is not None and curved.is_resolved() and (not residuals or curved.suffices(call, current.create_graph))
+    resolved = curved is not None and curved.is_resolved() and (not residuals or curved.suffices(current.create_graph))
     resolved = resolved and entries <= MOST_ENTRIES and _kept_bytes(call, graph, outputs + entries) <= LARGEST_BYTES
     definite = resolved and weights is None and not any(r.composite for r in residuals)
     products = [

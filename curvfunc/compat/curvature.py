@@ -14,7 +14,7 @@ from curvfunc.compat.context import paused
 from curvfunc.compat.delivery import FREED, Pass, check_fresh, check_repeated, forget, in_type, select
 from curvfunc.compat.extensions import HMP, PCHMP, BackpropExtension, MatrixProduct
 from curvfunc.compat.memory import earlier
-from curvfunc.compat.notes import LossCall, NodeLayouts, nodes, notes
+from curvfunc.compat.notes import LossCall, nodes, notes
 from curvfunc.compat.upstream import Curved, Upstream, whole_model
 from curvfunc.compute import Quantity, compute
 from curvfunc.cotangents import AveragedHessian, FullHessian, LossRoot, chunks, common
@@ -63,9 +63,9 @@ def _evaluate(call: LossCall, current: Pass) -> None:
         for (ext, spec), cotangent in zip(specs, common(cotangents), strict=True):
             if isinstance(cotangent, LossRoot):
                 pulled.setdefault(cotangent, []).append((ext, spec))
-            elif isinstance(cotangent, AveragedHessian) and graph.is_chain() and whole_model(call) is not None:
+            elif isinstance(cotangent, AveragedHessian) and not graph.outputs:
                 _averaged(call, graph, ext, current)
-            elif isinstance(cotangent, FullHessian) and curved is not None and curved.suffices(call, create_graph):
+            elif isinstance(cotangent, FullHessian) and curved is not None and curved.suffices(create_graph):
                 diagonals.append(ext)
             else:
                 others.append(ext)
@@ -78,7 +78,7 @@ def _evaluate(call: LossCall, current: Pass) -> None:
         if asked and graphs.put_products(call, graph, asked, current):
             asked = []
         if others or asked:
-            _rerun(call, [*others, *asked], current)
+            _rerun(call, graph, [*others, *asked], current)
 
 
 # -- on the graph of the forward pass
@@ -135,7 +135,7 @@ def _averaged(call: LossCall, graph: Upstream, ext: BackpropExtension, current: 
     out = call.out if create_graph else call.out.detach()
     hessian = losses.summed_hessian(call.loss, out, call.y, lambda columns: columns)
     with nullcontext() if create_graph else torch.no_grad():
-        found = factors(trace, params, graph.names(), NodeLayouts(), hessian, create_graph)
+        found = factors(trace, params, graph.names(), graph.layouts, hessian, create_graph)
         for p, result in zip(params, found, strict=True):
             current.put_curved(p, ext, result)
 
@@ -166,9 +166,9 @@ def _diagonals(call: LossCall, curved: Curved, exts: list[BackpropExtension], cu
 # -- by the functions, with a forward pass of their own
 
 
-def _rerun(call: LossCall, exts: list[BackpropExtension], current: Pass) -> None:
+def _rerun(call: LossCall, graph: Upstream, exts: list[BackpropExtension], current: Pass) -> None:
     """Run the functions that bear the extensions' names on the module whose output went into the loss."""
-    region = whole_model(call)
+    region = whole_model(call, graph.params)
     if region is None:
         names = ", ".join(type(e).__name__ for e in exts)
         raise NotImplementedError(

@@ -228,7 +228,7 @@ class Pass:
             for owner in list(self.waiting[region]):
                 self._call_hook(region, owner)
         for call in self.losses if not self.reached else ():
-            if not any(notes(node) for node in nodes(call.out)):
+            if not any(note.region.params for node in nodes(call.out) for note in notes(node)):
                 warnings.warn(NOTHING_BEFORE.format(type(call.module).__name__), stacklevel=2)
 
     def _check_loss(self) -> None:

@@ -33,6 +33,9 @@ SEVERAL = "curvfunc several"
 class Region:
     """One call of an extended module that was not called by another one.
 
+    Modules without parameters that require grad make regions too where gradients go through them: what lies between two uses
+    of parameters is known then.
+
     Attributes:
         name: Class of the module.
         params: Its parameters that require grad.
@@ -40,6 +43,7 @@ class Region:
         owners: The modules they belong to.
         samples: Number of samples.
         inputs: The call itself, to be able to repeat it; None once the graph was freed.
+        before: The nodes that made its inputs.
         versions: The parameters' version counters before the call.
         uses: How often each parameter is used, by index.
         calls: Modules without submodules, in the order of their calls.
@@ -54,6 +58,7 @@ class Region:
     owners: list["weakref.ref[nn.Module]"]
     samples: int
     inputs: "Call | None"
+    before: list[Node]
     versions: list[int]
     uses: dict[int, int] = field(default_factory=dict)
     calls: list["weakref.ref[nn.Module]"] = field(default_factory=list)
@@ -90,12 +95,16 @@ class RegionOutput:
     Attributes:
         region: The region.
         output: Which output of the node.
+        axis: Its sample axis, where the plain path holds.
+        shape: Its shape.
         value: The output, detached, where the region has to be repeated; None once the graph was freed.
         version: Its version counter.
     """
 
     region: Region
     output: int
+    axis: int
+    shape: torch.Size
     value: Tensor | None
     version: int
 

@@ -216,13 +216,14 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
     leaves, tree = optree.tree_flatten(called, none_is_leaf=True)
     first = next((t for t in leaves if isinstance(t, Tensor) and t.ndim), None)
     params = _parameters(module)
-    if first is None or not params or delivery.is_replayed([p for _, p, _ in params]):
+    if first is None or not (params or first.requires_grad) or delivery.is_replayed([p for _, p, _ in params]):
         return forward(*args, **kwargs)
     sampled = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.ndim and len(t) == len(first)]
     call = Call(weakref.ref(module), list(leaves), tree, sampled, _generators() if module.training else None)
-    names, tensors, owners = map(list, zip(*params, strict=True))
+    names, tensors, owners = [name for name, _, _ in params], [p for _, p, _ in params], [owner for *_, owner in params]
+    before = [t.grad_fn for t in leaves if isinstance(t, Tensor) and t.grad_fn is not None]
     versions = [p._version for p in tensors]
-    region = Region(type(module).__name__, tensors, names, owners, len(first), call, versions)
+    region = Region(type(module).__name__, tensors, names, owners, len(first), call, before, versions)
     for i in sampled:
         leaves[i] = marked(leaves[i])
     called = optree.tree_unflatten(tree, leaves)
@@ -241,7 +242,7 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
         for p in tensors:
             p.__dict__.pop("_curvfunc_axis", None)
     outputs = [t for t in _tensors_in(out) if t.grad_fn is not None]
-    if not outputs and state().active_exts and any(t.is_floating_point() for t in _tensors_in(out)):
+    if params and not outputs and state().active_exts and any(t.is_floating_point() for t in _tensors_in(out)):
         warnings.warn(delivery.NOTHING_USED.format(region.name, "its output has no graph"), stacklevel=2)
     _judge(region, mode, outputs)
     _attach(region, mode.sites, outputs)
@@ -299,6 +300,10 @@ def _judge(region: Region, mode: _Recording, outputs: list[Tensor]) -> None:
 def _attach(region: Region, sites: list[Site], outputs: list[Tensor]) -> None:
     """Hang notes and hooks on the graph."""
     plain = region.refusal is None and region.reason is None
+    if not region.params:
+        region.inputs = None
+        if not plain:
+            return
     for site in sites if plain else ():
         node, output, *_ = site.edge
         use = ModuleUse(site, region, output)
@@ -310,15 +315,16 @@ def _attach(region: Region, sites: list[Site], outputs: list[Tensor]) -> None:
         node.register_prehook(partial(delivery.on_use, use))
     for t in outputs:
         node, output, *_ = get_gradient_edge(t)
-        result = RegionOutput(region, output, None if plain else t.detach(), t._version)
+        result = RegionOutput(region, output, axis_of(t) or 0, t.shape, None if plain else t.detach(), t._version)
         note(node, result)
         if not plain:
             region.pending += 1
             node.register_prehook(partial(delivery.on_output, result))
-        elif not region.uses:
+        elif region.params and not region.uses:
             node.register_prehook(partial(delivery.on_nothing_used, region.name))
-    with LOCK:
-        delivery.REGIONS.add(region)
+    if region.params:
+        with LOCK:
+            delivery.REGIONS.add(region)
 
 
 def _watched(out: Any) -> Any:
