@@ -16,6 +16,7 @@ from torch import Tensor
 
 from curvfunc import hessian, losses
 from curvfunc.block_products import Block, condensed
+from curvfunc.compat.context import paused
 from curvfunc.compat.delivery import Pass
 from curvfunc.compat.extensions import GGNMP, HMP, PCHMP, MatrixProduct
 from curvfunc.compat.notes import LossCall
@@ -26,25 +27,55 @@ from curvfunc.linearization import check_vector
 from curvfunc.passes import Prepared
 from curvfunc.positive_curvature import MODIFICATIONS
 
-__all__ = ["BlockProduct", "put_products"]
+__all__ = ["BlockProduct", "FunctionProduct", "ParameterProduct", "put_products"]
 
 LARGEST_BYTES = 1 << 28  # what the functions may keep
 MOST_ENTRIES = 64  # of smooth activations per sample; for more, another forward pass is the faster way
 
 
-class BlockProduct:
-    """Multiplies [V, *shape] with a parameter's block."""
+class ParameterProduct:
+    """What the extensions put on a parameter: a function that multiplies [V, *shape], or [*shape], with its block."""
 
-    def __init__(self, p: Tensor, blocks: Sequence[Block]) -> None:
+    def __init__(self, p: Tensor) -> None:
         self._like = p.detach().new_empty(()).expand(p.shape)
-        self._blocks = [(block, block.root.x._version) for block in blocks]
 
     def __call__(self, v: Tensor) -> Tensor:
+        """The product, of the shape of ``v``. Backward passes that it takes are nothing to active extensions."""
+        with paused():
+            if isinstance(v, Tensor) and v.shape == self._like.shape:
+                return self.multiply(v[None])[0]
+            return self.multiply(v)
+
+    def multiply(self, v: Tensor) -> Tensor:
+        """The product, [V, *shape]."""
+        raise NotImplementedError
+
+
+class FunctionProduct(ParameterProduct):
+    """A product by one of curvfunc's functions."""
+
+    def __init__(self, p: Tensor, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(p)
+        self._function = function
+
+    def multiply(self, v: Tensor) -> Tensor:
+        """The product, [V, *shape]."""
+        return self._function(v)
+
+
+class BlockProduct(ParameterProduct):
+    """A product with nothing but what the uses of the parameter took."""
+
+    def __init__(self, p: Tensor, blocks: Sequence[Block]) -> None:
+        super().__init__(p)
+        self._blocks = [(block, block.root.x._version) for block in blocks]
+
+    def multiply(self, v: Tensor) -> Tensor:
         """The product, [V, *shape]."""
         check_vector("v", v, self._like, batched=True)
-        result = torch.zeros_like(v) if not self._blocks else None
+        result = None if self._blocks and v.numel() else torch.zeros_like(v)
         with torch.no_grad():
-            for block, version in self._blocks:
+            for block, version in self._blocks if v.numel() else ():
                 if block.root.x._version != version:
                     raise RuntimeError(
                         f"the input of the operation that uses the parameter of shape {tuple(self._like.shape)} was changed "

@@ -46,8 +46,12 @@ def _evaluate(call: LossCall, current: Pass) -> None:
     asked = [ext for ext in exts if isinstance(ext, MatrixProduct)]
     with paused():
         graph = Upstream.of(call, create_graph)
+        if not graph.params:
+            return
         specs = [(ext, ext.quantity()) for ext in exts if not isinstance(ext, MatrixProduct)]
         apart = graph.keeps_samples_apart(call)
+        if specs and (refusal := next((r.refusal for r in graph.regions if r.refusal is not None), None)) is not None:
+            raise NotImplementedError(refusal)
         if specs and not apart:
             names = ", ".join(type(ext).__name__ for ext, _ in specs)
             raise ValueError(
@@ -196,7 +200,8 @@ def _rerun(call: LossCall, graph: Upstream, exts: list[BackpropExtension], curre
         if isinstance(ext, MatrixProduct):
             with torch.enable_grad():
                 name = type(ext).__name__
-                results[ext.savefield] = products.blocks(name, ext.matrix(), model_fn, data, inputs.X, call.y, call.loss)
+                found = products.blocks(name, ext.matrix(), model_fn, data, inputs.X, call.y, call.loss)
+                results[ext.savefield] = {k: blocks.FunctionProduct(params[k], f) for k, f in found.items()}
     for out in outputs:
         check_repeated(region, out, call.out.detach(), call.out._version)
     outputs.clear()

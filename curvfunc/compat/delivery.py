@@ -91,6 +91,8 @@ def on_loss(held: list[LossCall], grads: Grads) -> None:
         current = Pass.current(now)
         current.losses.append(held[0])
         if current.second_order:
+            if (g := grads[0]) is not None and not bool((g == 1).all()):
+                warnings.warn(CHANGED.format(type(held[0].module).__name__), stacklevel=2)
             curvature.evaluate(held[0], current)
         current.say("Running extension hook on", held[0].module)
         current.hook(held[0].module)
@@ -118,6 +120,10 @@ def on_disabled(grads: Grads) -> None:
 NOTHING_USED = (
     "{0} has parameters that require grad, but {1}, so that extensions deliver nothing for it: look for no_grad or detach "
     "in its forward pass, and for parameters that are replaced while it runs (as in fully_shard, which is not supported)."
+)
+CHANGED = (
+    "the value of {0} was changed before backward, as in (2 * loss).backward(): second-order quantities are those of the loss "
+    "itself, without the change."
 )
 NOTHING_BEFORE = (
     "no parameter of an extended module lies before {0}, so that extensions deliver nothing: look for no_grad or detach before "

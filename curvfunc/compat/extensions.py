@@ -286,8 +286,87 @@ class SqrtGGNMC(_Sampled, SqrtGGN):
         return quantities.SqrtGGN(self._mc_samples)
 
 
+class Curvature:
+    """The matrices that `HBP` can approximate, as BackPACK names them."""
+
+    HESSIAN, GGN, PCH_CLIP, PCH_ABS = "hessian", "ggn", "pch-clip", "pch-abs"
+
+
+class LossHessianStrategy:
+    """What goes back from the loss: a root of its Hessian, draws, or the sum over samples."""
+
+    EXACT, SAMPLING, SUM = "exact", "sampling", "sum"
+
+
+class BackpropStrategy:
+    """How it goes back: as columns, or averaged over samples at each layer."""
+
+    SQRT, BATCH_AVERAGE = "sqrt", "average"
+
+
+class ExpectationApproximation:
+    """How a layer's block is approximated."""
+
+    BOTEV_MARTENS, CHEN = "E[J^T E(H) J]", "E(J^T) E(H) E(J)"
+
+
 class HBP(SecondOrderBackpropExtension):
-    """Kronecker factors of each parameter's block, a list of one or two."""
+    """Kronecker factors of each parameter's block, a list of one or two: `KFAC`, `KFLR` or `KFRA`, by BackPACK's options.
+
+    Args:
+        curv_type: The matrix, of `Curvature`.
+        loss_hessian_strategy: Of `LossHessianStrategy`.
+        backprop_strategy: Of `BackpropStrategy`.
+        ea_strategy: Of `ExpectationApproximation`.
+        savefield: Name of the attribute.
+    """
+
+    _mc_samples: int = 1
+
+    def __init__(
+        self,
+        curv_type: str = Curvature.GGN,
+        loss_hessian_strategy: str = LossHessianStrategy.EXACT,
+        backprop_strategy: str = BackpropStrategy.SQRT,
+        ea_strategy: str = ExpectationApproximation.BOTEV_MARTENS,
+        savefield: str = "hbp",
+    ) -> None:
+        super().__init__(savefield)
+        self.curv_type, self.ea_strategy = curv_type, ea_strategy
+        self.loss_hessian_strategy, self.backprop_strategy = loss_hessian_strategy, backprop_strategy
+
+    def get_curv_type(self) -> str:
+        """The matrix."""
+        return self.curv_type
+
+    def get_loss_hessian_strategy(self) -> str:
+        """What goes back from the loss."""
+        return self.loss_hessian_strategy
+
+    def get_backprop_strategy(self) -> str:
+        """How it goes back."""
+        return self.backprop_strategy
+
+    def get_ea_strategy(self) -> str:
+        """How a layer's block is approximated."""
+        return self.ea_strategy
+
+    def quantity(self) -> Quantity:
+        """Its spec."""
+        specs: dict[tuple[str, str], Quantity] = {
+            (LossHessianStrategy.EXACT, BackpropStrategy.SQRT): quantities.KFLR(),
+            (LossHessianStrategy.SAMPLING, BackpropStrategy.SQRT): quantities.KFAC(self._mc_samples),
+            (LossHessianStrategy.SUM, BackpropStrategy.BATCH_AVERAGE): quantities.KFRA(),
+        }
+        spec = specs.get((self.loss_hessian_strategy, self.backprop_strategy))
+        known = self.curv_type == Curvature.GGN and self.ea_strategy == ExpectationApproximation.BOTEV_MARTENS
+        if spec is None or not known:
+            raise NotImplementedError(
+                f"HBP: curv_type={self.curv_type!r}, loss_hessian_strategy={self.loss_hessian_strategy!r}, "
+                f"backprop_strategy={self.backprop_strategy!r} and ea_strategy={self.ea_strategy!r} do not go together here. "
+                "There are KFLR (exact, sqrt), KFAC (sampling, sqrt) and KFRA (sum, average), of the GGN, by Botev and Martens."
+            )
+        return spec
 
 
 class KFAC(_Sampled, HBP):
@@ -295,33 +374,27 @@ class KFAC(_Sampled, HBP):
 
     def __init__(self, mc_samples: int = 1) -> None:
         self._mc_samples = mc_samples
-        super().__init__("kfac")
-
-    def quantity(self) -> Quantity:
-        """Its spec."""
-        return quantities.KFAC(self._mc_samples)
+        super().__init__(
+            loss_hessian_strategy=LossHessianStrategy.SAMPLING, backprop_strategy=BackpropStrategy.SQRT, savefield="kfac"
+        )
 
 
 class KFLR(HBP):
     """Kronecker factors from the exact loss Hessian, the list ``p.kflr``; see `curvfunc.kflr`."""
 
     def __init__(self) -> None:
-        super().__init__("kflr")
-
-    def quantity(self) -> Quantity:
-        """Its spec."""
-        return quantities.KFLR()
+        super().__init__(
+            loss_hessian_strategy=LossHessianStrategy.EXACT, backprop_strategy=BackpropStrategy.SQRT, savefield="kflr"
+        )
 
 
 class KFRA(HBP):
     """Kronecker factors with averaging at each layer, the list ``p.kfra``; see `curvfunc.kfra`."""
 
     def __init__(self) -> None:
-        super().__init__("kfra")
-
-    def quantity(self) -> Quantity:
-        """Its spec."""
-        return quantities.KFRA()
+        super().__init__(
+            loss_hessian_strategy=LossHessianStrategy.SUM, backprop_strategy=BackpropStrategy.BATCH_AVERAGE, savefield="kfra"
+        )
 
 
 class DiagHessian(SecondOrderBackpropExtension):

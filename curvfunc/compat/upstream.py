@@ -62,7 +62,7 @@ class Upstream:
                 graph.trace.sites.append(replace(site, forms=_by_identity(site.forms, region.params), edge=edge))
             elif region.refusal is not None or region.reason is not None:
                 graph.outputs[len(graph.trace.sites)] = note
-                graph.trace.sites.append(Site(region.name, {}, edge, 0, [], note.value.shape, []))
+                graph.trace.sites.append(Site(region.name, {}, edge, 0, [], note.shape, []))
         used = {p for site in graph.trace.sites for p in site.forms}
         for region in graph.regions:
             plain = region.refusal is None and region.reason is None
