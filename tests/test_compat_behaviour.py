@@ -10,6 +10,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import backpack_peer
+import optree
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import curvfunc
+from curvfunc import compat
 from curvfunc.compat import CTX, backpack, extend, extensions, memory_cleanup
 from curvfunc.compat.extensions import (
     GGNMP,
@@ -539,18 +542,57 @@ def test_keyword_arguments_and_masks() -> None:
     assert model_fn is not None
 
 
-def test_low_precision() -> None:
-    """As the functions: per-sample results in the parameter's type, sums of squares in single precision."""
-    X, y = torch.randn(N, 5, dtype=torch.bfloat16), torch.arange(N) % 3
-    model, loss_fn = extend(mlp().bfloat16()), extend(nn.CrossEntropyLoss())
-    with backpack(BatchGrad(), SumGradSquared(), DiagGGNExact(), SqrtGGNExact(), KFAC()):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype: torch.dtype) -> None:
+    """All results are in the parameter's type, as BackPACK's; the functions' sums of squares are in single precision."""
+    X, y = torch.randn(N, 5, dtype=dtype), torch.arange(N) % 3
+    model, loss_fn = extend(mlp().to(dtype)), extend(nn.CrossEntropyLoss())
+    functions = {
+        BatchGrad(): "batch_grad",
+        BatchL2Grad(): "batch_l2",
+        SumGradSquared(): "sum_grad_squared",
+        Variance(): "variance",
+        DiagGGNExact(): "diag_ggn",
+        SqrtGGNExact(): "sqrt_ggn",
+        extensions.BatchDiagGGNExact(): "batch_diag_ggn",
+        extensions.KFLR(): "kflr",
+        KFRA(): "kfra",
+        DiagHessian(): "diag_hessian",
+        extensions.BatchDiagHessian(): "batch_diag_hessian",
+    }
+    with backpack(*functions):
         loss_fn(model(X), y).backward()
-    assert_close(got(model, "grad_batch"), want("batch_grad", model, X, y), rtol=3 * torch.finfo(torch.bfloat16).eps)
-    assert_close(got(model, "sqrt_ggn_exact"), want("sqrt_ggn", model, X, y), rtol=3 * torch.finfo(torch.bfloat16).eps)
-    assert_close(
-        got(model, "sum_grad_squared"), want("sum_grad_squared", model, X, y), rtol=3 * torch.finfo(torch.bfloat16).eps
-    )
-    assert_close(got(model, "diag_ggn_exact"), want("diag_ggn", model, X, y), rtol=3 * torch.finfo(torch.bfloat16).eps)
+    for ext, quantity in functions.items():
+        wanted = {k: list(v) if isinstance(v, tuple) else v for k, v in want(quantity, model, X, y).items()}
+        found = got(model, ext.savefield)
+        assert {t.dtype for t in optree.tree_leaves(found)} == {dtype}
+        as_wanted = optree.tree_map(lambda t, w: t.to(w.dtype), found, wanted)
+        assert_close(as_wanted, wanted, rtol=3 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+def test_low_precision_as_in_backpack() -> None:
+    backpack = backpack_peer.load()
+    X, y = torch.randn(N, 5, dtype=torch.bfloat16), torch.arange(N) % 3
+    for name in (
+        "BatchGrad",
+        "SumGradSquared",
+        "Variance",
+        "BatchL2Grad",
+        "DiagGGNExact",
+        "KFLR",
+        "KFAC",
+        "KFRA",
+        "DiagHessian",
+    ):
+        types = []
+        for library, exts in ((backpack, backpack.extensions), (compat, extensions)):
+            torch.manual_seed(0)
+            model, ext = library.extend(mlp().bfloat16()), getattr(exts, name)()
+            with library.backpack(ext):
+                library.extend(nn.CrossEntropyLoss())(model(X), y).backward()
+            types.append([t.dtype for p in model.parameters() for t in optree.tree_leaves(getattr(p, ext.savefield))])
+        assert types[0] == types[1]
 
 
 def test_extended_modules_can_be_compiled() -> None:

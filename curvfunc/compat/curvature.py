@@ -11,7 +11,7 @@ from torch import Tensor
 from curvfunc import hessian, losses, products
 from curvfunc.compat import blocks, graphs
 from curvfunc.compat.context import paused
-from curvfunc.compat.delivery import FREED, Pass, check_fresh, check_repeated, forget, in_type, select
+from curvfunc.compat.delivery import FREED, Pass, check_fresh, check_repeated, forget, select
 from curvfunc.compat.extensions import HMP, PCHMP, BackpropExtension, MatrixProduct
 from curvfunc.compat.memory import earlier
 from curvfunc.compat.notes import LossCall, nodes, notes
@@ -128,7 +128,7 @@ def _pulled(
                 if stop == root.num:  # at once, so that the memory of what was there before can be used again
                     parts = [combine(name, found.pop((i, k, name)), whole.get(name)) for name in spec.contractions]
                     p, result = graph.params[i], spec.finish(selected.g.shape[1], *parts)
-                    current.put_curved(p, ext, in_type(p, spec, result))
+                    current.put_curved(p, ext, result)
 
 
 def _averaged(call: LossCall, graph: Upstream, ext: BackpropExtension, current: Pass) -> None:

@@ -272,11 +272,11 @@ class Pass:
             self.deferred.setdefault(id(p), (p, []))[1].extend(self.arrived.pop((region, i)))
 
     def put(self, p: Tensor, ext: BackpropExtension, result: Any) -> None:
-        """Put a result on a parameter: a function, tensors, or one tensor."""
+        """Put a result on a parameter: a function, or tensors of the parameter's type."""
         if isinstance(result, (tuple, list)):
-            result = [self._own(t) for t in result]
+            result = [self._own(t.to(p.dtype)) for t in result]
         elif isinstance(result, Tensor):
-            result = self._own(result)
+            result = self._own(result.to(p.dtype))
         setattr(p, ext.savefield, result)
 
     def put_curved(self, p: Tensor, ext: BackpropExtension, result: Any) -> None:
@@ -316,7 +316,7 @@ class Pass:
             self.say("Running extension", ext, "on a parameter of shape", tuple(p.shape))
             selected = select(bound, ext.get_subsampling())
             memory = earlier(p, ext.savefield, spec, 1, selected.g.shape[1])
-            self.put(p, ext, in_type(p, spec, first_order(spec, selected, memory)))
+            self.put(p, ext, first_order(spec, selected, memory))
 
     def _call_hook(self, region: Region, owner: int) -> None:
         """The extension hook on a module, after those without parameters that were called later."""
@@ -478,11 +478,6 @@ def first_order(spec: Quantity, b: Bound, memory: dict[str, Tensor] | None = Non
     """The result of a first-order quantity for one parameter."""
     parts = contracted(spec.contractions, b, first=True, only=True, buffers=memory or {})
     return spec.finish(b.g.shape[1], *[parts[name] for name in spec.contractions])
-
-
-def in_type(p: Tensor, spec: Quantity, result: Any) -> Any:
-    """Results per sample in the parameter's type; sums of squares stay in single precision."""
-    return result.to(p.dtype) if isinstance(result, Tensor) and "per_sample" in spec.contractions else result
 
 
 def _owned(b: Bound, cotangent: Tensor) -> Bound:
