@@ -27,6 +27,7 @@ from curvfunc.forms import Bound, Outer, bind, merge
 from curvfunc.hessian_products import HessianProducts
 from curvfunc.observer import without_fallback_warnings
 from curvfunc.passes import Prepared
+from curvfunc.precision import wide
 from curvfunc.residuals import Curvature, Meeting, Residual
 from curvfunc.sites import Site, Trace
 
@@ -227,7 +228,11 @@ class _Diagonal(_Columns):
     def results(self) -> list[Tensor]:
         """What has been summed up."""
         lead = torch.Size((len(self.trace.out),) if self.batched else ())
-        return [self.sums[i].to(p.dtype) if i in self.sums else p.new_zeros(lead + p.shape) for i, p in enumerate(self.leaves)]
+        dtypes = [wide(p.dtype) for p in self.leaves]
+        return [
+            self.sums[i].to(dtype) if i in self.sums else p.new_zeros(lead + p.shape, dtype=dtype)
+            for i, (p, dtype) in enumerate(zip(self.leaves, dtypes, strict=True))
+        ]
 
     def contract(
         self,

@@ -19,6 +19,7 @@ from torch._C import _functorch
 
 from curvfunc.forms import Outer, Parts, Through, arranged, bind, flat_vectors, per_sample
 from curvfunc.observer import without_fallback_warnings
+from curvfunc.precision import wide
 from curvfunc.residuals import is_affine
 from curvfunc.sites import Trace
 
@@ -93,14 +94,15 @@ class HessianProducts:
             none[:] = [g is None for g in grads]
             return tuple(g for g in grads if g is not None)
 
-        raw = [self._to_edge(j, v) for j, v in zip(sites, vectors, strict=True) if j in self._cotangents]
+        given = [(j, v) for j, v in zip(sites, vectors, strict=True) if j in self._cotangents]
+        raw = [self._to_edge(j, v).to(self._cotangents[j].dtype) for j, v in given]
         if _functorch.peek_interpreter_stack() is not None:
             # backward passes that work in place need columns that are batched wherever the cotangents are
             raw = [v + torch.zeros_like(self._cotangents[j]) for j, v in zip(used, raw, strict=True)]
         with without_fallback_warnings():
             found = iter(torch.vmap(backward)(*raw))
         return [
-            torch.zeros_like(v) if missing else self._from_edge(j, next(found))
+            torch.zeros_like(v) if missing else self._from_edge(j, next(found)).to(v.dtype)
             for j, v, missing in zip(sites, vectors, none, strict=True)
         ]
 
@@ -112,10 +114,10 @@ class HessianProducts:
         return g.reshape(len(g), *site.shape).movedim(site.axis + 1, 1)
 
     def _zeros(self, j: int, columns: int) -> Tensor:
-        """[v, n, ...] of the shape of a site's output."""
+        """[v, n, ...] of the shape of a site's output, in single precision at least."""
         shape = list(self.trace.sites[j].shape)
         shape.insert(0, shape.pop(self.trace.sites[j].axis))
-        return self.trace.out.new_zeros(columns, *shape)
+        return self.trace.out.new_zeros(columns, *shape, dtype=wide(self.trace.out.dtype))
 
     def _by_entry(self, i: int, sites: list[int]) -> Tensor:
         """One column for each entry of the parameter."""
@@ -123,7 +125,7 @@ class HessianProducts:
         numel, samples = shape.numel(), len(self.trace.out)
         parts = [self.trace.out.new_zeros(0, samples)]
         for start, stop in self.chunks(numel, 1):
-            entries = _units(start, stop, numel, self.trace.out).reshape(-1, 1, *shape)
+            entries = _units(start, stop, numel, self._zeros(sites[0], 1)).reshape(-1, 1, *shape)
             entries = entries.expand(-1, samples, *shape)
             moves = [self._transpose(j, partial(self._gradient, j, i), entries) for j in sites]
             products = self._product(sites, moves)

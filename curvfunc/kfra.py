@@ -26,6 +26,7 @@ from curvfunc import second_moments
 from curvfunc.cotangents import CHUNK_BYTES
 from curvfunc.forms import Direct, Outer, Rows, bind, per_sample
 from curvfunc.observer import edge_of, without_fallback_warnings
+from curvfunc.precision import wide
 from curvfunc.residuals import is_affine
 from curvfunc.rules.nonlinear import is_diagonal, is_linear, is_reshape, operation, takes_data
 from curvfunc.second_moments import second_moment
@@ -104,7 +105,7 @@ def factors(
         leaves: The parameters.
         names: Their names.
         layouts: The tensors that its operations took.
-        hessian: Of the loss with respect to the output, summed over samples.
+        hessian: Of the loss with respect to the output, summed over samples; in float32 at least, as the factors are.
         differentiable: Whether the results will be differentiated.
 
     Returns:
@@ -134,7 +135,7 @@ def factors(
         output = step.data[0] if sites else None
         if output is not None:
             G = _step_back(step, output, layouts, G, len(trace.out), differentiable)
-    return [found[i] if i in found else (p.new_zeros(p.numel(), p.numel()),) for i, p in enumerate(leaves)]
+    return [found[i] if i in found else (p.new_zeros(p.numel(), p.numel(), dtype=wide(p.dtype)),) for i, p in enumerate(leaves)]
 
 
 # -- factors of a parameter
@@ -231,12 +232,12 @@ def _through_diagonal(step: _Step, edge: GradientEdge, shape: torch.Size, G: Ten
         return G
     if shape.numel() != output.shape.numel() or not all(map(is_diagonal, nodes)):
         _refuse(step)
-    ones = torch.ones(output.shape, dtype=G.dtype, device=G.device)
+    ones = torch.ones(output.shape, dtype=_dtype(output.edge), device=G.device)
     if len(nodes) == 1 and not differentiable and len(nodes[0].next_functions) == 1:  # no need of the engine
         d = nodes[0](ones)  # type: ignore[operator]
     else:
         d = torch.autograd.grad([output.edge], [edge], [ones], retain_graph=True, create_graph=differentiable)[0]
-    d = d.reshape(shape[0], -1)
+    d = d.reshape(shape[0], -1).to(G.dtype)
     return G * second_moment(d.mT, 1 / shape[0])
 
 
@@ -276,6 +277,7 @@ def _shared(step: _Step, x: _Tensor, nodes: list[Node], G: Tensor, differentiabl
     product: Any = nodes[0]
     if len(nodes) == 1 and product.name() == "AddmmBackward0" and product.next_functions[1][0] is x.edge.node:
         weight = product._saved_mat2 if product._saved_alpha == 1 else product._saved_alpha * product._saved_mat2
+        weight = weight.to(G.dtype)
         return weight @ (G @ weight.mT)
     samples, given = x.shape[0], step.output.shape
 
@@ -284,14 +286,21 @@ def _shared(step: _Step, x: _Tensor, nodes: list[Node], G: Tensor, differentiabl
         return g
 
     def transposed(rows: Tensor) -> Tensor:
+        rows = rows.to(_dtype(step.output.edge))
         batches = F.pad(rows, (0, 0, 0, -len(rows) % samples)).reshape(-1, samples, *given[1:])
         widest = max(x.shape.numel(), given.numel())
         parts = batches.split(max(1, CHUNK_BYTES.get(G.device.type, 1 << 28) // (widest * G.element_size())))
         with without_fallback_warnings():
             found = [torch.vmap(pullback)(part) if len(part) > 1 else pullback(part[0])[None] for part in parts]
-        return torch.cat(found).reshape(-1, x.shape[1:].numel())[: len(rows)]
+        return torch.cat(found).reshape(-1, x.shape[1:].numel())[: len(rows)].to(G.dtype)
 
     return transposed(transposed(G).mT)
+
+
+def _dtype(edge: GradientEdge) -> torch.dtype:
+    """Of the tensor at an edge."""
+    dtype: torch.dtype = edge.node._input_metadata[edge.output_nr].dtype
+    return dtype
 
 
 def _selected(index: Tensor, shape: torch.Size, G: Tensor) -> Tensor:

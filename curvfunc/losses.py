@@ -153,6 +153,8 @@ def exact_root(loss: Loss, out: Tensor, y: Any, *, fewest: bool = False) -> Root
 def summed_hessian(loss: Loss, out: Tensor, y: Any, select: Callable[[Tensor], Tensor]) -> Tensor:
     """The Hessians of all samples added up, R sum_n Hessian of l_n [D, D]; of those samples that ``select`` leaves.
 
+    It is in float32 at least.
+
     Args:
         loss: The loss; ``check`` has passed.
         out: Output of the model, [N, *out].
@@ -166,12 +168,13 @@ def summed_hessian(loss: Loss, out: Tensor, y: Any, select: Callable[[Tensor], T
         work = at_least_float32(out)
         probs = work.softmax(1)
         weighted, probs = select(torch.stack([class_mass(loss, work, y) * probs, probs]))
-        return (weighted.sum(0).diag() - weighted.mT @ probs).to(out.dtype)
+        return weighted.sum(0).diag() - weighted.mT @ probs
     root = exact_root(loss, out, y, fewest=True)
     size = max(1, COLUMNS_BYTES // max(1, out.numel() * out.element_size()))
     parts = []
     for start in range(0, root.num, size):
         columns = select(root.columns(start, min(start + size, root.num))).reshape(-1, math.prod(out.shape[1:]))
+        columns = at_least_float32(columns)
         parts.append(columns.mT @ columns)
     return sum(parts[1:], parts[0])
 

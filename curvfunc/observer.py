@@ -38,6 +38,8 @@ class Observer(TorchFunctionMode):
     Functions in ``instead`` are replaced by those that do the same, faster or with the right derivatives.
     """
 
+    repeats = True  # whether the forward pass can run again, with nothing hidden
+
     def __init__(
         self,
         tracked: dict[int, Tensor],
@@ -215,7 +217,7 @@ class Observer(TorchFunctionMode):
         if axis is None:
             return self._unproven(used, func)
         if not raw.requires_grad:  # no gradient flows here; reentrant checkpoints only look as if
-            if calls_may_hide():
+            if self.repeats and calls_may_hide():
                 raise Opaque
             return None
         inputs = {k: t for k, t in bound.items() if isinstance(t, Tensor) and k not in roles}

@@ -11,6 +11,7 @@ from torch import Tensor
 from curvfunc import contractions, forms, losses, pages, second_moments
 from curvfunc.cotangents import chunks, pull, stream
 from curvfunc.forms import Bound, Direct, Form, Outer, Products, Through, bind, direct
+from curvfunc.precision import wide
 from curvfunc.sites import Site, Trace
 
 __all__ = [
@@ -143,7 +144,8 @@ class BackwardPass:
             if bounds:
                 bound = forms.merge(bounds)
             else:
-                bound = direct(leaves[i].new_zeros(()).expand(stop - start, len(trace.out), *leaves[i].shape))
+                zero = leaves[i].new_zeros((), dtype=wide(leaves[i].dtype))
+                bound = direct(zero.expand(stop - start, len(trace.out), *leaves[i].shape))
             wanted = [*per_site, "total"] if i in summed else per_site
             buffers = {n: buffer[i][start:stop] if n == "per_sample" else buffer[i] for n, buffer in outs.items()}
             check_block(wanted, bound, f"parameter {self.names[i]!r}")

@@ -17,7 +17,8 @@ Args:
     y: Targets, likewise.
     loss_fn: ``(output, y) -> scalar`` that sums or averages over samples, L = R Σₙ ℓ(fₙ, yₙ). Results follow its scale.
     subsampling: Indices I of samples (a sequence or a tensor, repeats allowed): the matrix becomes the part R Σ_{n∈I}
-        of these samples, R stays that of the whole batch, and the cost is that of the subset.
+        of these samples, R stays that of the whole batch, and the cost is that of the subset. A sample that is listed
+        twice has the same Monte-Carlo draws both times.
     mc_samples: 0 for the exact loss Hessian, else the number of Monte-Carlo draws per sample.
     generator: Source of the draws; the default generator if None. Cannot be used inside ``torch.compile``.
     chunk_size: Number of vectors that are multiplied together; by default chosen by memory.

@@ -17,7 +17,8 @@ Args:
     loss_fn: ``(output, y) -> scalar`` that sums or averages over samples: L = R Σₙ ℓ(fₙ, yₙ), R = 1/N for a mean, 1 for
         a sum. Results follow it. Default: cross-entropy, averaged.
     subsampling: Indices of samples (a sequence or a tensor, repeats allowed). Per-sample results are those of the listed
-        samples, sums run over them, and R stays that of the whole batch. The cost is that of the subset.
+        samples, sums run over them, and R stays that of the whole batch. The cost is that of the subset. A sample that is
+        listed twice has the same Monte-Carlo draws both times.
     chunk_size: Number of vectors that are backpropagated together; by default chosen by memory. It changes results by
         rounding only.
     mc_samples: 0 for the exact loss Hessian, else the number of Monte-Carlo draws per sample.

@@ -268,9 +268,10 @@ def kfac(
     ``F.conv1d/2d/3d``        ``sum_{n,c,d,s,t} D[n,c,s,o] M[n,c,d] D[n,d,t,p]``    ``mean_n sum_s x x^T``
     ========================  ====================================================  ===========================
 
-    A weight that several calls share has the positions of all of them side by side in s. The groups of a convolution
-    each see patches of their own: A is the mean over groups. Every other parameter (a bias, a norm's scale, a weight
-    that is used in any other way) has one factor, its exact block ``sum_{n,c,d} J[n,c,p] M[n,c,d] J[n,d,q]``.
+    Transposed convolutions are as convolutions, with x what each entry of the kernel meets. A weight that several calls
+    share has the positions of all of them side by side in s. The groups of a convolution each see patches of their own: A
+    is the mean over groups. Every other parameter (a bias, a norm's scale, a weight that is used in any other way) has one
+    factor, its exact block ``sum_{n,c,d} J[n,c,p] M[n,c,d] J[n,d,q]``.
 
     Args:
         model_fn: ``(params, X) -> output [N, *out]``, each sample's output a function of that sample alone.

@@ -143,6 +143,32 @@ def _conv_inputs(
     return patches.permute(1, 0, 4, 2, 3).reshape(groups, -1, weight[0].numel())
 
 
+def _conv_transpose_inputs(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Tensor:
+    """Patches of a transposed convolution ``[g, s, k]``: what each position of the output sees, k over (channel, kernel)."""
+    kernel, channels = weight.shape[2:], weight.shape[0]
+    x = input.reshape(-1, *input.shape[-len(kernel) - 1 :])
+    convolve = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[len(kernel)]
+    entries = torch.eye(kernel.numel(), dtype=x.dtype).reshape(-1, 1, 1, *kernel)
+
+    def entry(one: Tensor) -> Tensor:
+        """What this entry of the kernel meets at each position, channel by channel: [n, c, *positions]."""
+        each = one.expand(channels, 1, *kernel)
+        return convolve(x, each, None, stride, padding, output_padding, channels, dilation)
+
+    patches = torch.stack([entry(one) for one in entries], dim=2)
+    patches = patches.reshape(len(x), groups, channels // groups, len(entries), -1)  # [n, g, c, kernel, positions]
+    return patches.permute(1, 0, 4, 2, 3).reshape(groups, -1, channels // groups * len(entries))
+
+
 def _per_axis(value: Any, kernel: Sequence[int]) -> list[int]:
     values = list(value) if isinstance(value, Sequence) else [value]
     return values * len(kernel) if len(values) == 1 else values
@@ -153,4 +179,7 @@ _INPUTS: dict[Callable[..., Tensor], Callable[..., Tensor]] = {
     F.conv1d: _conv_inputs,
     F.conv2d: _conv_inputs,
     F.conv3d: _conv_inputs,
+    F.conv_transpose1d: _conv_transpose_inputs,
+    F.conv_transpose2d: _conv_transpose_inputs,
+    F.conv_transpose3d: _conv_transpose_inputs,
 }

@@ -6,9 +6,12 @@ import pickle
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import backpack_peer
+import optree
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,11 +20,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import curvfunc
+from curvfunc import compat
 from curvfunc.compat import CTX, backpack, extend, extensions, memory_cleanup
 from curvfunc.compat.extensions import (
     GGNMP,
     KFAC,
     KFRA,
+    PCHMP,
     BatchGrad,
     BatchL2Grad,
     DiagGGNExact,
@@ -108,7 +113,7 @@ def test_autograd_grad_delivers_too() -> None:
 def test_second_order_follows_the_loss_not_what_is_made_of_it() -> None:
     """As in BackPACK, a factor in front of the loss enters gradients but not the curvature of the loss."""
     (X, y), model, loss_fn = batch(), extend(mlp()), extend(nn.CrossEntropyLoss())
-    with backpack(DiagGGNExact(), BatchGrad()):
+    with backpack(DiagGGNExact(), BatchGrad()), pytest.warns(UserWarning, match="value of CrossEntropyLoss was changed"):
         (2 * loss_fn(model(X), y)).backward()
     assert_close(got(model, "diag_ggn_exact"), want("diag_ggn", model, X, y))
     assert_close(got(model, "grad_batch"), want("batch_grad", model, X, y, loss_fn=lambda o, t: 2 * F.cross_entropy(o, t)))
@@ -159,8 +164,9 @@ def test_parts_that_are_called_one_by_one() -> None:
         loss_fn(model(X), y).backward()
     assert_close(got(model, "grad_batch"), want("batch_grad", model, X, y))
     assert_close(got(model, "diag_ggn_exact"), want("diag_ggn", model, X, y))
-    with backpack(DiagHessian()), pytest.raises(NotImplementedError, match="whole model as one extended module"):
+    with backpack(DiagHessian()):
         loss_fn(model(X), y).backward()
+    assert_close(got(model, "diag_h"), want("diag_hessian", model, X, y))
 
 
 class Twins(nn.Module):
@@ -301,7 +307,8 @@ def test_several_backward_passes_with_retain_graph() -> None:
     (X, y), model, loss_fn = batch(), extend(mlp()), extend(nn.CrossEntropyLoss())
     loss = loss_fn(model(X), y)
     for scale in (1, 2):
-        with backpack(BatchGrad(), DiagGGNExact(), retain_graph=True):
+        said = pytest.warns(UserWarning, match="value of CrossEntropyLoss was changed") if scale > 1 else nullcontext()
+        with backpack(BatchGrad(), DiagGGNExact(), retain_graph=True), said:
             (scale * loss).backward(retain_graph=True)
         expected = want("batch_grad", model, X, y, loss_fn=lambda o, t, s=scale: s * F.cross_entropy(o, t))
         assert_close(got(model, "grad_batch"), expected)
@@ -535,18 +542,57 @@ def test_keyword_arguments_and_masks() -> None:
     assert model_fn is not None
 
 
-def test_low_precision() -> None:
-    """As the functions: per-sample results in the parameter's type, sums of squares in single precision."""
-    X, y = torch.randn(N, 5, dtype=torch.bfloat16), torch.arange(N) % 3
-    model, loss_fn = extend(mlp().bfloat16()), extend(nn.CrossEntropyLoss())
-    with backpack(BatchGrad(), SumGradSquared(), DiagGGNExact(), SqrtGGNExact(), KFAC()):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype: torch.dtype) -> None:
+    """All results are in the parameter's type, as BackPACK's; the functions' sums of squares are in single precision."""
+    X, y = torch.randn(N, 5, dtype=dtype), torch.arange(N) % 3
+    model, loss_fn = extend(mlp().to(dtype)), extend(nn.CrossEntropyLoss())
+    functions = {
+        BatchGrad(): "batch_grad",
+        BatchL2Grad(): "batch_l2",
+        SumGradSquared(): "sum_grad_squared",
+        Variance(): "variance",
+        DiagGGNExact(): "diag_ggn",
+        SqrtGGNExact(): "sqrt_ggn",
+        extensions.BatchDiagGGNExact(): "batch_diag_ggn",
+        extensions.KFLR(): "kflr",
+        KFRA(): "kfra",
+        DiagHessian(): "diag_hessian",
+        extensions.BatchDiagHessian(): "batch_diag_hessian",
+    }
+    with backpack(*functions):
         loss_fn(model(X), y).backward()
-    assert_close(got(model, "grad_batch"), want("batch_grad", model, X, y), rtol=3 * torch.finfo(torch.bfloat16).eps)
-    assert_close(got(model, "sqrt_ggn_exact"), want("sqrt_ggn", model, X, y), rtol=3 * torch.finfo(torch.bfloat16).eps)
-    assert_close(
-        got(model, "sum_grad_squared"), want("sum_grad_squared", model, X, y), rtol=3 * torch.finfo(torch.bfloat16).eps
-    )
-    assert_close(got(model, "diag_ggn_exact"), want("diag_ggn", model, X, y), rtol=3 * torch.finfo(torch.bfloat16).eps)
+    for ext, quantity in functions.items():
+        wanted = {k: list(v) if isinstance(v, tuple) else v for k, v in want(quantity, model, X, y).items()}
+        found = got(model, ext.savefield)
+        assert {t.dtype for t in optree.tree_leaves(found)} == {dtype}
+        as_wanted = optree.tree_map(lambda t, w: t.to(w.dtype), found, wanted)
+        assert_close(as_wanted, wanted, rtol=3 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+def test_low_precision_as_in_backpack() -> None:
+    backpack = backpack_peer.load()
+    X, y = torch.randn(N, 5, dtype=torch.bfloat16), torch.arange(N) % 3
+    for name in (
+        "BatchGrad",
+        "SumGradSquared",
+        "Variance",
+        "BatchL2Grad",
+        "DiagGGNExact",
+        "KFLR",
+        "KFAC",
+        "KFRA",
+        "DiagHessian",
+    ):
+        types = []
+        for library, exts in ((backpack, backpack.extensions), (compat, extensions)):
+            torch.manual_seed(0)
+            model, ext = library.extend(mlp().bfloat16()), getattr(exts, name)()
+            with library.backpack(ext):
+                library.extend(nn.CrossEntropyLoss())(model(X), y).backward()
+            types.append([t.dtype for p in model.parameters() for t in optree.tree_leaves(getattr(p, ext.savefield))])
+        assert types[0] == types[1]
 
 
 def test_extended_modules_can_be_compiled() -> None:
@@ -561,7 +607,7 @@ def test_extended_modules_can_be_compiled() -> None:
 # -- errors
 
 
-BATCH_NORM = [BatchGrad, BatchL2Grad, SumGradSquared, Variance, DiagGGNExact, DiagGGNMC, SqrtGGNExact, KFAC, DiagHessian, GGNMP]
+BATCH_NORM = [BatchGrad, BatchL2Grad, SumGradSquared, Variance, DiagGGNExact, DiagGGNMC, SqrtGGNExact, KFAC, DiagHessian, PCHMP]
 
 
 @pytest.mark.parametrize("extension", BATCH_NORM)

@@ -107,6 +107,15 @@ def test_hessian(name: str) -> None:
     assert_close(curvfunc.diag_hessian(model_fn, params, X, y), want, rtol=1e-9)
 
 
+@pytest.mark.parametrize("subsampling", [None, [2, 0]])
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_factors_of_transposed_convolutions(name: str, subsampling: list[int] | None) -> None:
+    model_fn, params, X, y = problem(name)
+    want = reference.kflr(model_fn, params, X, y, subsampling=subsampling)
+    assert [len(factors) for factors in want.values()][:2] == [2, 1]
+    assert_close(curvfunc.kflr(model_fn, params, X, y, subsampling=subsampling), want, rtol=1e-10)
+
+
 @pytest.mark.parametrize("name", ["conv2d", "multiplier", "frames"])
 def test_factors_beside_other_quantities(name: str) -> None:
     """Those need the patches, and so share them with what would do without."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import optree
 import pytest
 import torch
 import torch.nn.functional as F
@@ -123,6 +124,27 @@ def test_parameters_of_other_types(dtype: torch.dtype) -> None:
     assert all(g.dtype == dtype for g in grads.values())
     assert all(g.dtype == wide for g in squares.values())
     assert all(f.dtype == wide for t in factors.values() for f in t)
+
+
+WIDE = ["batch_l2", "sum_grad_squared", "variance", "diag_ggn", "batch_diag_ggn", "kflr", "kfra", "diag_hessian",
+        "batch_diag_hessian"]  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ["tanh", "norm"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("quantity", WIDE)
+def test_sums_of_squares_are_in_single_precision(quantity: str, dtype: torch.dtype, model: str) -> None:
+    layers = [nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 3)]
+    if model == "norm" and quantity != "kfra":
+        layers.insert(3, nn.LayerNorm(4))
+    module, X, y = nn.Sequential(*layers).to(dtype), torch.randn(6, 5).to(dtype), torch.arange(6) % 3
+    unused = {"unused": torch.zeros(2, dtype=dtype)}
+    model_fn, params = functionalize(module)
+    got = getattr(curvfunc, quantity)(lambda p, x: model_fn({k: p[k] for k in params}, x), {**params, **unused}, X, y)
+    assert {t.dtype for t in optree.tree_leaves(got)} == {torch.float32}
+    assert not any(t.any() for t in optree.tree_leaves(got.pop("unused")))
+    want = getattr(curvfunc, quantity)(*functionalize(module.double()), X.double(), y)
+    assert_close(optree.tree_map(Tensor.double, got), want, rtol=20 * torch.finfo(dtype).eps)
 
 
 def test_squares_do_not_underflow_in_half_precision() -> None:

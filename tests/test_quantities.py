@@ -482,6 +482,14 @@ def test_draws_come_from_the_generator_alone() -> None:
     assert_close(curvfunc.diag_ggn(*arguments, loss_fn=loss_fn, mc_samples=1), default[0], rtol=0.0)
 
 
+def test_a_sample_that_is_listed_twice_has_the_same_draws() -> None:
+    problem = PROBLEMS["linear"].make()
+    root = curvfunc.sqrt_ggn(*problem[:4], mc_samples=3, subsampling=[1, 0, 1])
+    for r in root.values():
+        assert torch.equal(r[:, 0], r[:, 2])
+        assert not torch.equal(r[:, 0], r[:, 1])
+
+
 def test_exact_quantities_draw_nothing() -> None:
     problem = PROBLEMS["mlp: custom, Poisson"].make()
     before = torch.get_rng_state()

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from curvfunc import hessian, losses
 from curvfunc.block_products import Block, condensed
+from curvfunc.compat.context import paused
+from curvfunc.compat.delivery import Pass
 from curvfunc.compat.extensions import GGNMP, HMP, PCHMP, MatrixProduct
 from curvfunc.compat.notes import LossCall
 from curvfunc.compat.upstream import Curved, Upstream
@@ -25,25 +27,55 @@ from curvfunc.linearization import check_vector
 from curvfunc.passes import Prepared
 from curvfunc.positive_curvature import MODIFICATIONS
 
-__all__ = ["BlockProduct", "put_products"]
+__all__ = ["BlockProduct", "FunctionProduct", "ParameterProduct", "put_products"]
 
 LARGEST_BYTES = 1 << 28  # what the functions may keep
 MOST_ENTRIES = 64  # of smooth activations per sample; for more, another forward pass is the faster way
 
 
-class BlockProduct:
-    """Multiplies [V, *shape] with a parameter's block."""
+class ParameterProduct:
+    """What the extensions put on a parameter: a function that multiplies [V, *shape], or [*shape], with its block."""
 
-    def __init__(self, p: Tensor, blocks: Sequence[Block]) -> None:
+    def __init__(self, p: Tensor) -> None:
         self._like = p.detach().new_empty(()).expand(p.shape)
-        self._blocks = [(block, block.root.x._version) for block in blocks]
 
     def __call__(self, v: Tensor) -> Tensor:
+        """The product, of the shape of ``v``. Backward passes that it takes are nothing to active extensions."""
+        with paused():
+            if isinstance(v, Tensor) and v.shape == self._like.shape:
+                return self.multiply(v[None])[0]
+            return self.multiply(v)
+
+    def multiply(self, v: Tensor) -> Tensor:
+        """The product, [V, *shape]."""
+        raise NotImplementedError
+
+
+class FunctionProduct(ParameterProduct):
+    """A product by one of curvfunc's functions."""
+
+    def __init__(self, p: Tensor, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(p)
+        self._function = function
+
+    def multiply(self, v: Tensor) -> Tensor:
+        """The product, [V, *shape]."""
+        return self._function(v)
+
+
+class BlockProduct(ParameterProduct):
+    """A product with nothing but what the uses of the parameter took."""
+
+    def __init__(self, p: Tensor, blocks: Sequence[Block]) -> None:
+        super().__init__(p)
+        self._blocks = [(block, block.root.x._version) for block in blocks]
+
+    def multiply(self, v: Tensor) -> Tensor:
         """The product, [V, *shape]."""
         check_vector("v", v, self._like, batched=True)
-        result = torch.zeros_like(v) if not self._blocks else None
+        result = None if self._blocks and v.numel() else torch.zeros_like(v)
         with torch.no_grad():
-            for block, version in self._blocks:
+            for block, version in self._blocks if v.numel() else ():
                 if block.root.x._version != version:
                     raise RuntimeError(
                         f"the input of the operation that uses the parameter of shape {tuple(self._like.shape)} was changed "
@@ -57,7 +89,7 @@ class BlockProduct:
 
 
 def put_products(
-    call: LossCall, graph: Upstream, curved: Curved | None, exts: Sequence[MatrixProduct], create_graph: bool
+    call: LossCall, graph: Upstream, curved: Curved | None, exts: Sequence[MatrixProduct], current: Pass
 ) -> list[MatrixProduct]:
     """Put functions on the parameters for those extensions whose matrix has a small root, and return the others."""
     outputs = call.out[:1].numel()
@@ -66,7 +98,7 @@ def put_products(
     root, weights = losses.signed_root(call.loss, call.out.detach(), call.y)
     residuals = curved.curvature.residuals if curved is not None else []
     entries = sum(r.shape.numel() for r in residuals) // max(1, len(call.out))
-    resolved = curved is not None and curved.is_resolved() and (not residuals or curved.suffices(call, create_graph))
+    resolved = curved is not None and curved.is_resolved() and (not residuals or curved.suffices(current.create_graph))
     resolved = resolved and entries <= MOST_ENTRIES and _kept_bytes(call, graph, outputs + entries) <= LARGEST_BYTES
     definite = resolved and weights is None and not any(r.composite for r in residuals)
     products = [
@@ -82,13 +114,13 @@ def put_products(
             for i, b in _ggn_parts(call, graph, root).items():
                 product = BlockProduct(graph.params[i], [Block.of(join(b), weights)] if b else [])
                 for ext in plain:
-                    setattr(graph.params[i], ext.savefield, product)
+                    current.put_curved(graph.params[i], ext, product)
         if curved is not None and len(plain) < len(products):
             bent = [ext for ext in products if ext not in plain]
             for p, parts in zip(curved.leaves, _hessian_parts(call, curved, root, weights), strict=True):
                 for ext in bent:
                     modify = MODIFICATIONS[ext.get_modification_mode()] if isinstance(ext, PCHMP) else None
-                    setattr(p, ext.savefield, BlockProduct(p, [part.block(modify) for part in parts]))
+                    current.put_curved(p, ext, BlockProduct(p, [part.block(modify) for part in parts]))
     return [ext for ext in exts if ext not in products]
 
 

@@ -1,8 +1,15 @@
-"""The state that BackPACK keeps globally: which extensions are active, and whether forward passes are recorded."""
+"""Which extensions are active, and whether forward passes are recorded.
+
+BackPACK keeps this for the whole process. Here it belongs to a thread, so that threads with different extensions do not meet.
+Hooks of a backward pass may run in other threads, which autograd has for each GPU and for passes inside of passes. So it lies
+where torch keeps what these threads take over from the one that called ``backward``.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from inspect import isclass
+from threading import RLock
 from types import TracebackType
 from typing import Any
 
@@ -12,100 +19,155 @@ from torch.overrides import TorchFunctionMode
 
 from curvfunc.compat.extensions import BackpropExtension, MatrixProduct
 
-__all__ = ["CTX", "backpack", "disable", "paused", "retained"]
+__all__ = ["CTX", "LOCK", "State", "backpack", "disable", "paused", "retained", "state"]
 
 Hook = Callable[[nn.Module], Any]
 
-# How many of curvfunc's own calls run now, which are neither recorded nor reacted to.
-PAUSED = [0]
-
-# Backward passes that run now, by autograd's own number (`curvfunc.compat.delivery.Pass`).
-RUNNING: dict[int, Any] = {}
-
-# How many of them keep the graph although the caller did not ask for it.
-RETAINED = [0]
+# For what all threads share.
+LOCK = RLock()
 
 
 def no_op(module: nn.Module) -> None:
     """The extension hook that is active when none was given."""
 
 
-class CTX:
-    """What is active in the backward pass. One for the whole process, as in BackPACK."""
+@dataclass
+class State:
+    """What holds for one thread, and for the backward passes that it calls.
+
+    Attributes:
+        active_exts: The active extensions.
+        debug: Whether messages are printed.
+        extension_hook: Called on each module in the backward pass.
+        retain_graph: The flag that `backpack` was given.
+        store_io: Whether forward passes are recorded.
+        paused: How many of curvfunc's own calls run now, which are neither recorded nor reacted to.
+        retained: How many backward passes keep the graph although the caller did not ask for it.
+        running: Backward passes that run now, by autograd's own number (`curvfunc.compat.delivery.Pass`).
+    """
 
     active_exts: tuple[BackpropExtension, ...] = ()
     debug: bool = False
-    extension_hook: Hook = staticmethod(no_op)
-    hook_handles: list[Any] = []  # noqa: RUF012 (its public form)
+    extension_hook: Hook = no_op
     retain_graph: bool = False
+    store_io: bool = True
+    paused: int = 0
+    retained: int = 0
+    running: dict[int, Any] = field(default_factory=dict)
+
+
+KEY = "curvfunc.compat"
+
+
+def state() -> State:
+    """That of this thread; in a hook, that of the thread that called ``backward``."""
+    try:
+        found: State = torch._C._get_obj_in_tls(KEY)
+    except RuntimeError:
+        found = State()
+        torch._C._stash_obj_in_tls(KEY, found)
+    return found
+
+
+class _OfThread:
+    """A field of the `State`, as an attribute of a class."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, cls: type, meta: type) -> Any:
+        return getattr(state(), self.name)
+
+    def __set__(self, cls: type, value: Any) -> None:
+        setattr(state(), self.name, value)
+
+
+class _Context(type):
+    active_exts = _OfThread("active_exts")
+    debug = _OfThread("debug")
+    extension_hook = _OfThread("extension_hook")
+    retain_graph = _OfThread("retain_graph")
+
+
+class _Recorded(type):
+    store_io = _OfThread("store_io")
+
+
+class CTX(metaclass=_Context):
+    """What is active in the backward passes of this thread; ``hook_handles`` are those of the whole process."""
+
+    hook_handles: list[Any] = []  # noqa: RUF012 (its public form)
 
     @staticmethod
     def set_active_exts(active_exts: Iterable[BackpropExtension]) -> None:
         """Activate these extensions and no others."""
-        CTX.active_exts = tuple(active_exts)
+        state().active_exts = tuple(active_exts)
 
     @staticmethod
     def get_active_exts() -> tuple[BackpropExtension, ...]:
         """The active extensions."""
-        return CTX.active_exts
+        return state().active_exts
 
     @staticmethod
     def is_active() -> bool:
         """Whether any extension is active."""
-        return bool(CTX.active_exts)
+        return bool(state().active_exts)
 
     @staticmethod
     def is_extension_active(*extension_classes: type[BackpropExtension]) -> bool:
         """Whether an extension of one of these classes is active."""
-        return any(isinstance(e, extension_classes) for e in CTX.active_exts)
+        return any(isinstance(e, extension_classes) for e in state().active_exts)
 
     @staticmethod
     def add_hook_handle(hook_handle: Any) -> None:
         """Remember a handle for `remove_hooks`. Those of modules that are gone are forgotten."""
-        CTX.hook_handles = [h for h in CTX.hook_handles if getattr(h, "alive", True)] + [hook_handle]
+        with LOCK:
+            CTX.hook_handles = [h for h in CTX.hook_handles if getattr(h, "alive", True)] + [hook_handle]
 
     @staticmethod
     def remove_hooks() -> None:
         """Undo every `extend` of this process."""
-        for handle in CTX.hook_handles:
+        with LOCK:
+            handles, CTX.hook_handles = CTX.hook_handles, []
+        for handle in handles:
             handle.remove()
-        CTX.hook_handles = []
 
     @staticmethod
     def get_debug() -> bool:
         """Whether messages are printed."""
-        return CTX.debug
+        return state().debug
 
     @staticmethod
     def set_debug(debug: bool) -> None:
         """Choose whether messages are printed."""
-        CTX.debug = debug
+        state().debug = debug
 
     @staticmethod
     def get_extension_hook() -> Hook:
         """The function that is called on each module in the backward pass."""
-        return CTX.extension_hook
+        return state().extension_hook
 
     @staticmethod
     def set_extension_hook(extension_hook: Hook) -> None:
         """Set the function that is called on each module in the backward pass."""
-        CTX.extension_hook = staticmethod(extension_hook)
+        state().extension_hook = extension_hook
 
     @staticmethod
     def get_retain_graph() -> bool:
         """The flag that `backpack` was given."""
-        return CTX.retain_graph
+        return state().retain_graph
 
     @staticmethod
     def set_retain_graph(retain_graph: bool) -> None:
         """Set the flag. It has no effect: what is recorded lives as long as the graph that ``backward`` keeps."""
-        CTX.retain_graph = retain_graph
+        state().retain_graph = retain_graph
 
 
 class backpack:
     """Activate extensions: every backward pass inside the ``with`` block stores their results on the parameters.
 
-    The forward pass of the extended modules may run inside the block or before it.
+    The forward pass of the extended modules may run inside the block or before it. The block holds for the thread that
+    enters it; a thread that is started inside of it has none active.
 
     Args:
         exts: Instances of the classes in `curvfunc.compat.extensions`.
@@ -150,7 +212,8 @@ class backpack:
         self.retain_graph = retain_graph
 
     def __enter__(self) -> None:
-        self._before = CTX.active_exts, CTX.debug, CTX.get_extension_hook(), CTX.retain_graph
+        now = state()
+        self._before = now.active_exts, now.debug, now.extension_hook, now.retain_graph
         self._set(self.exts, self.debug, self.extension_hook, self.retain_graph)
         self._mode = retaining() if any(isinstance(ext, MatrixProduct) for ext in self.exts) else nullcontext()
         self._mode.__enter__()
@@ -158,7 +221,7 @@ class backpack:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._mode.__exit__(kind, error, trace)
         self._set(*self._before)
-        RUNNING.clear()  # what passes that failed have left
+        state().running.clear()  # what passes that failed have left
 
     @staticmethod
     def _set(exts: tuple[BackpropExtension, ...], debug: bool, hook: Hook, retain_graph: bool) -> None:
@@ -181,10 +244,13 @@ class retaining(TorchFunctionMode):
         """Run ``func``, with ``retain_graph`` if it is a backward pass that would free the graph."""
         kwargs = kwargs or {}
         keeps = kwargs.get("create_graph") if kwargs.get("retain_graph") is None else kwargs["retain_graph"]
-        if func not in PASSES or PAUSED[0] or keeps:
+        if func not in PASSES or keeps or (now := state()).paused:
             return func(*args, **kwargs)
-        with _counted(RETAINED):
+        now.retained += 1
+        try:
             return func(*args, **{**kwargs, "retain_graph": True})
+        finally:
+            now.retained -= 1
 
 
 def retained() -> bool:
@@ -192,36 +258,31 @@ def retained() -> bool:
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
-class disable:
-    """Do not record the forward passes of extended modules inside the ``with`` block.
+class disable(metaclass=_Recorded):
+    """Do not record the forward passes of extended modules inside the ``with`` block, in this thread.
 
     They then run as if they were not extended; a backward pass through them under active extensions raises.
     """
 
-    store_io: bool = True
-
     def __enter__(self) -> None:
-        self._before = disable.store_io
-        disable.store_io = False
+        self._before = state().store_io
+        state().store_io = False
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        disable.store_io = self._before
+        state().store_io = self._before
 
     @staticmethod
     def should_store_io() -> bool:
         """Whether forward passes are recorded."""
-        return disable.store_io
-
-
-def paused() -> AbstractContextManager[None]:
-    """Neither record calls nor react to backward passes: they are curvfunc's own."""
-    return _counted(PAUSED)
+        return state().store_io
 
 
 @contextmanager
-def _counted(counter: list[int]) -> Iterator[None]:
-    counter[0] += 1
+def paused() -> Iterator[None]:
+    """Neither record calls nor react to backward passes: they are curvfunc's own."""
+    now = state()
+    now.paused += 1
     try:
         yield
     finally:
-        counter[0] -= 1
+        now.paused -= 1

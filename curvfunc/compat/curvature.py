@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,10 +11,10 @@ from torch import Tensor
 from curvfunc import hessian, losses, products
 from curvfunc.compat import blocks, graphs
 from curvfunc.compat.context import paused
-from curvfunc.compat.delivery import FREED, check_repeated, select, store
+from curvfunc.compat.delivery import FREED, Pass, check_fresh, check_repeated, forget, select
 from curvfunc.compat.extensions import HMP, PCHMP, BackpropExtension, MatrixProduct
 from curvfunc.compat.memory import earlier
-from curvfunc.compat.notes import LossCall, NodeLayouts
+from curvfunc.compat.notes import LossCall, nodes, notes
 from curvfunc.compat.upstream import Curved, Upstream, whole_model
 from curvfunc.compute import Quantity, compute
 from curvfunc.cotangents import AveragedHessian, FullHessian, LossRoot, chunks, common
@@ -26,9 +25,19 @@ from curvfunc.passes import CONTRACTIONS, Prepared, check_block, combine, contra
 __all__ = ["evaluate"]
 
 
-def evaluate(call: LossCall, exts: Sequence[BackpropExtension]) -> None:
+def evaluate(call: LossCall, current: Pass) -> None:
     """Compute second-order quantities and put them on the parameters."""
-    create_graph = torch.is_grad_enabled()
+    try:
+        _evaluate(call, current)
+    except Exception:
+        for node in nodes(call.out):
+            for note in notes(node):
+                forget(note.region.params, current.second_order)
+        raise
+
+
+def _evaluate(call: LossCall, current: Pass) -> None:
+    create_graph, exts = torch.is_grad_enabled(), current.second_order
     losses.check(call.loss, call.out, call.y)
     if not call.out.requires_grad:
         return
@@ -37,8 +46,12 @@ def evaluate(call: LossCall, exts: Sequence[BackpropExtension]) -> None:
     asked = [ext for ext in exts if isinstance(ext, MatrixProduct)]
     with paused():
         graph = Upstream.of(call, create_graph)
+        if not graph.params:
+            return
         specs = [(ext, ext.quantity()) for ext in exts if not isinstance(ext, MatrixProduct)]
         apart = graph.keeps_samples_apart(call)
+        if specs and (refusal := next((r.refusal for r in graph.regions if r.refusal is not None), None)) is not None:
+            raise NotImplementedError(refusal)
         if specs and not apart:
             names = ", ".join(type(ext).__name__ for ext, _ in specs)
             raise ValueError(
@@ -54,22 +67,22 @@ def evaluate(call: LossCall, exts: Sequence[BackpropExtension]) -> None:
         for (ext, spec), cotangent in zip(specs, common(cotangents), strict=True):
             if isinstance(cotangent, LossRoot):
                 pulled.setdefault(cotangent, []).append((ext, spec))
-            elif isinstance(cotangent, AveragedHessian) and graph.is_chain() and whole_model(call) is not None:
-                _averaged(call, graph, ext, create_graph)
-            elif isinstance(cotangent, FullHessian) and curved is not None and curved.suffices(call, create_graph):
+            elif isinstance(cotangent, AveragedHessian) and not graph.outputs:
+                _averaged(call, graph, ext, current)
+            elif isinstance(cotangent, FullHessian) and curved is not None and curved.suffices(create_graph):
                 diagonals.append(ext)
             else:
                 others.append(ext)
         for cotangent, group in pulled.items():
-            _pulled(call, graph, cotangent, group, create_graph)
+            _pulled(call, graph, cotangent, group, current)
         if curved is not None and diagonals:
-            _diagonals(call, curved, diagonals, create_graph)
+            _diagonals(call, curved, diagonals, current)
         if apart:
-            asked = blocks.put_products(call, graph, curved, asked, create_graph)
-        if asked and graphs.put_products(call, graph, asked):
+            asked = blocks.put_products(call, graph, curved, asked, current)
+        if asked and graphs.put_products(call, graph, asked, current):
             asked = []
         if others or asked:
-            _rerun(call, [*others, *asked])
+            _rerun(call, graph, [*others, *asked], current)
 
 
 # -- on the graph of the forward pass
@@ -80,9 +93,10 @@ def _pulled(
     graph: Upstream,
     cotangent: LossRoot,
     group: list[tuple[BackpropExtension, Quantity]],
-    create_graph: bool,
+    current: Pass,
 ) -> None:
     """All extensions that share columns of the loss Hessian's root."""
+    create_graph = current.create_graph
     out = call.out if create_graph else call.out.detach()
     root = cotangent.root(call.loss, out, call.y, None)
     found: dict[tuple[int, int, str], list[Any]] = {}  # by parameter, extension and contraction
@@ -104,7 +118,8 @@ def _pulled(
                 selected = select(bound, ext.get_subsampling())
                 if start == 0:
                     p, samples = graph.params[i], selected.g.shape[1]
-                    memory[i, k] = earlier(p, ext.savefield, spec, root.num, samples)
+                    taken = current.has_curved(p, ext)
+                    memory[i, k] = {} if taken else earlier(p, ext.savefield, spec, root.num, samples)
                 whole = memory[i, k]
                 buffers = {name: m[start:stop] if name == "per_sample" else m for name, m in whole.items()}
                 only = len(ranges) == 1
@@ -112,23 +127,26 @@ def _pulled(
                     keep(found.setdefault((i, k, name), []), part, CONTRACTIONS[name][1])
                 if stop == root.num:  # at once, so that the memory of what was there before can be used again
                     parts = [combine(name, found.pop((i, k, name)), whole.get(name)) for name in spec.contractions]
-                    store(graph.params[i], ext, spec, spec.finish(selected.g.shape[1], *parts))
+                    p, result = graph.params[i], spec.finish(selected.g.shape[1], *parts)
+                    current.put_curved(p, ext, result)
 
 
-def _averaged(call: LossCall, graph: Upstream, ext: BackpropExtension, create_graph: bool) -> None:
+def _averaged(call: LossCall, graph: Upstream, ext: BackpropExtension, current: Pass) -> None:
     """KFRA on the operations of the recorded call."""
-    (region,) = graph.regions
-    trace = graph.by_position(region.params)
+    create_graph = current.create_graph
+    params = list(graph.params.values())
+    trace = graph.by_position(params)
     out = call.out if create_graph else call.out.detach()
     hessian = losses.summed_hessian(call.loss, out, call.y, lambda columns: columns)
     with nullcontext() if create_graph else torch.no_grad():
-        found = factors(trace, region.params, region.names, NodeLayouts(), hessian, create_graph)
-    for p, result in zip(region.params, found, strict=True):
-        setattr(p, ext.savefield, list(result))
+        found = factors(trace, params, graph.names(), graph.layouts, hessian, create_graph)
+        for p, result in zip(params, found, strict=True):
+            current.put_curved(p, ext, result)
 
 
-def _diagonals(call: LossCall, curved: Curved, exts: list[BackpropExtension], create_graph: bool) -> None:
+def _diagonals(call: LossCall, curved: Curved, exts: list[BackpropExtension], current: Pass) -> None:
     """The Hessian's diagonal on the operations of the recorded call."""
+    create_graph = current.create_graph
     out = call.out if create_graph else call.out.detach()
     batched = any("sample_squares" in ext.quantity().contractions for ext in exts)
     with nullcontext() if create_graph else torch.no_grad():
@@ -146,15 +164,15 @@ def _diagonals(call: LossCall, curved: Curved, exts: list[BackpropExtension], cr
         for ext in exts:
             summed = batched and "squares" in ext.quantity().contractions
             for p, result in zip(curved.leaves, found, strict=True):
-                setattr(p, ext.savefield, result.sum(0) if summed else result)
+                current.put_curved(p, ext, result.sum(0) if summed else result)
 
 
 # -- by the functions, with a forward pass of their own
 
 
-def _rerun(call: LossCall, exts: list[BackpropExtension]) -> None:
+def _rerun(call: LossCall, graph: Upstream, exts: list[BackpropExtension], current: Pass) -> None:
     """Run the functions that bear the extensions' names on the module whose output went into the loss."""
-    region = whole_model(call)
+    region = whole_model(call, graph.params)
     if region is None:
         names = ", ".join(type(e).__name__ for e in exts)
         raise NotImplementedError(
@@ -170,8 +188,11 @@ def _rerun(call: LossCall, exts: list[BackpropExtension]) -> None:
     inputs, outputs = region.inputs, []
 
     def model_fn(values: dict[str, Tensor], X: list[Tensor]) -> Any:
-        outputs.append(inputs.model_fn(values, X))
-        return outputs[-1]
+        out = inputs.model_fn(values, X)
+        if not torch._C._functorch.is_functorch_wrapped_tensor(out):
+            check_fresh(region, inputs, out, [*values.values(), *X])
+            outputs.append(out)
+        return out
 
     specs = {e.savefield: e.quantity() for e in exts if not isinstance(e, MatrixProduct)}
     results = compute(model_fn, data, inputs.X, call.y, specs, loss_fn=call.loss) if specs else {}
@@ -179,12 +200,11 @@ def _rerun(call: LossCall, exts: list[BackpropExtension]) -> None:
         if isinstance(ext, MatrixProduct):
             with torch.enable_grad():
                 name = type(ext).__name__
-                results[ext.savefield] = products.blocks(name, ext.matrix(), model_fn, data, inputs.X, call.y, call.loss)
+                found = products.blocks(name, ext.matrix(), model_fn, data, inputs.X, call.y, call.loss)
+                results[ext.savefield] = {k: blocks.FunctionProduct(params[k], f) for k, f in found.items()}
     for out in outputs:
-        if not torch._C._functorch.is_functorch_wrapped_tensor(out):
-            check_repeated(region, out, call.out.detach(), call.out._version)
+        check_repeated(region, out, call.out.detach(), call.out._version)
     outputs.clear()
-    for savefield, values in results.items():
+    for ext in exts:
         for name, p in params.items():
-            value = values[name]
-            setattr(p, savefield, list(value) if isinstance(value, tuple) else value)
+            current.put_curved(p, ext, results[ext.savefield][name])

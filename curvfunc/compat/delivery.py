@@ -12,6 +12,7 @@ Three kinds of nodes carry hooks (`curvfunc.compat.recording` puts them there):
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,15 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.autograd.graph import Node, get_gradient_edge
 
 from curvfunc.capture import capture
-from curvfunc.compat.context import CTX, PAUSED, RETAINED, RUNNING, no_op, retained
+from curvfunc.compat.context import LOCK, State, no_op, retained, state
 from curvfunc.compat.extensions import BackpropExtension
 from curvfunc.compat.memory import earlier
-from curvfunc.compat.notes import LossCall, ModuleUse, Region, RegionOutput
+from curvfunc.compat.notes import Call, LossCall, ModuleUse, Region, RegionOutput, nodes, notes
 from curvfunc.compute import Quantity
 from curvfunc.cotangents import pull
 from curvfunc.forms import Bound, Direct, bind, inputs_of, merge
+from curvfunc.observer import tensors_in
 from curvfunc.passes import contracted
 from curvfunc.sites import Trace
 
@@ -43,26 +46,34 @@ REGIONS: weakref.WeakSet[Region] = weakref.WeakSet()
 
 def on_use(use: ModuleUse, grads: Grads) -> None:
     """The cotangent of an operation that uses parameters has arrived."""
-    cotangent = grads[use.output]
-    if PAUSED[0] or cotangent is None:
+    cotangent, now = grads[use.output], state()
+    if now.paused or cotangent is None:
         return
-    if CTX.active_exts:
-        if use.site is None:
-            raise RuntimeError(FREED)
-        Pass.current().deliver(use, cotangent)
-    if not _keeps_graph() and use.site is not None:  # what the hook holds would live as long as the loss tensor
+    if now.active_exts:
+        try:
+            if use.site is None:
+                raise RuntimeError(FREED)
+            Pass.current(now).deliver(use, cotangent)
+        except Exception:
+            forget(use.region.params, now.active_exts)
+            raise
+    if not _keeps_graph(now) and use.site is not None:  # what the hook holds would live as long as the loss tensor
         use.site = None
         use.region.release()
 
 
 def on_output(output: RegionOutput, grads: Grads) -> None:
     """The cotangent of the output of a module has arrived, and the plain path does not hold for it."""
-    cotangent = grads[output.output]
-    if PAUSED[0] or cotangent is None:
+    cotangent, now = grads[output.output], state()
+    if now.paused or cotangent is None:
         return
-    if CTX.active_exts:
-        Pass.current().replay(output, cotangent)
-    if not _keeps_graph() and output.value is not None:
+    if now.active_exts:
+        try:
+            Pass.current(now).replay(output, cotangent)
+        except Exception:
+            forget(output.region.params, now.active_exts)
+            raise
+    if not _keeps_graph(now) and output.value is not None:
         output.value = None
         output.region.release()
 
@@ -71,38 +82,61 @@ def on_loss(held: list[LossCall], grads: Grads) -> None:
     """The backward pass starts at an extended loss; ``held`` is emptied once the graph is freed."""
     from curvfunc.compat import curvature
 
-    if PAUSED[0]:
+    now = state()
+    if now.paused:
         return
-    if CTX.active_exts:
+    if now.active_exts:
         if not held:
             raise RuntimeError(FREED)
-        current = Pass.current()
-        current.loss_seen = True
+        current = Pass.current(now)
+        current.losses.append(held[0])
         if current.second_order:
-            curvature.evaluate(held[0], current.second_order)
-        _debug("Running extension hook on", held[0].module)
-        CTX.get_extension_hook()(held[0].module)
-    if not _keeps_graph():
+            if (g := grads[0]) is not None and not bool((g == 1).all()):
+                warnings.warn(CHANGED.format(type(held[0].module).__name__), stacklevel=2)
+            curvature.evaluate(held[0], current)
+        current.say("Running extension hook on", held[0].module)
+        current.hook(held[0].module)
+    if not _keeps_graph(now):
         held.clear()
+
+
+def on_nothing_used(name: str, grads: Grads) -> None:
+    """A backward pass runs through a module whose output depends on none of its parameters."""
+    now = state()
+    if now.active_exts and not now.paused:
+        Pass.current(now).reached = True
+        warnings.warn(NOTHING_USED.format(name, "its output depends on none of them"), stacklevel=2)
 
 
 def on_disabled(grads: Grads) -> None:
     """A backward pass runs through a module whose forward pass was not recorded."""
-    if CTX.active_exts:
+    if state().active_exts:
         raise RuntimeError(
             "this forward pass ran inside disable(), which records nothing, so extensions have nothing to work with. "
             "Leave the disable() block for passes whose backward pass runs in backpack(...)."
         )
 
 
+NOTHING_USED = (
+    "{0} has parameters that require grad, but {1}, so that extensions deliver nothing for it: look for no_grad or detach "
+    "in its forward pass, and for parameters that are replaced while it runs (as in fully_shard, which is not supported)."
+)
+CHANGED = (
+    "the value of {0} was changed before backward, as in (2 * loss).backward(): second-order quantities are those of the loss "
+    "itself, without the change."
+)
+NOTHING_BEFORE = (
+    "no parameter of an extended module lies before {0}, so that extensions deliver nothing: look for no_grad or detach before "
+    "it, and for modules that are not extended."
+)
 FREED = (
     "this part of the graph was freed by an earlier backward pass. Call backward(retain_graph=True) on all but the last one."
 )
 
 
-def _keeps_graph() -> bool:
+def _keeps_graph(now: State) -> bool:
     """Whether another backward pass may follow."""
-    return retained() and not RETAINED[0]
+    return retained() and not now.retained
 
 
 # -- one backward pass
@@ -111,15 +145,20 @@ def _keeps_graph() -> bool:
 class Pass:
     """What has arrived in one backward pass."""
 
-    def __init__(self, task: int) -> None:
+    def __init__(self, task: int, now: State) -> None:
         self.task = task
+        self.state = now  # at the end, autograd may be in a thread that does not know it
         self.create_graph = torch.is_grad_enabled()
-        self.first_order = [(e, e.quantity()) for e in CTX.active_exts if not e.expects_backpropagation_quantities()]
+        self.first_order = [(e, e.quantity()) for e in now.active_exts if not e.expects_backpropagation_quantities()]
         self.returns_gradients = any("per_sample" in spec.contractions for _, spec in self.first_order)
-        self.second_order = [e for e in CTX.active_exts if e.expects_backpropagation_quantities()]
-        self.hook: Callable[[nn.Module], Any] = CTX.get_extension_hook()
-        self.debug = CTX.debug
-        self.loss_seen = False
+        self.second_order = [e for e in now.active_exts if e.expects_backpropagation_quantities()]
+        self.hook: Callable[[nn.Module], Any] = now.extension_hook
+        self.debug = now.debug
+        self.losses: list[LossCall] = []
+        self.reached = False
+        self.curved: set[tuple[int, str]] = set()
+        self.memory: dict[int, weakref.ref[Tensor]] = {}
+        self.replayed: set[int] = set()
         self.arrived: dict[tuple[Region, int], list[Bound]] = {}
         self.counts: dict[tuple[Region, int], int] = {}
         self.deferred: dict[int, tuple[Tensor, list[Bound]]] = {}
@@ -127,18 +166,19 @@ class Pass:
         self.calls: dict[Region, list[weakref.ref[nn.Module]]] = {}
 
     @classmethod
-    def current(cls) -> Pass:
+    def current(cls, now: State) -> Pass:
         """The pass that runs now."""
         task = torch._C._current_graph_task_id()
-        running: Pass | None = RUNNING.get(task)
+        running: Pass | None = now.running.get(task)
         if running is None:
-            running = RUNNING[task] = cls(task)
+            running = now.running[task] = cls(task, now)
             Variable._execution_engine.queue_callback(running.finish)
         return running
 
     def deliver(self, use: ModuleUse, cotangent: Tensor) -> None:
         """Take the cotangent of a use of parameters."""
         self._check_loss()
+        self.reached = True
         site, region = use.site, use.region
         assert site is not None
         if self.first_order and any(t._version != version for t, version in site.inputs):
@@ -159,26 +199,31 @@ class Pass:
     def replay(self, output: RegionOutput, cotangent: Tensor) -> None:
         """Run the functional core on a module's input, with the cotangent of its output."""
         self._check_loss()
+        self.reached = True
         region = output.region
+        self.replayed.update(map(id, region.params))
         if self.first_order:
             trace, _ = repeat(output, self.create_graph)
             gs, _ = pull(trace, cotangent[None], create_graph=self.create_graph, retain_graph=True)
             for site, g in zip(trace.sites, gs, strict=True):
                 for i, form in site.forms.items():
-                    self._take(region, i, bind(form, g, inputs_of, factors=False))
+                    self._take(region, i, _owned(bind(form, g, inputs_of, factors=False), cotangent))
         region.uses = dict.fromkeys(range(len(region.params)), 1)
         for i in range(len(region.params)):
             self._complete(region, i)
 
     def finish(self) -> None:
         """At the end: parameters that not all uses of were reached, and those of several calls."""
-        RUNNING.pop(self.task, None)
+        self.state.running.pop(self.task, None)
         with torch.set_grad_enabled(self.create_graph):
             for region, i in list(self.arrived):
                 self._defer(region, i)
             for p, bounds in self.deferred.values():
+                if not bounds:
+                    continue
                 samples = {b.g.shape[1] for b in bounds}
                 if len(samples) > 1:
+                    forget([p], [ext for ext, _ in self.first_order])
                     raise ValueError(
                         f"a parameter of shape {tuple(p.shape)} was used in separate calls of extended modules with "
                         f"{sorted(samples)} samples, and one backward pass runs through all of them. Run one backward pass "
@@ -188,9 +233,12 @@ class Pass:
         for region in list(self.waiting):
             for owner in list(self.waiting[region]):
                 self._call_hook(region, owner)
+        for call in self.losses if not self.reached else ():
+            if not any(note.region.params for node in nodes(call.out) for note in notes(node)):
+                warnings.warn(NOTHING_BEFORE.format(type(call.module).__name__), stacklevel=2)
 
     def _check_loss(self) -> None:
-        if self.second_order and not self.loss_seen:
+        if self.second_order and not self.losses:
             names = ", ".join(type(e).__name__ for e in self.second_order)
             raise ValueError(
                 f"{names} needs the loss Hessian, but no extended loss is part of this backward pass: use "
@@ -204,6 +252,7 @@ class Pass:
         """All uses of a parameter in a call have arrived."""
         p = region.params[i]
         if (len(REGIONS) > 1 and _elsewhere(region, p)) or id(p) in self.deferred:
+            self.deferred.setdefault(id(p), (p, []))
             self._defer(region, i)
         elif (region, i) in self.arrived:
             self._store(p, self.arrived.pop((region, i)))
@@ -222,16 +271,52 @@ class Pass:
             p = region.params[i]
             self.deferred.setdefault(id(p), (p, []))[1].extend(self.arrived.pop((region, i)))
 
+    def put(self, p: Tensor, ext: BackpropExtension, result: Any) -> None:
+        """Put a result on a parameter: a function, or tensors of the parameter's type."""
+        if isinstance(result, (tuple, list)):
+            result = [self._own(t.to(p.dtype)) for t in result]
+        elif isinstance(result, Tensor):
+            result = self._own(result.to(p.dtype))
+        setattr(p, ext.savefield, result)
+
+    def put_curved(self, p: Tensor, ext: BackpropExtension, result: Any) -> None:
+        """Put a second-order result on a parameter, added to that of another loss of this pass."""
+        if self.has_curved(p, ext):
+            if not hasattr(p, ext.savefield):
+                raise RuntimeError(
+                    f"two extended losses of this backward pass depend on a parameter of shape {tuple(p.shape)}, and what "
+                    f"{type(ext).__name__} has for the first was deleted before the second was reached, as by an extension "
+                    "hook. Run one backward pass per loss."
+                )
+            result = ext.of_two_losses(p, getattr(p, ext.savefield), result)
+        self.put(p, ext, result)
+        self.curved.add((id(p), ext.savefield))
+
+    def has_curved(self, p: Tensor, ext: BackpropExtension) -> bool:
+        """Whether another loss of this pass had a result for the parameter."""
+        return (id(p), ext.savefield) in self.curved
+
+    def _own(self, t: Tensor) -> Tensor:
+        """A tensor with memory that no other result has, and with room for all of its entries."""
+        if not torch.is_grad_enabled():
+            t = t.detach()  # no view, so that it is the only one to hold its memory
+        storage = t.untyped_storage()
+        if not t.numel():
+            return t
+        other = self.memory.get(storage.data_ptr())
+        if (other is not None and other() is not None) or storage.nbytes() < t.numel() * t.element_size():
+            t = t.clone(memory_format=torch.contiguous_format)
+        self.memory[t.untyped_storage().data_ptr()] = weakref.ref(t)
+        return t
+
     def _store(self, p: Tensor, bounds: list[Bound]) -> None:
         """Contract, and put the results on the parameter."""
         bound = merge(bounds)
         for ext, spec in self.first_order:
-            if self.debug:
-                print("[DEBUG] Running extension", ext, "on a parameter of shape", tuple(p.shape))
+            self.say("Running extension", ext, "on a parameter of shape", tuple(p.shape))
             selected = select(bound, ext.get_subsampling())
             memory = earlier(p, ext.savefield, spec, 1, selected.g.shape[1])
-            result = first_order(spec, selected, memory)
-            store(p, ext, spec, result)
+            self.put(p, ext, first_order(spec, selected, memory))
 
     def _call_hook(self, region: Region, owner: int) -> None:
         """The extension hook on a module, after those without parameters that were called later."""
@@ -241,19 +326,39 @@ class Pass:
         position = max((k for k, r in enumerate(calls) if r() is module), default=None)
         for called in reversed(calls[position + 1 :]) if position is not None else ():
             if (m := called()) is not None and not m._parameters:
-                _debug("Running extension hook on", m, on=self.debug)
+                self.say("Running extension hook on", m)
                 self.hook(m)
         if position is not None:
             keep = [r for r in calls[position + 1 :] if (m := r()) is not None and m._parameters]
             self.calls[region] = [r for r in calls[:position] if r() is not module] + keep
         if module is not None:
-            _debug("Running extension hook on", module, on=self.debug)
+            self.say("Running extension hook on", module)
             self.hook(module)
+
+    def say(self, *message: object) -> None:
+        """Print a message where messages are wanted."""
+        if self.debug:
+            print("[DEBUG]", *message)
+
+
+def forget(params: Sequence[Tensor], exts: Sequence[BackpropExtension]) -> None:
+    """Take results of earlier passes off parameters that get none in this one."""
+    for p in params:
+        for ext in exts:
+            p.__dict__.pop(ext.savefield, None)
+
+
+def is_replayed(params: Sequence[Tensor]) -> bool:
+    """Whether a backward pass that runs now has seen to these parameters as a whole, so that checkpoints in it add nothing."""
+    running = state().running
+    return bool(running) and any(id(p) in current.replayed for current in running.values() for p in params)
 
 
 def _elsewhere(region: Region, p: Tensor) -> bool:
     """Whether another call uses the parameter and waits for a backward pass."""
-    return any(r is not region and r.pending > 0 and any(p is q for q in r.params) for r in REGIONS)
+    with LOCK:
+        others = [r for r in REGIONS if r is not region and r.pending > 0]
+    return any(p is q for r in others for q in r.params)
 
 
 def _indices_by_owner(region: Region) -> dict[int, list[int]]:
@@ -264,11 +369,6 @@ def _indices_by_owner(region: Region) -> dict[int, list[int]]:
         owner = first.setdefault(id(region.owners[i]()), i)
         found.setdefault(owner, []).append(i)
     return found
-
-
-def _debug(*message: object, on: bool | None = None) -> None:
-    if CTX.debug if on is None else on:
-        print("[DEBUG]", *message)
 
 
 # -- from cotangents to results
@@ -287,13 +387,70 @@ def repeat(output: RegionOutput, create_graph: bool) -> tuple[Trace, list[Tensor
     if region.inputs is None or output.value is None:
         raise RuntimeError(FREED)
     names, X, model_fn = region.names, region.inputs.X, region.inputs.model_fn
+    for name, p, version in zip(names, region.params, region.versions, strict=True):
+        if p._version != version:
+            raise RuntimeError(
+                f"parameter {name!r} of {region.name} was changed in place in its forward pass or after it, and {region.name} "
+                f"has to run a second time ({region.reason}). Change it before the call, or after the backward pass."
+            )
     if not create_graph:
-        X = [x.detach() for x in X]
+        X = [x.detach().requires_grad_(x.requires_grad) for x in X]  # reentrant checkpoints look at it
     with torch.enable_grad():
         leaves = [p.view_as(p) if create_graph else p.detach().requires_grad_() for p in region.params]
         trace = capture(model_fn, leaves, lambda values: dict(zip(names, values, strict=True)), X, region.samples)
     check_repeated(region, trace.out, output.value, output.version)
+    found = {i for site in trace.sites for i in site.forms}
+    lost = _end(trace.out, {_node(leaf): names[i] for i, leaf in enumerate(leaves) if i not in found}, set())
+    if lost is not None:
+        raise RuntimeError(
+            f"parameter {lost!r} of {region.name} is used where calls cannot be seen (in an autograd.Function, or with torch "
+            "functions disabled), and the result is changed in place. Use the out-of-place operation instead."
+        )
+    check_fresh(region, region.inputs, trace.out, [*leaves, *X])
     return trace, leaves
+
+
+def check_fresh(region: Region, call: Call, out: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Raise if the output of a second run depends on tensors that the module keeps, made of parameters in another run."""
+    ends = {_node(p): name for p, name in zip(region.params, region.names, strict=True)}
+    taken = {_node(t) for t in (*inputs, *call.leaves) if isinstance(t, Tensor) and t.requires_grad}
+    if (lost := _end(out, ends, taken)) is None:
+        return
+    module = call.module()
+    kept = next(
+        (
+            f"{prefix}.{attribute}".lstrip(".")
+            for prefix, m in (module.named_modules() if module is not None else ())
+            for attribute, value in (*m.__dict__.items(), *m._buffers.items())
+            if attribute not in ("_parameters", "_buffers", "_modules")
+            for t in tensors_in([*value.values()] if isinstance(value, dict) else [value], {})
+            if _end(t, ends, set()) is not None
+        ),
+        "a tensor",
+    )
+    raise RuntimeError(
+        f"{region.name} keeps {kept}, which was made of parameter {lost!r}, from one call to the next, so its gradient is lost "
+        f"where {region.name} has to run a second time ({region.reason}). Make it anew in each call."
+    )
+
+
+def _node(t: Tensor) -> Node:
+    node: Node = get_gradient_edge(t).node
+    return node
+
+
+def _end(t: Tensor, ends: dict[Node, str], stop: set[Node]) -> str | None:
+    """One of ``ends`` that lies in the graph of a tensor, not looking before the nodes in ``stop``."""
+    seen = set(stop)
+    stack = [_node(t)] if ends and t.requires_grad else []
+    while stack:
+        node = stack.pop()
+        if node in ends:
+            return ends[node]
+        if node not in seen:
+            seen.add(node)
+            stack.extend(n for n, _ in node.next_functions if n is not None)
+    return None
 
 
 def check_repeated(region: Region, out: Tensor, value: Tensor, version: int) -> None:
@@ -321,16 +478,6 @@ def first_order(spec: Quantity, b: Bound, memory: dict[str, Tensor] | None = Non
     """The result of a first-order quantity for one parameter."""
     parts = contracted(spec.contractions, b, first=True, only=True, buffers=memory or {})
     return spec.finish(b.g.shape[1], *[parts[name] for name in spec.contractions])
-
-
-def store(p: Tensor, ext: BackpropExtension, spec: Quantity, result: Any) -> None:
-    """Put a result on a parameter."""
-    if isinstance(result, Tensor):
-        if "per_sample" in spec.contractions:  # sums of squares stay in single precision
-            result = result.to(p.dtype)
-        if not torch.is_grad_enabled():
-            result = result.detach()  # no view, so that it is the only one to hold its memory
-    setattr(p, ext.savefield, list(result) if isinstance(result, tuple) else result)
 
 
 def _owned(b: Bound, cotangent: Tensor) -> Bound:

@@ -14,8 +14,11 @@ Extension              Attribute                 Computed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from curvfunc import quantities
 from curvfunc.compute import Quantity
@@ -43,6 +46,8 @@ __all__ = [
     "SumGradSquared",
     "Variance",
 ]
+
+Product = Callable[[Tensor], Tensor]
 
 FAIL_ERROR, FAIL_WARN, FAIL_SILENT = "ERROR", "WARNING", "SILENT"
 
@@ -95,6 +100,27 @@ class BackpropExtension:
     def get_subsampling(self) -> Sequence[int] | None:
         """Indices of the samples, None for all."""
         return self._subsampling
+
+    def of_two_losses(self, p: Tensor, one: Any, other: Any) -> Any:
+        """The result for the sum of two losses, from those for each of them.
+
+        Raises:
+            ValueError: If it cannot be had from them.
+        """
+        raise ValueError(
+            f"two extended losses of this backward pass depend on a parameter of shape {tuple(p.shape)}, and "
+            f"{type(self).__name__} of their sum cannot be had from that of each. Run one backward pass per loss, or use "
+            "curvfunc's functions, whose loss may be a sum."
+        )
+
+
+def _sum(ext: BackpropExtension, p: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    if one.shape != other.shape:
+        raise ValueError(
+            f"two extended losses of this backward pass, of {len(one)} and {len(other)} samples, depend on a parameter of "
+            f"shape {tuple(p.shape)}, so {type(ext).__name__} has no sum. Run one backward pass per loss."
+        )
+    return one + other
 
 
 class FirstOrderBackpropExtension(BackpropExtension):
@@ -172,6 +198,8 @@ class _Sampled:
 class DiagGGN(SecondOrderBackpropExtension):
     """Diagonal of the generalized Gauss-Newton matrix."""
 
+    of_two_losses = _sum
+
 
 class DiagGGNExact(DiagGGN):
     """Diagonal of the GGN, ``p.diag_ggn_exact`` [*shape]; see `curvfunc.diag_ggn`."""
@@ -198,6 +226,8 @@ class DiagGGNMC(_Sampled, DiagGGN):
 
 class BatchDiagGGN(SecondOrderBackpropExtension):
     """Each sample's part of the diagonal of the generalized Gauss-Newton matrix."""
+
+    of_two_losses = _sum
 
 
 class BatchDiagGGNExact(BatchDiagGGN):
@@ -226,6 +256,12 @@ class BatchDiagGGNMC(_Sampled, BatchDiagGGN):
 class SqrtGGN(SecondOrderBackpropExtension):
     """Root of the generalized Gauss-Newton matrix."""
 
+    def of_two_losses(self, p: Tensor, one: Tensor, other: Tensor) -> Tensor:
+        """The columns of both."""
+        if one.shape[1:] != other.shape[1:]:
+            _sum(self, p, one[0], other[0])
+        return torch.cat([one, other])
+
 
 class SqrtGGNExact(SqrtGGN):
     """Root of the GGN, ``p.sqrt_ggn_exact`` [C, N, *shape]; see `curvfunc.sqrt_ggn`."""
@@ -250,8 +286,87 @@ class SqrtGGNMC(_Sampled, SqrtGGN):
         return quantities.SqrtGGN(self._mc_samples)
 
 
+class Curvature:
+    """The matrices that `HBP` can approximate, as BackPACK names them."""
+
+    HESSIAN, GGN, PCH_CLIP, PCH_ABS = "hessian", "ggn", "pch-clip", "pch-abs"
+
+
+class LossHessianStrategy:
+    """What goes back from the loss: a root of its Hessian, draws, or the sum over samples."""
+
+    EXACT, SAMPLING, SUM = "exact", "sampling", "sum"
+
+
+class BackpropStrategy:
+    """How it goes back: as columns, or averaged over samples at each layer."""
+
+    SQRT, BATCH_AVERAGE = "sqrt", "average"
+
+
+class ExpectationApproximation:
+    """How a layer's block is approximated."""
+
+    BOTEV_MARTENS, CHEN = "E[J^T E(H) J]", "E(J^T) E(H) E(J)"
+
+
 class HBP(SecondOrderBackpropExtension):
-    """Kronecker factors of each parameter's block, a list of one or two."""
+    """Kronecker factors of each parameter's block, a list of one or two: `KFAC`, `KFLR` or `KFRA`, by BackPACK's options.
+
+    Args:
+        curv_type: The matrix, of `Curvature`.
+        loss_hessian_strategy: Of `LossHessianStrategy`.
+        backprop_strategy: Of `BackpropStrategy`.
+        ea_strategy: Of `ExpectationApproximation`.
+        savefield: Name of the attribute.
+    """
+
+    _mc_samples: int = 1
+
+    def __init__(
+        self,
+        curv_type: str = Curvature.GGN,
+        loss_hessian_strategy: str = LossHessianStrategy.EXACT,
+        backprop_strategy: str = BackpropStrategy.SQRT,
+        ea_strategy: str = ExpectationApproximation.BOTEV_MARTENS,
+        savefield: str = "hbp",
+    ) -> None:
+        super().__init__(savefield)
+        self.curv_type, self.ea_strategy = curv_type, ea_strategy
+        self.loss_hessian_strategy, self.backprop_strategy = loss_hessian_strategy, backprop_strategy
+
+    def get_curv_type(self) -> str:
+        """The matrix."""
+        return self.curv_type
+
+    def get_loss_hessian_strategy(self) -> str:
+        """What goes back from the loss."""
+        return self.loss_hessian_strategy
+
+    def get_backprop_strategy(self) -> str:
+        """How it goes back."""
+        return self.backprop_strategy
+
+    def get_ea_strategy(self) -> str:
+        """How a layer's block is approximated."""
+        return self.ea_strategy
+
+    def quantity(self) -> Quantity:
+        """Its spec."""
+        specs: dict[tuple[str, str], Quantity] = {
+            (LossHessianStrategy.EXACT, BackpropStrategy.SQRT): quantities.KFLR(),
+            (LossHessianStrategy.SAMPLING, BackpropStrategy.SQRT): quantities.KFAC(self._mc_samples),
+            (LossHessianStrategy.SUM, BackpropStrategy.BATCH_AVERAGE): quantities.KFRA(),
+        }
+        spec = specs.get((self.loss_hessian_strategy, self.backprop_strategy))
+        known = self.curv_type == Curvature.GGN and self.ea_strategy == ExpectationApproximation.BOTEV_MARTENS
+        if spec is None or not known:
+            raise NotImplementedError(
+                f"HBP: curv_type={self.curv_type!r}, loss_hessian_strategy={self.loss_hessian_strategy!r}, "
+                f"backprop_strategy={self.backprop_strategy!r} and ea_strategy={self.ea_strategy!r} do not go together here. "
+                "There are KFLR (exact, sqrt), KFAC (sampling, sqrt) and KFRA (sum, average), of the GGN, by Botev and Martens."
+            )
+        return spec
 
 
 class KFAC(_Sampled, HBP):
@@ -259,37 +374,33 @@ class KFAC(_Sampled, HBP):
 
     def __init__(self, mc_samples: int = 1) -> None:
         self._mc_samples = mc_samples
-        super().__init__("kfac")
-
-    def quantity(self) -> Quantity:
-        """Its spec."""
-        return quantities.KFAC(self._mc_samples)
+        super().__init__(
+            loss_hessian_strategy=LossHessianStrategy.SAMPLING, backprop_strategy=BackpropStrategy.SQRT, savefield="kfac"
+        )
 
 
 class KFLR(HBP):
     """Kronecker factors from the exact loss Hessian, the list ``p.kflr``; see `curvfunc.kflr`."""
 
     def __init__(self) -> None:
-        super().__init__("kflr")
-
-    def quantity(self) -> Quantity:
-        """Its spec."""
-        return quantities.KFLR()
+        super().__init__(
+            loss_hessian_strategy=LossHessianStrategy.EXACT, backprop_strategy=BackpropStrategy.SQRT, savefield="kflr"
+        )
 
 
 class KFRA(HBP):
     """Kronecker factors with averaging at each layer, the list ``p.kfra``; see `curvfunc.kfra`."""
 
     def __init__(self) -> None:
-        super().__init__("kfra")
-
-    def quantity(self) -> Quantity:
-        """Its spec."""
-        return quantities.KFRA()
+        super().__init__(
+            loss_hessian_strategy=LossHessianStrategy.SUM, backprop_strategy=BackpropStrategy.BATCH_AVERAGE, savefield="kfra"
+        )
 
 
 class DiagHessian(SecondOrderBackpropExtension):
     """Diagonal of the Hessian, ``p.diag_h`` [*shape]; see `curvfunc.diag_hessian`."""
+
+    of_two_losses = _sum
 
     def __init__(self) -> None:
         super().__init__("diag_h")
@@ -301,6 +412,8 @@ class DiagHessian(SecondOrderBackpropExtension):
 
 class BatchDiagHessian(SecondOrderBackpropExtension):
     """Each sample's part of the Hessian's diagonal, ``p.diag_h_batch`` [N, *shape]; see `curvfunc.batch_diag_hessian`."""
+
+    of_two_losses = _sum
 
     def __init__(self) -> None:
         super().__init__("diag_h_batch")
@@ -325,11 +438,17 @@ class MatrixProduct(SecondOrderBackpropExtension):
         raise NotImplementedError(f"{type(self).__name__} does not say what it multiplies with. {WRITE_A_QUANTITY}")
 
 
+def _both(ext: BackpropExtension, p: Tensor, one: Product, other: Product) -> Product:
+    return lambda v: one(v) + other(v)
+
+
 class HMP(MatrixProduct):
     """Products with Hessian blocks, ``p.hmp``; see `curvfunc.hmp`."""
 
     def __init__(self, savefield: str = "hmp") -> None:
         super().__init__(savefield)
+
+    of_two_losses = _both
 
     def matrix(self) -> Any:
         """The Hessian."""
@@ -341,6 +460,8 @@ class GGNMP(MatrixProduct):
 
     def __init__(self, savefield: str = "ggnmp") -> None:
         super().__init__(savefield)
+
+    of_two_losses = _both
 
     def matrix(self) -> Any:
         """The GGN."""

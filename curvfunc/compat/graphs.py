@@ -13,8 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from curvfunc.compat.blocks import ParameterProduct
 from curvfunc.compat.context import retained
-from curvfunc.compat.extensions import MatrixProduct
+from curvfunc.compat.delivery import Pass
+from curvfunc.compat.extensions import GGNMP, HMP, MatrixProduct
 from curvfunc.compat.notes import LossCall
 from curvfunc.compat.upstream import Upstream
 from curvfunc.inputs import read_batch
@@ -47,38 +49,38 @@ class _Shared:
             HELD[module].pop(id(self), None)
 
 
-class GraphProduct:
-    """Multiplies [V, *shape] with a parameter's block."""
+class GraphProduct(ParameterProduct):
+    """A product on the graph of the forward pass."""
 
-    def __init__(self, shared: _Shared, i: int, name: str) -> None:
+    def __init__(self, p: Tensor, shared: _Shared, i: int, name: str) -> None:
+        super().__init__(p)
         self._shared, self._i, self._name = shared, i, name
 
-    def __call__(self, v: Tensor) -> Tensor:
+    def multiply(self, v: Tensor) -> Tensor:
         """The product, [V, *shape]."""
         product, leaves = self._shared.held()
         return block(product, leaves, self._i, self._name)(v)
 
 
-def put_products(call: LossCall, graph: Upstream, exts: Sequence[MatrixProduct]) -> bool:
+def put_products(call: LossCall, graph: Upstream, exts: Sequence[MatrixProduct], current: Pass) -> bool:
     """Put functions on the parameters, if the graph stays and its operations can be differentiated twice."""
     if not retained() or not graph.regions or not graph.is_twice_differentiable():
         return False
     for region in graph.regions:
-        if region.refusal is not None:
+        if region.refusal is not None and not all(isinstance(ext, (GGNMP, HMP)) for ext in exts):
             raise NotImplementedError(region.refusal)
     inputs = graph.regions[0].inputs
     module = None if inputs is None else inputs.module()
     if module is None:
         return False
-    found = {id(p): name for region in graph.regions for p, name in zip(region.params, region.names, strict=True)}
-    leaves, names = list(graph.params.values()), [found[i] for i in graph.params]
+    leaves, names = list(graph.params.values()), graph.names()
     problem = Problem(_gone, names, list, read_batch(call.out.detach(), call.y, None), call.loss)
     for ext in exts:
         with torch.enable_grad():
             product = ext.matrix().linearize(problem, leaves, call.out)
         shared = _Shared(module, (product, leaves))
         for i, p in enumerate(leaves):
-            setattr(p, ext.savefield, GraphProduct(shared, i, names[i]))
+            current.put_curved(p, ext, GraphProduct(p, shared, i, names[i]))
     return True
 
 

@@ -51,6 +51,7 @@ LAYOUT: dict[str, dict[str, Any]] = {
     "context": _some(context, "CTX"),
     "extensions": _FIRST | _SECOND | _PRODUCTS,
     "extensions.backprop_extension": _some(extensions, "BackpropExtension FAIL_ERROR FAIL_WARN FAIL_SILENT"),
+    "extensions.curvature": _some(extensions, "Curvature"),
     "extensions.module_extension": _some(extensions, "ModuleExtension"),
     "extensions.firstorder": _FIRST,
     "extensions.firstorder.base": _some(extensions, "FirstOrderBackpropExtension FirstOrderModuleExtension"),
@@ -65,6 +66,9 @@ LAYOUT: dict[str, dict[str, Any]] = {
     ),
     "extensions.secondorder.diag_hessian": _some(extensions, "DiagHessian BatchDiagHessian"),
     "extensions.secondorder.hbp": _HBP,
+    "extensions.secondorder.hbp.hbp_options": _some(
+        extensions, "BackpropStrategy ExpectationApproximation LossHessianStrategy"
+    ),
     "extensions.secondorder.sqrt_ggn": _some(extensions, "SqrtGGN SqrtGGNExact SqrtGGNMC"),
     "extensions.curvmatprod": _PRODUCTS,
     "extensions.curvmatprod.hmp": _some(extensions, "HMP"),

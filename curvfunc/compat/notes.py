@@ -12,7 +12,7 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.func import functional_call
 
 from curvfunc import losses
@@ -20,7 +20,7 @@ from curvfunc.compat.context import paused
 from curvfunc.rules.nonlinear import COMPOSITES
 from curvfunc.sites import Layouts, Site
 
-__all__ = ["Call", "LossCall", "ModuleUse", "NodeLayouts", "Region", "RegionOutput", "note", "notes"]
+__all__ = ["Call", "LossCall", "ModuleUse", "NodeLayouts", "Region", "RegionOutput", "nodes", "note", "notes"]
 
 # In a node's metadata.
 KEY = "curvfunc"
@@ -33,15 +33,20 @@ SEVERAL = "curvfunc several"
 class Region:
     """One call of an extended module that was not called by another one.
 
+    Modules without parameters that require grad make regions too where gradients go through them: what lies between two uses
+    of parameters is known then.
+
     Attributes:
         name: Class of the module.
         params: Its parameters that require grad.
         names: Their names.
         owners: The modules they belong to.
         samples: Number of samples.
+        inputs: The call itself, to be able to repeat it; None once the graph was freed.
+        before: The nodes that made its inputs.
+        versions: The parameters' version counters before the call.
         uses: How often each parameter is used, by index.
         calls: Modules without submodules, in the order of their calls.
-        inputs: The call itself, to be able to repeat it; None once the graph was freed.
         refusal: Why no quantity is defined.
         reason: Why the plain path does not hold.
         pending: How many of its notes are still waiting for a backward pass.
@@ -53,6 +58,8 @@ class Region:
     owners: list["weakref.ref[nn.Module]"]
     samples: int
     inputs: "Call | None"
+    before: list[Node]
+    versions: list[int]
     uses: dict[int, int] = field(default_factory=dict)
     calls: list["weakref.ref[nn.Module]"] = field(default_factory=list)
     refusal: str | None = None
@@ -88,12 +95,16 @@ class RegionOutput:
     Attributes:
         region: The region.
         output: Which output of the node.
+        axis: Its sample axis, where the plain path holds.
+        shape: Its shape.
         value: The output, detached, where the region has to be repeated; None once the graph was freed.
         version: Its version counter.
     """
 
     region: Region
     output: int
+    axis: int
+    shape: torch.Size
     value: Tensor | None
     version: int
 
@@ -212,3 +223,16 @@ def notes(node: Node) -> list[Any]:
     """What was noted on a node."""
     metadata: Any = node.metadata
     return list(metadata.get(KEY, []))
+
+
+def nodes(out: Tensor) -> Iterator[Node]:
+    """The graph before a tensor."""
+    seen: set[Node] = set()
+    stack: list[Node | None] = [get_gradient_edge(out).node] if out.requires_grad else []
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack.extend([n for n, _ in node.next_functions])

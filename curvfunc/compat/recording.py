@@ -10,6 +10,7 @@ region notes its input only, and the backward pass runs the functional core on i
 """
 
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -28,14 +29,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.loss import _Loss
 
 from curvfunc import losses
+from curvfunc.batch_axis import mutates
 from curvfunc.compat import delivery
-from curvfunc.compat.context import CTX, PAUSED, disable
+from curvfunc.compat.context import CTX, LOCK, state
 from curvfunc.compat.extensions import BatchDiagHessian, DiagHessian, MatrixProduct
 from curvfunc.compat.notes import Call, LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, note
 from curvfunc.inputs import not_real
-from curvfunc.observer import BATCH_NORMS, Observer, reached, takes_batch_statistics
+from curvfunc.observer import BATCH_NORMS, Observer, Opaque, reached, takes_batch_statistics
 from curvfunc.rules.kernels import INSTEAD
-from curvfunc.sites import Site
 
 __all__ = ["extend", "memory_cleanup"]
 
@@ -56,7 +57,7 @@ _LOCAL = _Local()
 
 
 def _recordable() -> bool:
-    if PAUSED[0] or not torch.is_grad_enabled() or _functorch.peek_interpreter_stack() is not None:
+    if state().paused or not torch.is_grad_enabled() or _functorch.peek_interpreter_stack() is not None:
         return False
     modes = torch.overrides._get_current_function_mode_stack() if torch._C._len_torch_function_stack() else []
     return not any(isinstance(m, Observer) and not isinstance(m, _Recording) for m in modes)
@@ -65,6 +66,7 @@ def _recordable() -> bool:
 class _Recording(Observer):
     """The capture mode, in the user's own forward pass: training-mode batch normalization is noted, not refused."""
 
+    repeats = False
     refusal: str | None = None
 
     def __init__(self, *args: Any) -> None:
@@ -79,7 +81,26 @@ class _Recording(Observer):
         if statistics and (func is not F.batch_norm or self.normalizes_samples(args, kwargs)):
             self.refusal = BATCH_NORM
             return func(*args, **kwargs)
+        if func in TABLES:
+            args, kwargs = _renormalized(args, kwargs)
+        elif not torch.is_grad_enabled() and mutates(func) and id(next(iter((*args, *kwargs.values())))) in self.index:
+            return func(*args, **kwargs)  # the parameter has a new value, and no gradient knows of it
         return super().__torch_function__(func, types, args, kwargs)
+
+
+TABLES = {F.embedding, F.embedding_bag}
+
+
+def _renormalized(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Do what ``max_norm`` asks for, which changes rows of the table before they are looked up, and the call without it."""
+    given = {**dict(zip(("input", "weight", "", "max_norm", "norm_type"), args, strict=False)), **kwargs}
+    if given.get("max_norm") is None:
+        return args, kwargs
+    with torch.no_grad():
+        torch.embedding_renorm_(
+            given["weight"].detach(), given["input"].contiguous(), given["max_norm"], given.get("norm_type", 2.0)
+        )
+    return (*args[:3], *[None for _ in args[3:4]], *args[4:]), {k: v for k, v in kwargs.items() if k != "max_norm"}
 
 
 # -- modules
@@ -105,7 +126,7 @@ class ExtendedForward:
             return forward(*args, **kwargs)
         if not _recordable():
             return forward(*args, **kwargs)
-        if not disable.store_io:
+        if not state().store_io:
             return _watched(forward(*args, **kwargs))
         if isinstance(module, _Loss):
             return _record_loss(module, forward, args, kwargs)
@@ -197,12 +218,14 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
     leaves, tree = optree.tree_flatten(called, none_is_leaf=True)
     first = next((t for t in leaves if isinstance(t, Tensor) and t.ndim), None)
     params = _parameters(module)
-    if first is None or not params:
+    if first is None or not (params or first.requires_grad) or delivery.is_replayed([p for _, p, _ in params]):
         return forward(*args, **kwargs)
     sampled = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.ndim and len(t) == len(first)]
     call = Call(weakref.ref(module), list(leaves), tree, sampled, _generators() if module.training else None)
-    names, tensors, owners = map(list, zip(*params, strict=True))
-    region = Region(type(module).__name__, tensors, names, owners, len(first), call)
+    names, tensors, owners = [name for name, _, _ in params], [p for _, p, _ in params], [owner for *_, owner in params]
+    before = [t.grad_fn for t in leaves if isinstance(t, Tensor) and t.grad_fn is not None]
+    versions = [p._version for p in tensors]
+    region = Region(type(module).__name__, tensors, names, owners, len(first), call, before, versions)
     twice = CTX.is_extension_active(DiagHessian, BatchDiagHessian, MatrixProduct)
     mode = _Recording(dict(enumerate(tensors)), None, len(first), NodeLayouts(), INSTEAD[3 if twice else 1])
     for i in sampled:
@@ -219,8 +242,10 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
     finally:
         _LOCAL.region = None
     outputs = [t for t in _tensors_in(out) if t.grad_fn is not None]
+    if params and not outputs and state().active_exts and any(t.is_floating_point() for t in _tensors_in(out)):
+        warnings.warn(delivery.NOTHING_USED.format(region.name, "its output has no graph"), stacklevel=2)
     _judge(region, mode, outputs)
-    _attach(region, mode.sites, outputs)
+    _attach(region, mode, outputs)
     return out
 
 
@@ -260,16 +285,27 @@ def _judge(region: Region, mode: _Recording, outputs: list[Tensor]) -> None:
         mode.note([None], "the sample axis could not be followed to the output")
     if not mode.reasons:
         tracked = dict(enumerate(region.params))
-        mode.note(reached(outputs, mode.sites, tracked).params, "it is used where calls cannot be seen")
+        unused = tracked.keys() - {i for site in mode.sites for i in site.forms}
+        try:
+            unseen = {*reached(outputs, mode.sites, tracked).params}
+            if unused:  # by no operation that was seen
+                unseen |= {*reached(outputs, [], {i: tracked[i] for i in unused}).params}
+            mode.note(sorted(unseen), "it is used where calls cannot be seen")
+        except Opaque:
+            mode.note([None], "it holds checkpoints or compiled code, in which calls cannot be seen")
     for i, why in mode.reasons.items():
         region.reason = why if i is None else f"parameter {region.names[i]!r}: {why}"
         return
 
 
-def _attach(region: Region, sites: list[Site], outputs: list[Tensor]) -> None:
+def _attach(region: Region, mode: Observer, outputs: list[Tensor]) -> None:
     """Hang notes and hooks on the graph."""
     plain = region.refusal is None and region.reason is None
-    for site in sites if plain else ():
+    if not region.params:
+        region.inputs = None
+        if not plain:
+            return
+    for site in mode.sites if plain else ():
         node, output, *_ = site.edge
         use = ModuleUse(site, region, output)
         site.edge = None  # type: ignore[assignment]
@@ -280,12 +316,16 @@ def _attach(region: Region, sites: list[Site], outputs: list[Tensor]) -> None:
         node.register_prehook(partial(delivery.on_use, use))
     for t in outputs:
         node, output, *_ = get_gradient_edge(t)
-        result = RegionOutput(region, output, None if plain else t.detach(), t._version)
+        result = RegionOutput(region, output, mode.axis_of(t) or 0, t.shape, None if plain else t.detach(), t._version)
         note(node, result)
         if not plain:
             region.pending += 1
             node.register_prehook(partial(delivery.on_output, result))
-    delivery.REGIONS.add(region)
+        elif region.params and not region.uses:
+            node.register_prehook(partial(delivery.on_nothing_used, region.name))
+    if region.params:
+        with LOCK:
+            delivery.REGIONS.add(region)
 
 
 def _watched(out: Any) -> Any:

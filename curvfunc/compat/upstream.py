@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from curvfunc import losses
 from curvfunc.compat.delivery import FREED, repeat
-from curvfunc.compat.notes import LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, notes
+from curvfunc.compat.notes import LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, nodes, notes
 from curvfunc.cotangents import chunks, pull
 from curvfunc.forms import Form, flat_vectors
 from curvfunc.residuals import Curvature, curvature
@@ -29,7 +29,7 @@ class Upstream:
     Attributes:
         trace: The recorded operations, and the outputs of calls that would have to be repeated.
         outputs: Such outputs, by position.
-        params: By identity.
+        params: By identity; of calls that would have to be repeated, all.
         regions: The calls they belong to.
     """
 
@@ -43,8 +43,10 @@ class Upstream:
     def of(cls, call: LossCall, create_graph: bool) -> Upstream:
         """Find what was noted before the output."""
         graph = cls(Trace(call.out, [], "plain"), {}, {}, [], create_graph)
-        for node, note in ((n, note) for n in _nodes(call.out) for note in notes(n)):
+        for node, note in ((n, note) for n in nodes(call.out) for note in notes(n)):
             region = note.region
+            if not region.params:
+                continue
             if region not in graph.regions:
                 graph.regions.append(region)
             if region.samples != len(call.out):
@@ -60,11 +62,17 @@ class Upstream:
                 graph.trace.sites.append(replace(site, forms=_by_identity(site.forms, region.params), edge=edge))
             elif region.refusal is not None or region.reason is not None:
                 graph.outputs[len(graph.trace.sites)] = note
-                graph.trace.sites.append(Site(region.name, {}, edge, 0, [], note.value.shape, []))
-            else:
-                continue
-            graph.params.update({id(p): p for p in region.params})
+                graph.trace.sites.append(Site(region.name, {}, edge, 0, [], note.shape, []))
+        used = {p for site in graph.trace.sites for p in site.forms}
+        for region in graph.regions:
+            plain = region.refusal is None and region.reason is None
+            graph.params |= {id(p): p for p in region.params if not plain or id(p) in used}
         return graph
+
+    def names(self) -> list[str]:
+        """Of the parameters."""
+        found = {id(p): name for region in self.regions for p, name in zip(region.params, region.names, strict=True)}
+        return [found[i] for i in self.params]
 
     @cached_property
     def repeated(self) -> dict[int, tuple[Trace, list[Tensor]]]:
@@ -78,7 +86,12 @@ class Upstream:
             return None
         leaves = list(self.params.values())
         trace = self.by_position(leaves)
-        return Curved(trace, leaves, curvature(trace, leaves, NodeLayouts()), self.regions)
+        return Curved(trace, leaves, curvature(trace, leaves, self.layouts))
+
+    @cached_property
+    def layouts(self) -> OutsideLayouts:
+        """Of the tensors that operations took."""
+        return OutsideLayouts(self.trace.out)
 
     def by_position(self, params: list[Tensor]) -> Trace:
         """The recorded operations, with parameters by their position in a list."""
@@ -116,11 +129,9 @@ class Upstream:
             if node is None or node in seen:
                 continue
             seen.add(node)
-            calls = [note.region.inputs for note in notes(node) if isinstance(note, RegionOutput)]
+            calls = [note.region for note in notes(node) if isinstance(note, RegionOutput)]
             if calls:
-                if None in calls:
-                    return False
-                stack.extend(t.grad_fn for c in calls if c is not None for t in c.leaves if isinstance(t, Tensor))
+                stack.extend(before for region in calls for before in region.before)
             elif not node.next_functions or is_diagonal(node) or is_reshape(node) or "Pool" in node.name():
                 stack.extend(n for n, _ in node.next_functions)
             else:
@@ -129,11 +140,7 @@ class Upstream:
 
     def is_twice_differentiable(self) -> bool:
         """Whether the backward pass of all operations can be differentiated."""
-        return not any(is_once_differentiable(node) for node in _nodes(self.trace.out))
-
-    def is_chain(self) -> bool:
-        """Whether it is one call whose operations are all known."""
-        return not self.outputs and len(self.regions) == 1
+        return not any(is_once_differentiable(node) for node in nodes(self.trace.out))
 
     def pull(self, columns: Tensor, create_graph: bool) -> Iterator[tuple[int, Form, Tensor]]:
         """Parameter, form and cotangent for each use."""
@@ -156,13 +163,11 @@ class Curved:
         trace: The recorded operations, by position of the parameter.
         leaves: The parameters.
         curvature: Of ``trace``.
-        regions: The calls they belong to.
     """
 
     trace: Trace
     leaves: list[Tensor]
     curvature: Curvature
-    regions: list[Region]
 
     def is_ggn(self, call: LossCall) -> bool:
         """Whether the Hessian is the GGN: all operations are linear by pieces, and the loss is convex."""
@@ -172,13 +177,13 @@ class Curved:
             return True  # no weights, of classes or of targets, that could be negative
         return losses.signed_root(call.loss, self.trace.out.detach(), call.y)[1] is None
 
-    def suffices(self, call: LossCall, create_graph: bool) -> bool:
-        """Whether the Hessian can be read off this graph: of one call, whose operations can be differentiated often enough."""
-        if len(self.regions) != 1 or whole_model(call) is None or self.curvature.split:
+    def suffices(self, create_graph: bool) -> bool:
+        """Whether the Hessian can be read off this graph, whose operations can be differentiated often enough."""
+        if self.curvature.split:
             return False
         if self.is_resolved():
             return True
-        return not create_graph and not any(is_once_differentiable(node) for node in _nodes(self.trace.out))
+        return not create_graph and not any(is_once_differentiable(node) for node in nodes(self.trace.out))
 
     def is_resolved(self) -> bool:
         """Whether all operations are linear by pieces, or smooth and elementwise."""
@@ -189,24 +194,66 @@ def _by_identity(forms: dict[int, Form], params: list[Tensor]) -> dict[int, Form
     return {id(params[i]): form for i, form in forms.items()}
 
 
-def _nodes(out: Tensor) -> Iterator[Node]:
-    """The graph before ``out``."""
-    seen: set[Node] = set()
-    stack: list[Node | None] = [get_gradient_edge(out).node]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        stack.extend([n for n, _ in node.next_functions])
+class OutsideLayouts(NodeLayouts):
+    """Layouts between calls of extended modules too, where nothing was recorded: of outputs, and of what is elementwise."""
+
+    def __init__(self, out: Tensor) -> None:
+        super().__init__()
+        self._out = out
+
+    def of(self, edge: GradientEdge) -> tuple[int, torch.Size] | None:
+        """Sample axis and shape of a tensor."""
+        while True:
+            if (known := super().of(edge)) is not None:
+                return known
+            for note in notes(edge.node):
+                if isinstance(note, RegionOutput) and note.output == edge.output_nr and note.region.reason is None:
+                    return note.axis, note.shape
+            shape = _shape(edge)
+            same = [e for e in _inputs(edge.node) if _shape(e) == shape] if is_diagonal(edge.node) else []
+            if not same or shape is None:
+                return None
+            edge = same[0]
+
+    def several(self, node: Node) -> bool:
+        """Whether an operation took several tensors that depend on samples, or may have."""
+        return super().several(node) or node not in self._inside
+
+    @cached_property
+    def _inside(self) -> set[Node]:
+        """The nodes that calls of extended modules have made."""
+        found: set[Node] = set()
+        for end in nodes(self._out):
+            for note in notes(end):
+                if isinstance(note, RegionOutput):
+                    before, stack = set(note.region.before), [end]
+                    while stack:
+                        node = stack.pop()
+                        if node not in found and node not in before:
+                            found.add(node)
+                            stack.extend(e.node for e in _inputs(node))
+        return found
 
 
-def whole_model(call: LossCall) -> Region | None:
-    """The call whose output went straight into the loss."""
+def _inputs(node: Node) -> list[GradientEdge]:
+    return [GradientEdge(n, number) for n, number in node.next_functions if n is not None]
+
+
+def _shape(edge: GradientEdge) -> torch.Size | None:
+    """Of the tensor at an edge; None for a parameter."""
+    metadata = getattr(edge.node, "_input_metadata", ())
+    return torch.Size(metadata[edge.output_nr].shape) if edge.output_nr < len(metadata) else None
+
+
+def whole_model(call: LossCall, params: Collection[int]) -> Region | None:
+    """The call whose output went straight into the loss, if it has all of these parameters, by identity."""
     edge = get_gradient_edge(call.out)
     for note in notes(edge.node):
-        if isinstance(note, RegionOutput) and note.output == edge.output_nr:
+        if (
+            isinstance(note, RegionOutput)
+            and note.output == edge.output_nr
+            and set(map(id, note.region.params)).issuperset(params)
+        ):
             region: Region = note.region
             return region
     return None
