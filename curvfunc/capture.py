@@ -33,7 +33,7 @@ from curvfunc.rules.pooling import FASTER
 from curvfunc.separation import ALONE, Outcome, differ, holds, outcome, require, same_chance
 from curvfunc.sites import Layouts, Site, Trace
 
-__all__ = ["capture", "check_leaves", "check_output", "check_subset", "nothing_hidden"]
+__all__ = ["Stale", "capture", "check_leaves", "check_output", "check_subset", "nothing_hidden"]
 
 FASTEST = {order: instead | FASTER for order, instead in INSTEAD.items()}
 
@@ -410,6 +410,14 @@ def check_subset(
         raise ValueError(why) from error
 
 
+class Stale(ValueError):
+    """The output depends on a parameter that is not this call's, ``leaf``."""
+
+    def __init__(self, leaf: Tensor, message: str) -> None:
+        super().__init__(message)
+        self.leaf = leaf
+
+
 def check_leaves(model_fn: Any, others: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
     """Raise if the output's graph ends in a parameter that is not this call's."""
     if not others:
@@ -419,10 +427,11 @@ def check_leaves(model_fn: Any, others: Sequence[Tensor], leaves: Sequence[Tenso
     for t in others:
         if getattr(t, "_curvfunc_leaf", False) or id(t) in replaced or any(t is p or shares_memory(t, p) for p in leaves):
             where = _holder(model_fn, t)
-            raise ValueError(
+            raise Stale(
+                t,
                 f"the output depends on a tensor{where} that was made from parameters in an earlier call, and that the model "
                 "kept: its values are old, and its gradient is lost. Clear it before the call (modules that keep it in eval "
-                "mode often do so in module.train(), followed by module.eval()), or compute it anew in each forward pass."
+                "mode often do so in module.train(), followed by module.eval()), or compute it anew in each forward pass.",
             )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import Node, get_gradient_edge
 
-from curvfunc.capture import capture
+from curvfunc.capture import Stale, capture
 from curvfunc.compat.context import LOCK, State, no_op, retained, state
 from curvfunc.compat.extensions import BackpropExtension
 from curvfunc.compat.memory import earlier
@@ -397,7 +397,11 @@ def repeat(output: RegionOutput, create_graph: bool) -> tuple[Trace, list[Tensor
         X = [x.detach().requires_grad_(x.requires_grad) for x in X]  # reentrant checkpoints look at it
     with torch.enable_grad():
         leaves = [p.view_as(p) if create_graph else p.detach().requires_grad_() for p in region.params]
-        trace = capture(model_fn, leaves, lambda values: dict(zip(names, values, strict=True)), X, region.samples)
+        try:
+            trace = capture(model_fn, leaves, lambda values: dict(zip(names, values, strict=True)), X, region.samples)
+        except Stale as error:
+            check_fresh(region, region.inputs, error.leaf, [])
+            raise
     check_repeated(region, trace.out, output.value, output.version)
     found = {i for site in trace.sites for i in site.forms}
     lost = _end(trace.out, {_node(leaf): names[i] for i, leaf in enumerate(leaves) if i not in found}, set())
