@@ -20,6 +20,7 @@ from curvfunc.capture import capture, check_output
 from curvfunc.cotangents import AveragedHessian, FullHessian, LossGradient, LossRoot, common
 from curvfunc.inputs import Batch, flatten_params, forward_errors, read_batch
 from curvfunc.model import ModelFunction
+from curvfunc.ownership import apart, check_apart, own
 from curvfunc.passes import BackwardPass, check_unchanged
 from curvfunc.residuals import Curvature, curvature
 from curvfunc.rules.nonlinear import COMPOSITES, SUBSTITUTES, THIRD_ORDER_SUBSTITUTES
@@ -85,7 +86,8 @@ def compute(
             are differentiated.
 
     Returns:
-        The tree of ``specs`` with each spec replaced by its result; where ``out`` has tensors, by these.
+        The tree of ``specs`` with each spec replaced by its result; where ``out`` has tensors, by these. All others are
+        dense and share memory with nothing, so that each can be changed in place and be passed as ``out``.
 
     Raises:
         TypeError, ValueError: For input that has no answer; the message names the argument, the shapes and the remedy.
@@ -122,6 +124,7 @@ def _results(
     generator: Generator | None,
     chunk_size: int | None,
     outs: list[Any] | None = None,
+    held: Sequence[Tensor] = (),
 ) -> list[Any]:
     """One result per spec. With a subset, the specs of the whole batch have a forward pass of their own."""
     if isinstance(model_fn, torch.nn.Module):
@@ -142,6 +145,8 @@ def _results(
             "out= takes results without a graph, and this call is differentiated or under a torch.func transformation. Leave "
             "out away, or detach params and X."
         )
+    if outs is not None:
+        _check_outs(specs, outs, {"X": X, "y": y} | {f"parameter {n!r}": p for n, p in zip(names, leaves, strict=True)})
     results: list[Any] = [None] * len(specs)
     for whole in (True, False) if batch.index is not None else (None,):
         chosen = [i for i, s in enumerate(specs) if whole is None or s.whole_batch == whole]
@@ -151,7 +156,27 @@ def _results(
             run = _Run(model_fn, names, rebuild, samples, loss, generator, chunk_size, differentiable, params, buffers)
             for i, result in zip(chosen, run.evaluate(leaves, [specs[i] for i in chosen]), strict=True):
                 results[i] = result
-    return results
+    return _own(results, outs, [*leaves, *_tensors((X, y, loss.tensors)), *held])
+
+
+def _check_outs(specs: Sequence[Any], outs: list[Any], others: dict[str, Any]) -> None:
+    """Raise if the caller's memory for a result is that of something else, too."""
+    given = [(f"out for {type(s).__name__}", t) for s, out in zip(specs, outs, strict=True) for t in _tensors(out)]
+    named = [(name, t) for name, tree in others.items() for t in _tensors(tree)]
+    check_apart(given, named)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [t for t in optree.tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def _own(results: list[Any], outs: list[Any] | None, given: list[Any]) -> list[Any]:
+    """The results, but for those in the caller's memory, as tensors that share memory with nothing."""
+    outs = [None] * len(results) if outs is None else outs
+    new: Any = [r if out is None else None for r, out in zip(results, outs, strict=True)]
+    tensors, tree = optree.tree_flatten(new)
+    found: Any = optree.tree_unflatten(tree, own(tensors, [*given, *optree.tree_leaves(outs)]))  # type: ignore[arg-type]
+    return [r if out is None else out for r, out in zip(found, outs, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -175,7 +200,8 @@ class _Run:
         if _functorch.peek_interpreter_stack() is None:
             with torch.enable_grad():
                 leaves = [p.view_as(p) if p.requires_grad and differentiable else _leaf(p) for p in params]
-                return self._results(leaves, specs, differentiable)[1]
+                results: Any = self._results(leaves, specs, differentiable)[1]
+                return optree.tree_map(apart, results)  # type: ignore[return-value]
 
         def forward(*leaves: Tensor) -> tuple[Tensor, list[Any]]:
             return self._results(list(leaves), specs, differentiable)
@@ -292,8 +318,8 @@ class _Run:
         )
 
     def _finish(self, spec: Quantity, cotangent: Any, out: Tensor, parts: dict[tuple[Any, str], list[Any]]) -> Any:
-        if spec.forward == "output":
-            return out
+        if spec.forward == "output":  # a detached one is another tensor than the model's own
+            return out.clone() if self.differentiable and not torch.compiler.is_compiling() else out
         if spec.forward == "loss":
             return self.loss(out, self.batch.y)
         lists = [parts[cotangent, name] for name in spec.contractions]
@@ -381,4 +407,5 @@ def _traced(
     def model(p: Any, x: Any) -> Any:
         return model_fn.apply(p, state, x) if isinstance(model_fn, ModelFunction) else model_fn(p, x)
 
-    return _results(model, params, X, y, specs, loss, tensors.get("subsampling", subsampling), None, chunk_size)
+    index = tensors.get("subsampling", subsampling)
+    return _results(model, params, X, y, specs, loss, index, None, chunk_size, held=tuple(state.values()))

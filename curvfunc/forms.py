@@ -367,8 +367,12 @@ def flat_vectors(g: Tensor) -> Tensor:
 
 def scatter(values: Tensor, rows: Tensor, size: int) -> Tensor:
     """Sums values [..., s, d] into rows [..., s] of [..., size, d]; the row ``size`` is dropped."""
-    zeros = values.new_zeros(*values.shape[:-2], size + 1, values.shape[-1])
-    return zeros.scatter_add(-2, rows.unsqueeze(-1).expand(values.shape), values)[..., :size, :]
+    lead, d = values.shape[:-2], values.shape[-1]
+    first = torch.arange(lead.numel(), device=rows.device).reshape(*lead, 1) * size
+    last = lead.numel() * size  # one row for all that is dropped, so that the others stay together
+    places = torch.where(rows < size, first + rows, last).reshape(-1, 1)
+    sums = values.new_zeros(last + 1, d).scatter_add(0, places.expand(-1, d), values.reshape(-1, d))
+    return sums[:last].reshape(*lead, size, d)
 
 
 def sums_positions(b: Bound) -> bool:

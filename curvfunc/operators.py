@@ -22,6 +22,7 @@ from curvfunc.linearization import (
     linearize,
     read_vector,
 )
+from curvfunc.ownership import own
 from curvfunc.products import _mc, fisher_matrix
 
 __all__ = ["LinearOperator", "fisher_operator", "ggn_operator", "hessian_operator"]
@@ -89,7 +90,8 @@ class LinearOperator:
         if v.ndim not in (1, 2) or v.shape[0] != self.shape[1]:
             raise ValueError(f"v has shape {tuple(v.shape)}; [P] or [P, K] with P = {self.shape[1]} is needed.")
         split = torch.split(v.mT if v.ndim == 2 else v, [p.numel() for p in self._leaves], dim=-1)
-        return self._rebuild([t.reshape((*v.shape[1:], *p.shape)) for t, p in zip(split, self._leaves, strict=True)])
+        parts = [t.reshape((*v.shape[1:], *p.shape)) for t, p in zip(split, self._leaves, strict=True)]
+        return self._rebuild(own(parts, [v]))
 
     def dense(self) -> Tensor:
         """The matrix itself, [P, P]: P products, for small problems."""

@@ -181,7 +181,8 @@ class BackwardPass:
         results = {n: [combine(n, f, outs[n][i] if n in outs else None) for i, f in enumerate(found[n])] for n in names}
         for n in ("per_sample", "total"):  # in low precision, sums of squares stay in single precision
             if n in results:
-                results[n] = [r.to(p.dtype) for r, p in zip(results[n], leaves, strict=True)]
+                dense = [r if r.layout is torch.strided else r.to_dense() for r in results[n]]  # of embeddings with sparse ones
+                results[n] = [r.to(p.dtype) for r, p in zip(dense, leaves, strict=True)]
         return results
 
     def _columns(self, root: losses.Root, start: int, stop: int) -> Tensor:

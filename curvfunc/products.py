@@ -52,6 +52,7 @@ from curvfunc.linearization import (
     read_vector,
 )
 from curvfunc.model import ModelFunction
+from curvfunc.ownership import apart, own
 from curvfunc.positive_curvature import PositiveCurvature
 
 __all__ = ["fisher_vp", "ggn_vp", "ggnmp", "hessian_vp", "hmp", "jvp", "pchmp", "vjp"]
@@ -401,6 +402,9 @@ def _evaluate(
             result = forward(*leaves)[1]
     else:
         result = torch.func.vjp(forward, *tensors, has_aux=True)[2]  # type: ignore[misc]
+    given: Any = (X, y, loss.tensors)
+    result = [apart(t) for t in result]
+    result = own(result, [*tensors, *vector, *optree.tree_leaves(given)])
     return result[0] if isinstance(matrix, Jacobian) else rebuild(result)
 
 

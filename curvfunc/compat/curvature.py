@@ -112,7 +112,7 @@ def _pulled(
                     keep(found.setdefault((i, k, name), []), part, CONTRACTIONS[name][1])
                 if stop == root.num:  # at once, so that the memory of what was there before can be used again
                     parts = [combine(name, found.pop((i, k, name)), whole.get(name)) for name in spec.contractions]
-                    store(graph.params[i], ext, spec, spec.finish(selected.g.shape[1], *parts))
+                    store(graph.params[i], ext, spec, spec.finish(selected.g.shape[1], *parts), whole)
 
 
 def _averaged(call: LossCall, graph: Upstream, ext: BackpropExtension, create_graph: bool) -> None:
@@ -124,7 +124,7 @@ def _averaged(call: LossCall, graph: Upstream, ext: BackpropExtension, create_gr
     with nullcontext() if create_graph else torch.no_grad():
         found = factors(trace, region.params, region.names, NodeLayouts(), hessian, create_graph)
     for p, result in zip(region.params, found, strict=True):
-        setattr(p, ext.savefield, list(result))
+        store(p, ext, ext.quantity(), result)
 
 
 def _diagonals(call: LossCall, curved: Curved, exts: list[BackpropExtension], create_graph: bool) -> None:
@@ -146,7 +146,7 @@ def _diagonals(call: LossCall, curved: Curved, exts: list[BackpropExtension], cr
         for ext in exts:
             summed = batched and "squares" in ext.quantity().contractions
             for p, result in zip(curved.leaves, found, strict=True):
-                setattr(p, ext.savefield, result.sum(0) if summed else result)
+                store(p, ext, ext.quantity(), result.sum(0) if summed else result)
 
 
 # -- by the functions, with a forward pass of their own

@@ -29,6 +29,7 @@ from curvfunc.compat.notes import LossCall, ModuleUse, Region, RegionOutput
 from curvfunc.compute import Quantity
 from curvfunc.cotangents import pull
 from curvfunc.forms import Bound, Direct, bind, inputs_of, merge
+from curvfunc.ownership import own
 from curvfunc.passes import contracted
 from curvfunc.sites import Trace
 
@@ -231,7 +232,7 @@ class Pass:
             selected = select(bound, ext.get_subsampling())
             memory = earlier(p, ext.savefield, spec, 1, selected.g.shape[1])
             result = first_order(spec, selected, memory)
-            store(p, ext, spec, result)
+            store(p, ext, spec, result, memory)
 
     def _call_hook(self, region: Region, owner: int) -> None:
         """The extension hook on a module, after those without parameters that were called later."""
@@ -323,14 +324,16 @@ def first_order(spec: Quantity, b: Bound, memory: dict[str, Tensor] | None = Non
     return spec.finish(b.g.shape[1], *[parts[name] for name in spec.contractions])
 
 
-def store(p: Tensor, ext: BackpropExtension, spec: Quantity, result: Any) -> None:
-    """Put a result on a parameter."""
-    if isinstance(result, Tensor):
-        if "per_sample" in spec.contractions:  # sums of squares stay in single precision
-            result = result.to(p.dtype)
-        if not torch.is_grad_enabled():
-            result = result.detach()  # no view, so that it is the only one to hold its memory
-    setattr(p, ext.savefield, list(result) if isinstance(result, tuple) else result)
+def store(p: Tensor, ext: BackpropExtension, spec: Quantity, result: Any, memory: dict[str, Tensor] | None = None) -> None:
+    """Put a result on a parameter; ``memory`` is what was given for it to be formed in."""
+    results = list(result) if isinstance(result, tuple) else [result]
+    if "per_sample" in spec.contractions:  # sums of squares stay in single precision
+        results = [r.to(p.dtype) for r in results]
+    if not memory:
+        results = own(results)
+    if not torch.is_grad_enabled():
+        results = [r.detach() for r in results]  # no view, so that it is the only one to hold its memory
+    setattr(p, ext.savefield, results if isinstance(result, tuple) else results[0])
 
 
 def _owned(b: Bound, cotangent: Tensor) -> Bound:
