@@ -34,6 +34,7 @@ __all__ = [
     "Rows",
     "Through",
     "arranged",
+    "at_samples",
     "bind",
     "bind_products",
     "direct",
@@ -239,6 +240,12 @@ def bind_products(form: Outer, cotangent: Tensor, moment: Tensor) -> Bound:
     """The form with g and Σ_nqs x xᵀ."""
     g = at_least_float32(form.cotangent(cotangent))
     return Bound(Products(form), g, moment.to(torch.promote_types(g.dtype, moment.dtype)))
+
+
+def at_samples(b: Bound, index: Tensor) -> Bound:
+    """The use at some of the samples, which may repeat."""
+    g = b.g[:, index.to(b.g.device)]
+    return replace(b, g=g, inputs=g if isinstance(b.form, Direct) else b.x[index.to(b.x.device)])
 
 
 def direct(gradient: Tensor) -> Bound:

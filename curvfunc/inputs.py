@@ -55,8 +55,16 @@ class Batch:
         return out[place]
 
     def has_repeats(self) -> bool:
-        """Whether the subset has a sample twice."""
-        return self.index is not None and len(self.index.unique()) < len(self.index)
+        """Whether the subset has a sample twice; where indices cannot be read, whether it may."""
+        return self.index is not None and (_is_hidden(self.index) or len(self.index.unique()) < len(self.index))
+
+    def distinct(self) -> "tuple[Batch, Tensor]":
+        """A subset with each sample once, all of them where indices cannot be read, and the places of this subset's in it."""
+        assert self.index is not None
+        if _is_hidden(self.index):
+            return self.whole(), self.index
+        index, places = self.index.unique(return_inverse=True)
+        return replace(self, index=index), places
 
     def select(self, columns: Tensor) -> Tensor:
         """Columns [v, N, ...] of the whole batch at the subset."""
@@ -139,6 +147,10 @@ def _read_index(subsampling: Sequence[int] | Tensor, total: int) -> Tensor:
             bad = low if low < 0 else high
             raise ValueError(f"subsampling has index {bad}, out of range for {total} samples (0 to {total - 1}).")
     return index.long()
+
+
+def _is_hidden(index: Tensor) -> bool:
+    return torch.compiler.is_compiling() or is_traced(index)
 
 
 def is_traced(t: Tensor) -> bool:

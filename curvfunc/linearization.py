@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from curvfunc import losses
 from curvfunc.capture import check_output
+from curvfunc.chance import Chance
 from curvfunc.compute import _leaf
 from curvfunc.cotangents import CHUNK_BYTES
 from curvfunc.inputs import Batch, flatten_params, forward_errors, read_batch
@@ -73,12 +74,25 @@ class Problem:
     generator: Generator | None = None
 
     def forward(self, leaves: Sequence[Tensor]) -> Tensor:
-        """The output of the subset, [B, ...]."""
-        X = self.batch.inputs()
+        """The output of the subset, [B, ...]; a sample that is in it twice has one output, also if the model draws."""
+        if not self.batch.has_repeats():
+            return self._forward(leaves, self.batch)
+        X: Any = self.batch.X
+        with Chance([*leaves, *optree.tree_leaves(X)]) as chance:
+            out = self._forward(leaves, self.batch)
+        if not chance.drawn:
+            return out
+        chance.undo()
+        batch, places = self.batch.distinct()
+        out = self._forward(leaves, batch)
+        return out[places.to(out.device)]
+
+    def _forward(self, leaves: Sequence[Tensor], batch: Batch) -> Tensor:
+        X = batch.inputs()
         # the fused kernels of attention have no second derivative
         with forward_errors(self.names, leaves, X), sdpa_kernel(SDPBackend.MATH), _NoBatchStatistics():
             out: Tensor = self.model_fn(self.rebuild(leaves), X)
-        check_output(out, self.batch.size)
+        check_output(out, batch.size)
         return out
 
     def gradient(self, out: Tensor) -> Tensor:

@@ -106,6 +106,7 @@ class BackwardPass:
         select: Takes columns [v, n, ...] of the whole batch to the samples that ``trace`` is of.
         chunk_size: Number of columns that are backpropagated together; by default chosen by memory.
         differentiable: Whether the results will be differentiated.
+        chosen: Samples of ``trace`` that the results are of, [B], where they may repeat; None for all.
     """
 
     trace: Trace
@@ -114,6 +115,7 @@ class BackwardPass:
     select: Callable[[Tensor], Tensor]
     chunk_size: int | None
     differentiable: bool
+    chosen: Tensor | None = None
     prepared: Prepared = field(default_factory=Prepared)
 
     def run(
@@ -134,7 +136,8 @@ class BackwardPass:
                 uses[i].append((site, form))
         per_site = [n for n in names if n != "total"]
         # where gradients of samples are formed anyway, their sum is at hand; else autograd's is faster
-        summed = {i for i, mine in enumerate(uses) if "total" in names and per_site and _forms_gradients(mine)}
+        some = self.chosen is not None
+        summed = {i for i, mine in enumerate(uses) if "total" in names and (some or (per_site and _forms_gradients(mine)))}
         others = [i for i in range(len(leaves)) if "total" in names and i not in summed]
         found: dict[str, list[list[Any]]] = {n: [[] for _ in leaves] for n in names}
         factors: dict[int, dict[Any, Tensor]] = {}  # by chunk
@@ -143,7 +146,8 @@ class BackwardPass:
             if bounds:
                 bound = forms.merge(bounds)
             else:
-                bound = direct(leaves[i].new_zeros(()).expand(stop - start, len(trace.out), *leaves[i].shape))
+                samples = len(trace.out) if self.chosen is None else len(self.chosen)
+                bound = direct(leaves[i].new_zeros(()).expand(stop - start, samples, *leaves[i].shape))
             wanted = [*per_site, "total"] if i in summed else per_site
             buffers = {n: buffer[i][start:stop] if n == "per_sample" else buffer[i] for n, buffer in outs.items()}
             check_block(wanted, bound, f"parameter {self.names[i]!r}")
@@ -153,7 +157,8 @@ class BackwardPass:
 
         derived = any(isinstance(form, Through) for mine in uses for _, form in mine)  # have a pullback to come
         retain_graph |= self.differentiable or derived
-        if per_site and root.num == 1 and self._is_large():
+        at_sites = bool(per_site) or bool(summed)
+        if at_sites and root.num == 1 and self._is_large():
             column = self._columns(root, 0, 1)[0]
             totals = self._stream(column, uses, [leaves[i] for i in others], contract, per_site, retain_graph)
             for i, t in zip(others, totals, strict=True):
@@ -166,14 +171,14 @@ class BackwardPass:
                     trace,
                     self._columns(root, start, stop),
                     [leaves[i] for i in others],
-                    sites=bool(per_site),
+                    sites=at_sites,
                     create_graph=self.differentiable,
                     retain_graph=retain_graph or stop < root.num,
                 )
                 for i, t in zip(others, totals, strict=True):
                     found["total"][i].append(t)
-                at = dict(zip(trace.sites, gs, strict=True)) if per_site else {}
-                for i, mine in enumerate(uses) if per_site else ():
+                at = dict(zip(trace.sites, gs, strict=True)) if at_sites else {}
+                for i, mine in enumerate(uses) if at_sites else ():
                     alone = len(mine) == 1
                     bounds = [self._bind(site, form, at[site], per_site, alone) for site, form in mine]
                     contract(i, bounds, start, stop)
@@ -231,7 +236,9 @@ class BackwardPass:
     def _bind(self, site: Site, form: Form, g: Tensor, names: Sequence[str], alone: bool) -> Bound:
         """A use with its tensors; inputs are prepared once for all chunks."""
         check_unchanged(site)
-        return self.prepared.bind(form, g, names, alone)
+        if self.chosen is None:
+            return self.prepared.bind(form, g, names, alone)
+        return forms.at_samples(self.prepared.bind(form, g, names, alone=False), self.chosen)
 
 
 def contracted(
