@@ -22,7 +22,7 @@ from curvfunc.cotangents import AveragedHessian, FullHessian, LossGradient, Loss
 from curvfunc.inputs import Batch, flatten_params, forward_errors, read_batch
 from curvfunc.model import ModelFunction
 from curvfunc.ownership import apart, check_apart, own
-from curvfunc.passes import BackwardPass, Prepared, check_unchanged
+from curvfunc.passes import FACTORS, BackwardPass, Prepared, check_unchanged
 from curvfunc.residuals import Curvature, curvature
 from curvfunc.rules.nonlinear import COMPOSITES, SUBSTITUTES, THIRD_ORDER_SUBSTITUTES
 from curvfunc.sites import Layouts, Trace
@@ -239,14 +239,21 @@ class _Run:
         averaged = any(isinstance(s.cotangent, AveragedHessian) for s in specs)
         layouts = Layouts(COMPOSITES, substitutes) if curves else Layouts() if averaged else None
         sites = any(s.contractions and (self._picks(s) or s.contractions != ("total",)) for s in specs)
-        chance = Chance([*leaves, *_tensors(self.batch.X)]) if self.watched else None
+        chance = Chance([*leaves, *_tensors(self.batch.X)]) if self.watched or (curves and len(specs) > 1) else None
         with chance or nullcontext():
             trace = self._forward(leaves, sites, layouts, faster=layouts is None)
-        if chance is not None and chance.drawn:
+        drawn = chance is not None and chance.drawn
+        if chance is not None and drawn and self.watched:
             chance.undo()
             raise _DrawnError
         curved = self._curvature(trace, leaves, layouts) if layouts is not None and curves else None
-        if curved is not None:
+        if curved is not None and drawn and curved[0] is not trace:
+            if any(not FACTORS.isdisjoint(s.contractions) for s in specs):
+                raise NotImplementedError(
+                    "the diagonal of the Hessian needs a forward pass of its own here, as a parameter is used twice, and this "
+                    "model draws random numbers, which Kronecker factors in the same call would not share. Ask for them in "
+                    "another call, or switch the randomness off: module.eval()."
+                )
             trace = curved[0]
         device = trace.out.device.type
         full_precision = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -46,7 +46,9 @@ def own(results: Iterable[Tensor], given: Iterable[Any] = ()) -> list[Tensor]:
 
 def apart(t: Tensor) -> Tensor:
     """The same values in the same memory as another tensor, so that it shows in the memory if someone else has ``t`` itself."""
-    return t if t.requires_grad or t.layout != torch.strided or torch.compiler.is_compiling() else t.detach()
+    if t.requires_grad or t.layout != torch.strided or torch.compiler.is_compiling():
+        return t
+    return t if _functorch.peek_interpreter_stack() is not None else t.detach()
 
 
 def _storages(t: Tensor, dual: bool) -> list[int]:

@@ -247,6 +247,27 @@ def test_models_without_chance_run_on_the_subset(specs: Any, passes: list[int]) 
     assert calls == passes
 
 
+def test_the_diagonal_of_the_hessian_with_other_quantities() -> None:
+    """A parameter that is used twice has a forward pass with copies for each sample; what else is asked for is of that one."""
+    seen: list[Tensor] = []
+
+    def fixed(p: Any, x: tuple[Tensor, Tensor]) -> Tensor:
+        h = torch.tanh(x[0] @ p["w"]) * x[1]
+        return torch.tanh(h @ p["w"]) @ p["w"]
+
+    def model_fn(p: Any, x: Tensor) -> Tensor:
+        seen.append(torch.rand(len(x), 4))
+        return fixed(p, (x, seen[-1]))
+
+    X, y, params = torch.randn(N, 4), torch.arange(N) % C, {"w": torch.randn(4, 4)}
+    specs = [DiagHessian(), Loss(), Output(), BatchGrad(), DiagGGN()]
+    got = compute(model_fn, params, X, y, specs)
+    drawn = torch._C._functorch.get_unwrapped(seen[-1]).squeeze(1)  # under vmap, with a batch of one for each sample
+    assert_close(got, compute(fixed, params, (X, drawn), y, specs))
+    with pytest.raises(NotImplementedError, match=r"random numbers.*another call"):
+        compute(model_fn, params, X, y, [DiagHessian(), KFLR()])
+
+
 def test_averaged_factors_are_refused() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, C))
     model_fn, params = functionalize(module)
