@@ -17,7 +17,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
-import optree
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
@@ -27,6 +26,7 @@ from curvfunc.forms import Direct
 from curvfunc.losses import values_visible
 from curvfunc.observer import Observer, Opaque, axis_of, calls_may_hide, edge_of, hidden, marked, without_fallback_warnings
 from curvfunc.rules.pooling import FASTER
+from curvfunc.samples import flatten, tree_map
 from curvfunc.sites import Layouts, Site, Trace
 
 __all__ = ["capture", "check_output"]
@@ -84,7 +84,7 @@ def _attempt(
     for guesses in (None, False):
         mode = Observer(tracked, None, samples, layouts, FASTER if faster else {})
         mode.guesses = guesses
-        params, X_marked = rebuild(leaves), optree.tree_map(marked, X)
+        params, X_marked = rebuild(leaves), tree_map(marked, X)
         with mode:
             out = model_fn(params, X_marked)
         check_output(out, samples)
@@ -186,19 +186,20 @@ def _capture_vmapped(
         tracked = {i: p for i, p in enumerate(leaves) if i not in reasons}
         generic = {i: _copies(leaves[i], samples) for i in reasons if i is not None}
         modes: list[Observer] = []
+        inputs, rebuild_X = flatten(X)
 
-        def one(x: Any, own: dict[int, Tensor]) -> Tensor:
-            level = _functorch.maybe_get_level(optree.tree_leaves(x)[0])
+        def one(xs: list[Tensor], own: dict[int, Tensor]) -> Tensor:
+            level = _functorch.maybe_get_level(xs[0])
             modes.append(Observer(tracked, level, samples, layouts))  # noqa: B023 (called at once, below)
             params = rebuild([own.get(i, p) for i, p in enumerate(leaves)])
-            x = optree.tree_map(lambda t: t.unsqueeze(0), x)
+            x = rebuild_X([t.unsqueeze(0) for t in xs])  # noqa: B023
             with modes[0]:  # noqa: B023
                 out = model_fn(params, x)
             check_output(out, 1)
             return out.squeeze(0)
 
         with without_fallback_warnings():
-            out = torch.vmap(one, randomness="different")(X, generic)
+            out = torch.vmap(one, randomness="different")(inputs, generic)
         mode = modes[0]
         mode.note(hidden(out, mode.sites, tracked), "it is used where calls cannot be seen")
         if not mode.reasons:
@@ -216,9 +217,10 @@ def _capture_loop(
 ) -> Trace:
     """Run sample by sample, every parameter with a copy per sample."""
     generic = {i: _copies(p, samples) for i, p in enumerate(leaves)}
+    inputs, rebuild_X = flatten(X)
     outs = []
     for n in range(samples):
-        x = optree.tree_map(lambda t, n=n: t[n : n + 1], X)
+        x = rebuild_X([t[n : n + 1] for t in inputs])
         with Observer({}, None, 1):
             out = model_fn(rebuild([p[n] for p in generic.values()]), x)
         check_output(out, 1)
@@ -254,5 +256,7 @@ def check_output(out: Any, samples: int) -> None:
             f"the model's output has shape {tuple(out.shape)} for {samples} sample(s); its first axis must be the "
             "sample axis. Permute it in model_fn or output_fn."
         )
+    if out.numel() == 0 and out.shape[0]:
+        raise ValueError(f"the model's output has shape {tuple(out.shape)}, and so no entries to take derivatives of.")
     if not out.is_floating_point():
         raise TypeError(f"the model's output has dtype {out.dtype}; a real floating-point tensor is needed.")

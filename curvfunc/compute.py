@@ -19,12 +19,14 @@ from curvfunc.buffers import copied, deliver, parameter_buffers, read_buffers
 from curvfunc.capture import capture, check_output
 from curvfunc.chance import Chance
 from curvfunc.cotangents import AveragedHessian, FullHessian, LossGradient, LossRoot, common
-from curvfunc.inputs import Batch, flatten_params, forward_errors, read_batch
+from curvfunc.inputs import Batch, check_generator, flatten_params, forward_errors, read_batch
 from curvfunc.model import ModelFunction
 from curvfunc.ownership import apart, check_apart, own
 from curvfunc.passes import FACTORS, BackwardPass, Prepared, check_unchanged
 from curvfunc.residuals import Curvature, curvature
 from curvfunc.rules.nonlinear import COMPOSITES, SUBSTITUTES, THIRD_ORDER_SUBSTITUTES
+from curvfunc.samples import check_crosses, tree_map
+from curvfunc.samples import leaves as tensors_of
 from curvfunc.sites import Layouts, Trace
 
 __all__ = ["Quantity", "compute"]
@@ -109,7 +111,8 @@ def compute(
         return _compiled(model_fn, params, X, y, specs, loss_fn, subsampling, generator, chunk_size, out)
     if torch.is_inference_mode_enabled():  # it forbids graphs; tensors that were made in it are copied out of it
         with torch.inference_mode(False):
-            params, X, y = (optree.tree_map(_out_of_inference, tree) for tree in (params, X, y))
+            params = optree.tree_map(_out_of_inference, params)
+            X, y = (tree_map(_out_of_inference, tree) for tree in (X, y))
             given: dict[str, Any] = {"loss_fn": loss_fn, "generator": generator, "chunk_size": chunk_size, "out": out}
             return compute(model_fn, params, X, y, specs, subsampling=subsampling, **given)
     leaves, tree = optree.tree_flatten(specs, is_leaf=lambda s: isinstance(s, Quantity))
@@ -142,9 +145,10 @@ def _results(
             raise TypeError(f"specs must hold quantities such as BatchGrad() or DiagGGN(), got {spec!r}.")
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size must be a positive int or None, got {chunk_size!r}.")
+    check_generator(generator)
     names, leaves, rebuild = flatten_params(params)
     batch = read_batch(X, y, subsampling)
-    differentiable = _will_be_differentiated([*leaves, *optree.tree_leaves(X)])
+    differentiable = _will_be_differentiated([*leaves, *_tensors(X)])
     if outs is not None and (differentiable or _functorch.peek_interpreter_stack() is not None):
         raise ValueError(
             "out= takes results without a graph, and this call is differentiated or under a torch.func transformation. Leave "
@@ -188,7 +192,7 @@ def _check_outs(specs: Sequence[Any], outs: list[Any], others: dict[str, Any]) -
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [t for t in optree.tree_leaves(tree) if isinstance(t, Tensor)]
+    return [t for t in tensors_of(tree) if isinstance(t, Tensor)]
 
 
 def _own(results: list[Any], outs: list[Any] | None, given: list[Any]) -> list[Any]:
@@ -437,6 +441,8 @@ def _compiled(
     keys = tuple([(type(s), s.key()) for s in leaves])
     loss = losses.normalize(loss_fn)
     losses.check_traceable(loss)
+    check_crosses("X", X)
+    check_crosses("y", y)
     state = model_fn.state(params) if isinstance(model_fn, ModelFunction) else {}
     if isinstance(subsampling, Tensor):
         constants, tensors = None, {"subsampling": subsampling}

@@ -30,9 +30,10 @@ from curvfunc.capture import check_output
 from curvfunc.chance import Chance
 from curvfunc.compute import _leaf
 from curvfunc.cotangents import CHUNK_BYTES
-from curvfunc.inputs import Batch, flatten_params, forward_errors, read_batch
+from curvfunc.inputs import Batch, check_generator, flatten_params, forward_errors, read_batch
 from curvfunc.observer import BATCH_NORMS, refuse_batch_statistics, without_fallback_warnings
 from curvfunc.ownership import own
+from curvfunc.samples import leaves as tensors_of
 
 __all__ = [
     "EmpiricalFisher",
@@ -77,8 +78,7 @@ class Problem:
         """The output of the subset, [B, ...]; a sample that is in it twice has one output, also if the model draws."""
         if not self.batch.has_repeats():
             return self._forward(leaves, self.batch)
-        X: Any = self.batch.X
-        with Chance([*leaves, *optree.tree_leaves(X)]) as chance:
+        with Chance([*leaves, *tensors_of(self.batch.X)]) as chance:
             out = self._forward(leaves, self.batch)
         if not chance.drawn:
             return out
@@ -250,6 +250,7 @@ def linearize(
         )
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size must be a positive int or None, got {chunk_size!r}.")
+    check_generator(generator)
     names, tensors, rebuild = flatten_params(params)
     batch, loss = read_batch(X, y, subsampling), losses.normalize(loss_fn)
     problem = Problem(model_fn, names, rebuild, batch, loss, generator)

@@ -181,7 +181,7 @@ def _rerun(call: LossCall, exts: list[BackpropExtension]) -> None:
                 name = type(ext).__name__
                 results[ext.savefield] = products.blocks(name, ext.matrix(), model_fn, data, inputs.X, call.y, call.loss)
     for out in outputs:
-        if not torch._C._functorch.is_functorch_wrapped_tensor(out):
+        if not torch._C._functorch.is_functorch_wrapped_tensor(out) and len(out) == len(call.out):  # not of single samples
             check_repeated(region, out, call.out.detach(), call.out._version)
     outputs.clear()
     for savefield, values in results.items():

@@ -18,7 +18,6 @@ from functools import partial
 from types import MethodType
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch
@@ -33,6 +32,7 @@ from curvfunc.compat.extensions import BatchDiagHessian, DiagHessian, MatrixProd
 from curvfunc.compat.notes import Call, LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, note
 from curvfunc.observer import BATCH_NORMS, Observer, axis_of, hidden, marked, refuse_batch_statistics
 from curvfunc.rules.nonlinear import SUBSTITUTES
+from curvfunc.samples import flatten
 from curvfunc.sites import Site
 
 __all__ = ["extend", "memory_cleanup"]
@@ -162,7 +162,11 @@ def extend(module: nn.Module, debug: bool = False, use_converter: bool = False) 
             f"extend takes a torch.nn.Module, got {type(module).__name__}. Use the loss's module, e.g. "
             "nn.CrossEntropyLoss() for F.cross_entropy, or curvfunc's functions, which take any loss function."
         )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError("extend cannot record a scripted module. Extend a module that contains it, or the one it was made of.")
     for m in module.modules():
+        if isinstance(m, torch.jit.ScriptModule):  # recorded as a part of what contains it
+            continue
         if debug:
             print("[DEBUG] Extending", m)
         forward = m.__dict__.get("forward")
@@ -189,19 +193,18 @@ def _record_loss(module: nn.Module, forward: Callable[..., Any], args: tuple[Any
 
 def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     called: Any = (args, kwargs)
-    leaves, tree = optree.tree_flatten(called, none_is_leaf=True)
+    leaves, rebuild = flatten(called)
     first = next((t for t in leaves if isinstance(t, Tensor) and t.ndim), None)
     params = _parameters(module)
     if first is None or not params:
         return forward(*args, **kwargs)
     sampled = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.ndim and len(t) == len(first)]
-    call = Call(weakref.ref(module), list(leaves), tree, sampled, _generators() if module.training else None)
+    call = Call(weakref.ref(module), list(leaves), rebuild, sampled, _generators() if module.training else None)
     names, tensors, owners = map(list, zip(*params, strict=True))
     region = Region(type(module).__name__, tensors, names, owners, len(first), call)
     for i in sampled:
         leaves[i] = marked(leaves[i])
-    called = optree.tree_unflatten(tree, leaves)
-    args, kwargs = called
+    args, kwargs = rebuild(leaves)
     twice = CTX.is_extension_active(DiagHessian, BatchDiagHessian, MatrixProduct)
     mode = _Recording(dict(enumerate(tensors)), None, len(first), NodeLayouts(SUBSTITUTES if twice else None))
     _LOCAL.region = region
