@@ -1,5 +1,6 @@
 """One backward pass, contracted: columns go back to the sites in chunks, and each chunk is contracted for each parameter."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -52,8 +53,9 @@ OF_PRODUCTS = frozenset({"output_factor", "input_factor", "output_factor_expand"
 # Where the cotangents of all sites are smaller than this, they may as well be kept until the backward pass is over.
 STREAMED_BYTES = 1 << 20
 
-# A block larger than this many rows is refused: 2**15 rows take 4 GiB in float32.
+# A block larger than this many rows is refused: 2**15 rows take 4 GiB in float32. From the lower number on there is a warning.
 LARGEST_BLOCK = 1 << 15
+LARGE_BLOCK = 1 << 12
 
 
 class Prepared:
@@ -308,13 +310,21 @@ def combine(name: str, parts: list[Any], buffer: Tensor | None = None) -> Any:
 
 
 def check_block(names: Sequence[str], bound: Bound, parameter: str) -> None:
-    """Raise if a parameter without Kronecker structure is so large that nobody can want its exact block."""
+    """Raise if a parameter without Kronecker structure is so large that nobody can want its exact block; warn before that."""
     if not isinstance(bound.form, Direct) or not any(n.startswith("output_factor") for n in names):
         return
     if (rows := bound.form.shape.numel()) > LARGEST_BLOCK:
         raise NotImplementedError(
             f"{parameter} of shape {tuple(bound.form.shape)} has no Kronecker structure here, and its exact block would have "
             f"{rows} rows. Leave it out of params (in modules, freeze it), or use a diagonal such as diag_ggn."
+        )
+    if rows >= LARGE_BLOCK:
+        size = rows**2 * bound.g.element_size() / 2**20
+        warnings.warn(
+            f"{parameter} of shape {tuple(bound.form.shape)} has no Kronecker structure here (as position embeddings have "
+            f"none): its one factor is its exact block, {rows} x {rows}, of {size:.0f} MiB. If that is not wanted, leave it "
+            "out of params (in modules, freeze it).",
+            stacklevel=2,
         )
 
 
