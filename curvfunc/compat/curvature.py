@@ -203,7 +203,8 @@ def _rerun(call: LossCall, graph: Upstream, exts: list[BackpropExtension], curre
                 found = products.blocks(name, ext.matrix(), model_fn, data, inputs.X, call.y, call.loss)
                 results[ext.savefield] = {k: blocks.FunctionProduct(params[k], f) for k, f in found.items()}
     for out in outputs:
-        check_repeated(region, out, call.out.detach(), call.out._version)
+        if not torch._C._functorch.is_functorch_wrapped_tensor(out) and len(out) == len(call.out):  # not of single samples
+            check_repeated(region, out, call.out.detach(), call.out._version)
     outputs.clear()
     for ext in exts:
         for name, p in params.items():
