@@ -28,7 +28,7 @@ SHARE = {"eager": 1.0, "compile": 0.03, "threads": 0.15, "two losses": 0.15, "to
 )
 
 
-LIMIT = 120  # seconds for one program
+LIMIT = 60  # seconds for one program
 
 
 def judged(program: Program, paths: list[str]) -> dict[tuple[str, str], tuple[Trial, Outcome]]:

@@ -544,6 +544,7 @@ def sequence_first(w: Writer) -> None:
 
 @piece("around", arity=1)
 def checkpointed(w: Writer) -> None:
+    w.linear()  # a reentrant one has gradients only if its input has
     w(f"h = checkpoint({w.child()}, h, use_reentrant={w.pick('False', 'False', 'False', 'True')})")
 
 
@@ -1071,7 +1072,7 @@ def views(w: Writer) -> None:
             [f"h.transpose(0, -1).mul_({w.param(d)}.reshape({', '.join(['-1'] + ['1'] * (2 if w.t else 1))}))"],
             ["F.relu_(h.chunk(2, -1)[0])"],
             [f"h[..., 0].add_(h[..., 1] * {w.param(1, init='torch.tensor(0.4)')})"],
-            [f"h.flatten()[::2].mul_(2)", f"h = h + {w.param(d)}"],
+            [f"h.view(-1, {d})[:, ::2].mul_(2)", f"h = h + {w.param(d)}"],
             [f"h.select(-1, 1).copy_(h.select(-1, 0))", f"h = h * {w.param(d)}"],
             [f"h.index_add_(-1, torch.tensor([0]), h[..., 1:2] * {w.param(1)})"],
             [f"h.masked_fill_(h.detach() > 0.5, 0.5)", f"h = h + {w.param(d)}"],

@@ -228,7 +228,7 @@ for n in range(len(X)):
 """.format(
         term="(F.mse_loss(out[n], y[n], reduction='sum') / y.numel())"
         if "mse" in program.loss
-        else "F.cross_entropy(out[n], y[n])" + ("" if "sum" in program.loss else " / len(X)")
+        else "F.cross_entropy(out[n], y[n])" if "sum" in program.loss else "(F.cross_entropy(out[n], y[n]) / len(X))"
     )
     return program.source + trial.code.strip() + "\n" + (define if trial.quantities[0] in FIRST else "")
 
@@ -244,7 +244,9 @@ class Case:
         self.namespace = program.run()
         self.X = self.namespace["X"].clone()
         self.found: dict[Any, Truth] = {}
-        self.truth()  # a program that plain autograd cannot run has none, and is no program
+        if not self.truth().leaves:
+            raise RuntimeError("the program has no parameters")
+        _ = self.truth().grads  # what plain autograd cannot run is no program
 
     def truth(self, scale: float = 1.0, X: Tensor | None = None) -> Truth:
         """At the parameters times ``scale``, and at other inputs."""
