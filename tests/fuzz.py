@@ -28,7 +28,7 @@ SHARE = {"eager": 1.0, "compile": 0.03, "threads": 0.15, "two losses": 0.15, "to
 )
 
 
-LIMIT = 60  # seconds for one program
+LIMIT = 120  # seconds for one program
 
 
 def judged(program: Program, paths: list[str]) -> dict[tuple[str, str], tuple[Trial, Outcome]]:
@@ -41,9 +41,14 @@ def judged(program: Program, paths: list[str]) -> dict[tuple[str, str], tuple[Tr
     return found
 
 
-def defect(program: Program, outcome: Outcome) -> bool:
+def label(program: Program, path: str, outcome: Outcome) -> str:
+    """The kind of outcome, which tells apart refusals that should not be."""
+    return "refused although right" if outcome.kind == "refused" and not program.may_refuse(path) else outcome.kind
+
+
+def defect(program: Program, path: str, outcome: Outcome) -> bool:
     """Whether an outcome should not be: right models are not refused, and errors say what to do."""
-    return outcome.kind in ("wrong", "crashed") or (outcome.kind == "refused" and not program.mixes)
+    return label(program, path, outcome) in ("wrong", "crashed", "refused although right")
 
 
 def minimised(program: Program, path: str, quantity: str, kind: str, seconds: float = 10) -> tuple[Program, Trial, Outcome]:
@@ -56,15 +61,15 @@ def minimised(program: Program, path: str, quantity: str, kind: str, seconds: fl
             for trial in PATHS[path](candidate):
                 if quantity in trial.quantities:
                     outcome = outcomes(case, trial)[quantity]
-                    if outcome.kind == kind and defect(candidate, outcome):
+                    if outcome.kind == kind and defect(candidate, path, outcome):
                         return trial, outcome
         except Exception:
             return None
         return None
 
-    trial, outcome = failing(program) or (None, None)
-    assert trial is not None and outcome is not None, "the failure does not repeat"
-    again = True
+    found = failing(program)
+    assert found is not None, "the failure does not repeat"
+    (trial, outcome), again = found, True
     while again and time.monotonic() < until:
         again = False
         for candidate in smaller(program):
@@ -72,6 +77,23 @@ def minimised(program: Program, path: str, quantity: str, kind: str, seconds: fl
                 program, (trial, outcome), again = candidate, found, True
                 break
     return program, trial, outcome
+
+
+def waited(file: Any, child: int) -> bool:
+    """Whether a child answers: within the limit, and not after 15 seconds in which it did not compute (a deadlock)."""
+    before, idle = "", 0
+    for _ in range(LIMIT // 5):
+        if select.select([file], [], [], 5)[0]:
+            return True
+        try:
+            with open(f"/proc/{child}/stat") as stat:
+                times = " ".join(stat.read().rpartition(")")[2].split()[11:13])
+        except OSError:  # not Linux
+            continue
+        before, idle = times, idle + 1 if times == before else 0
+        if idle == 3:
+            return False
+    return False
 
 
 class Tally:
@@ -94,19 +116,15 @@ class Tally:
         self.models += 1
         worst: dict[str, tuple[str, str, Outcome]] = {}
         for (path, quantity), (_, outcome) in found.items():
-            self.by_quantity[f"{path} {quantity}"][self.label(program, outcome)] += 1
-            if defect(program, outcome):
+            self.by_quantity[f"{path} {quantity}"][label(program, path, outcome)] += 1
+            if defect(program, path, outcome):
                 worst.setdefault(outcome.kind, (path, quantity, outcome))
-        kinds = {self.label(program, outcome) for _, outcome in found.values()}
+        kinds = {label(program, path, o) for (path, _), (_, o) in found.items() if path not in ("two losses", "threads")}
         for name in program.pieces:
             if PIECES[name].group != "frame":
                 self.by_piece[name].update(kinds & {"wrong", "crashed", "refused although right", "refused"} or {"right"})
         for kind, (path, quantity, _) in worst.items():
             self.note(seed, program, path, quantity, kind, show)
-
-    @staticmethod
-    def label(program: Program, outcome: Outcome) -> str:
-        return "refused although right" if outcome.kind == "refused" and not program.mixes else outcome.kind
 
     def note(self, seed: int, program: Program, path: str, quantity: str, kind: str, show: bool) -> None:
         """Keep a failure's short program, one for each set of pieces, path and kind."""
@@ -144,7 +162,7 @@ class Tally:
             os._exit(0)
         os.close(write)
         with os.fdopen(read) as file:
-            ended = select.select([file], [], [], LIMIT)[0]
+            ended = waited(file, child)
             if not ended:
                 os.kill(child, signal.SIGKILL)
             answer = file.read()
@@ -158,7 +176,7 @@ class Tally:
                 self.by_piece[name]["crashed"] += 1
             found = self.failures.setdefault(("crashed", tuple(pieces), "hangs"), {
                 "seed": seed, "kind": "crashed", "pieces": pieces, "path": "+".join(paths), "quantity": "", "count": 0,
-                "detail": "the process died" if ended else f"no result after {LIMIT} seconds", "program": program.source,
+                "detail": "the process died" if ended else "hangs", "program": program.source,
             })  # fmt: skip
             found["count"] += 1
 
@@ -194,7 +212,9 @@ class Tally:
         for reason, count in self.invalid.most_common(20):
             print(f"not a program ({count}): {reason}")
         for f in self.failures.values():
-            print(f"{f['kind']:>10} x{f['count']:<3} seed {f['seed']:<6} {f['path']:13} {f['quantity']:13} {'+'.join(f['pieces']):40} {f['detail'][:110]}")
+            print(
+                f"{f['kind']:>10} x{f['count']:<3} seed {f['seed']:<6} {f['path']:13} {f['quantity']:13} {'+'.join(f['pieces']):40} {f['detail'][:110]}"
+            )
         total = Counter[str]()
         for counts in self.by_quantity.values():
             total.update(counts)

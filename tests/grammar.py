@@ -70,7 +70,11 @@ class Writer:
     def used(self) -> list[str]:
         """The lines of ``__init__`` without those that only variants that were not picked need."""
         body = "\n".join(self.forward)
-        return [line for line in self.init if not (w := re.match(r"self\.(?:register_buffer\(\")?(w\d+)\b", line)) or w[1] in names(body)]
+        return [
+            line
+            for line in self.init
+            if not (w := re.match(r"self\.(?:register_buffer\(\")?(w\d+)\b", line)) or w[1] in names(body)
+        ]
 
     def pick(self, *options: Any) -> Any:
         return self.random.choice(options)
@@ -168,6 +172,22 @@ LOSSES = {
 }
 COUNTER = itertools.count()
 
+# Right models that may be refused, on these paths (all if none): the answer is a ValueError or NotImplementedError.
+REFUSABLE: dict[str, tuple[str, ...]] = {
+    "cached": (),  # what an earlier call left on a module is of other parameters
+    "changed": (),
+    "dirty": (),
+    "checkpointed": (),  # reentrant ones know ``backward`` only
+    "seeded": ("subsampling",),  # other samples draw other numbers
+    "own_generator": ("subsampling",),
+    "scripted_function": ("vmap", "grad", "jvp", "compile"),  # torch.func is wrong with nested levels there
+    "scripted_module": ("vmap", "grad", "jvp", "compile"),
+    "hidden": ("vmap", "grad", "jvp", "compile"),
+    "hidden_then_in_place": ("vmap", "grad", "jvp", "compile"),
+    "hidden_positions": ("vmap", "grad", "jvp", "compile"),
+    "straight_through": ("vmap", "grad", "jvp", "compile"),
+}
+
 
 @dataclass(frozen=True)
 class Program:
@@ -186,6 +206,12 @@ class Program:
     @property
     def mixes(self) -> bool:
         return any(PIECES[name].group == "mix" for name in self.pieces)
+
+    def may_refuse(self, path: str) -> bool:
+        """Whether a refusal is an answer on a path."""
+        if self.mixes or path in ("two losses", "threads"):
+            return True
+        return any(name in REFUSABLE and (not REFUSABLE[name] or path in REFUSABLE[name]) for name in self.pieces)
 
     @property
     def source(self) -> str:
@@ -258,7 +284,7 @@ def random_program(seed: int, names: list[str] | None = None) -> Program:
     time = rng.random() < 0.6
     n, t, d = rng.choice([3, 2, 4, 1]), rng.choice([3, 2, 4, 1]) if time else 0, rng.choice([3, 4])
     chosen = names or [name for name, p in PIECES.items() if p.group not in ("mix", "frame")]
-    body = [nodes(rng, time, 1, chosen) for _ in range(rng.choice([1, 1, 2, 3]))]
+    body = [nodes(rng, time, rng.choice([1, 1, 2]), chosen) for _ in range(rng.choice([1, 1, 2, 3]))]
     if names is None and rng.random() < 0.25:
         mixing = [name for name, p in PIECES.items() if p.group == "mix" and (time or not p.time)]
         body.insert(rng.randrange(len(body) + 1), Node(rng.choice(mixing), rng.randrange(10**6)))
@@ -402,9 +428,14 @@ def recurrent(w: Writer) -> None:
 @piece("plain", time=True)
 def token(w: Writer) -> None:
     """A learned token in front, expanded to the batch, a mixing layer over positions, and the token off again."""
-    t = w.pick(w.param(1, 1, w.d))
+    t = w.pick(w.param(1, 1, w.d), w.param(w.d))
     w(f"h = torch.cat([{t}.expand(len(h), 1, -1), h], 1)")
     w(f"h = F.linear(h.mT, {w.param(w.t, w.t + 1)}).mT")
+
+
+@piece("plain", pointwise=True)
+def bottleneck(w: Writer) -> None:
+    w(f"h = F.linear(torch.tanh(F.linear(h, {w.param(2, w.d)})), {w.param(w.d, 2)}, {w.param(w.d)})")
 
 
 @piece("plain", time=True)
@@ -459,7 +490,7 @@ def normalized(w: Writer) -> None:
 
 @piece("plain", pointwise=True)
 def embedding(w: Writer) -> None:
-    w(f"i = (h.detach() > 0).sum(-1)", f"h = h + F.embedding(i, {w.param(w.d + 1, w.d)})")
+    w("i = (h.detach() > 0).sum(-1)", f"h = h + F.embedding(i, {w.param(w.d + 1, w.d)})")
 
 
 @piece("plain", pointwise=True)
@@ -537,6 +568,30 @@ def fold(w: Writer) -> None:
 
 
 @piece("around", arity=1, time=True)
+def windows(w: Writer) -> None:
+    """Windows of the sequence become samples."""
+    size = w.pick(*[k for k in range(1, w.t + 1) if w.t % k == 0])
+    f = w.child(Shape(w.n * w.t // size, size, w.d))
+    w("n, t, d = h.shape", f"h = {f}(h.reshape(n * t // {size}, {size}, d)).reshape(n, t, d)")
+
+
+@piece("around", arity=1, time=True)
+def centered(w: Writer) -> None:
+    """What the inner piece says of the mean over time goes to all positions."""
+    w(f"h = h + {w.child()}(h.mean(1, keepdim=True).expand(-1, h.shape[1], -1))")
+
+
+@piece("around", arity=1, time=True)
+def flipped(w: Writer) -> None:
+    w(f"h = {w.child()}(h.flip(1))")
+
+
+@piece("around", arity=2, time=True)
+def half_each(w: Writer) -> None:
+    w(f"h = torch.where(torch.arange(h.shape[1])[:, None] % 2 == 0, {w.child()}(h), {w.child()}(h))")
+
+
+@piece("around", arity=1, time=True)
 def sequence_first(w: Writer) -> None:
     f = w.child(Shape(w.t, w.n, w.d))
     w(f"h = {f}(h.transpose(0, 1)).transpose(0, 1)")
@@ -593,7 +648,16 @@ def to_real(w: Writer) -> None:
 def complex_scale(w: Writer) -> None:
     to_complex(w)
     c = complex_weight(w, w.d)
-    w(w.pick(f"z = z * {c}", f"z = z * {c}.conj()", f"z = z + {c}", f"z = {c} * z", f"z = torch.mul(z, {c})", f"z = z / (2 + {c})"))
+    w(
+        w.pick(
+            f"z = z * {c}",
+            f"z = z * {c}.conj()",
+            f"z = z + {c}",
+            f"z = {c} * z",
+            f"z = torch.mul(z, {c})",
+            f"z = z / (2 + {c})",
+        )
+    )
     to_real(w)
 
 
@@ -776,7 +840,13 @@ def hide(w: Writer) -> None:
     elif how == "disabled":
         name = w.pick("DisableTorchFunction", "DisableTorchFunctionSubclass")
         w(f"with torch._C.{name}():")
-        w(w.pick(f"    h = h @ {w.param(d, d)}", f"    h = F.linear(h, {w.param(d, d)}, {w.param(d)})", f"    h = h * {w.param(d)}"))
+        w(
+            w.pick(
+                f"    h = h @ {w.param(d, d)}",
+                f"    h = F.linear(h, {w.param(d, d)}, {w.param(d)})",
+                f"    h = h * {w.param(d)}",
+            )
+        )
     elif how == "scripted":
         w.define("@torch.jit.script\ndef scripted(h, w):\n    return torch.matmul(h, w)")
         w(f"h = scripted(h, {w.param(d, d)})")
@@ -785,12 +855,22 @@ def hide(w: Writer) -> None:
         w(f"h = traced(h, {w.param(d, d)})")
     elif how == "aten":
         a = w.param(d, d)
-        w(w.pick(f"h = torch.ops.aten.matmul.default(h, {a})", f"h = torch.ops.aten.linear(h, {a})", f"h = torch._C._nn.linear(h, {a})"))
+        w(
+            w.pick(
+                f"h = torch.ops.aten.matmul.default(h, {a})",
+                f"h = torch.ops.aten.linear(h, {a})",
+                f"h = torch._C._nn.linear(h, {a})",
+            )
+        )
     elif how == "two":
         w.define(TWO_RESULTS)
         w(f"g, h = TwoResults.apply(h, {w.param(d)}, {w.param(d)})", "h = h + g")
     else:
-        w(w.pick(f"h = h.__matmul__({w.param(d, d)})", f"h = {w.param(d)}.__rmul__(h)", f"h = torch.Tensor.mul(h, {w.param(d)})"))
+        w(
+            w.pick(
+                f"h = h.__matmul__({w.param(d, d)})", f"h = {w.param(d)}.__rmul__(h)", f"h = torch.Tensor.mul(h, {w.param(d)})"
+            )
+        )
 
 
 def change(w: Writer) -> None:
@@ -819,7 +899,15 @@ def change(w: Writer) -> None:
 def hidden(w: Writer) -> None:
     hide(w)
     if w.chance(0.7):
-        w(*w.pick(["h = F.relu_(h)"], ["h = torch.tanh(h)"], [f"h = h + {w.param(w.d)}"], ["h = h * 2"], [f"h = h @ {w.param(w.d, w.d)}"]))
+        w(
+            *w.pick(
+                ["h = F.relu_(h)"],
+                ["h = torch.tanh(h)"],
+                [f"h = h + {w.param(w.d)}"],
+                ["h = h * 2"],
+                [f"h = h @ {w.param(w.d, w.d)}"],
+            )
+        )
 
 
 @piece("hidden")
@@ -841,7 +929,13 @@ def dirty(w: Writer) -> None:
 def straight_through(w: Writer) -> None:
     w.define(ROUND)
     a = w.param(w.d, w.d)
-    w(w.pick(f"h = F.linear(h, Round.apply({a}))", f"h = Round.apply(h @ {a})", f"h = F.linear(h, {a} + (torch.sign({a}) - {a}).detach())"))
+    w(
+        w.pick(
+            f"h = F.linear(h, Round.apply({a}))",
+            f"h = Round.apply(h @ {a})",
+            f"h = F.linear(h, {a} + (torch.sign({a}) - {a}).detach())",
+        )
+    )
 
 
 @piece("hidden", time=True)
@@ -949,6 +1043,23 @@ def columns(w: Writer) -> None:
         w(f"h = h[..., :{k}] @ {m}.narrow(1, {d - k}, {k}).t()")
 
 
+@piece("parts", time=True)
+def kernel_part(w: Writer) -> None:
+    """A part of a convolution's kernel."""
+    d, at = w.d, w.pick(0, 1)
+    rows, columns, taps = w.param(2 * d, d, 3), w.param(d, 2 * d, 3), w.param(d, d, 6)
+    kernel = w.pick(
+        f"{rows}.chunk(2)[{at}]",
+        f"{rows}[{at}::2]",
+        f"{columns}.chunk(2, 1)[{at}]",
+        f"{columns}[:, {at * d}:{at * d + d}]",
+        f"{columns}.transpose(0, 1).split({d})[{at}].transpose(0, 1)",
+        f"{taps}[..., {at}::2]",
+        f"{taps}.narrow(-1, {at}, 3)",
+    )
+    w(f"h = F.conv1d(h.mT, {kernel}, padding=1).mT")
+
+
 @piece("parts", pointwise=True)
 def rows(w: Writer) -> None:
     d = w.d
@@ -997,7 +1108,14 @@ def shared(w: Writer) -> None:
 def expanded(w: Writer) -> None:
     """The gradient of a position is the same for all of them."""
     a = w.param(w.t, w.d)
-    w(w.pick(f"h = h + {a}.sum(0)", f"h = h.mean(1, keepdim=True) + {a}", f"h = h.sum(1, keepdim=True).expand_as(h) + {a}", f"h = h + {a}.mean()"))
+    w(
+        w.pick(
+            f"h = h + {a}.sum(0)",
+            f"h = h.mean(1, keepdim=True) + {a}",
+            f"h = h.sum(1, keepdim=True).expand_as(h) + {a}",
+            f"h = h + {a}.mean()",
+        )
+    )
 
 
 # -- scalars
@@ -1045,10 +1163,10 @@ def in_place(w: Writer) -> None:
             [f"h = h.add_({w.param(d)}).relu_()"],
             [f"h.add_({w.param(d)}).mul_({w.param(d)})", "h = F.silu(h, inplace=True)"],
             [f"h.mul_({w.param(d)}).add_({w.param(d)})"],
-            [f"g = h.clone()", f"g += {w.param(d)}", "h = F.relu_(g) + h"],
+            ["g = h.clone()", f"g += {w.param(d)}", "h = F.relu_(g) + h"],
             [f"h -= {w.param(d)}", "h.clamp_(min=0)"],
             [f"h += {w.param(d)}", f"h = h @ {w.param(d, d)}", f"h += {w.param(d)}"],
-            [f"g = torch.tanh(h)", f"h = g * {w.param(d)}", "h += g"],
+            ["g = torch.tanh(h)", f"h = g * {w.param(d)}", "h += g"],
             [f"h.addcmul_({w.param(d)}, {w.param(d)})", "h.tanh_()"],
             [f"h.lerp_({w.param(d)}, 0.3)"],
             ["g = h * 2", "h.zero_()", f"h = h + g + {w.param(d)}"],
@@ -1065,21 +1183,21 @@ def views(w: Writer) -> None:
     d = w.d
     w(
         *w.pick(
-            [f"v = h[..., :2]", f"v += {w.param(2)}"],
+            ["v = h[..., :2]", f"v += {w.param(2)}"],
             [f"h[..., 0] = {w.param(1, init='torch.tensor(0.4)')}"],
             [f"h[..., 1:] *= {w.param(d - 1)}"],
             [f"h.view(-1, {d}).add_({w.param(d)})"],
             [f"h.transpose(0, -1).mul_({w.param(d)}.reshape({', '.join(['-1'] + ['1'] * (2 if w.t else 1))}))"],
-            ["F.relu_(h.chunk(2, -1)[0])"],
+            ["F.relu_(h[..., :2])"],
             [f"h[..., 0].add_(h[..., 1] * {w.param(1, init='torch.tensor(0.4)')})"],
             [f"h.view(-1, {d})[:, ::2].mul_(2)", f"h = h + {w.param(d)}"],
-            [f"h.select(-1, 1).copy_(h.select(-1, 0))", f"h = h * {w.param(d)}"],
+            ["h.select(-1, 1).copy_(h.select(-1, 0))", f"h = h * {w.param(d)}"],
             [f"h.index_add_(-1, torch.tensor([0]), h[..., 1:2] * {w.param(1)})"],
-            [f"h.masked_fill_(h.detach() > 0.5, 0.5)", f"h = h + {w.param(d)}"],
+            ["h.masked_fill_(h.detach() > 0.5, 0.5)", f"h = h + {w.param(d)}"],
             [f"a, b = h.split([1, {d - 1}], -1)", f"h = torch.cat([a, b * {w.param(d - 1)}], -1)"],
-            [f"v = h.unsqueeze(0)", f"v += {w.param(d)}", "F.relu_(v)"],
-            [f"v = h.expand_as(h)", f"h = h.unflatten(-1, (1, {d})).flatten(-2)", f"h += {w.param(d)}"],
-            [f"v = h.detach()", f"h = h + v * {w.param(d)}"],
+            ["v = h.unsqueeze(0)", f"v += {w.param(d)}", "F.relu_(v)"],
+            ["v = h.expand_as(h)", f"h = h.unflatten(-1, (1, {d})).flatten(-2)", f"h += {w.param(d)}"],
+            ["v = h.detach()", f"h = h + v * {w.param(d)}"],
         )
     )
 
@@ -1093,7 +1211,7 @@ def views_in_time(w: Writer) -> None:
             [f"h[:, 0] += {w.param(d)}"],
             [f"h[:, -1] = {w.param(d)}"],
             [f"h.select(1, 0).mul_({w.param(d)})"],
-            [f"for t in range(h.shape[1]):", f"    h[:, t].add_({w.param(w.t, d)}[t])"],
+            ["for t in range(h.shape[1]):", f"    h[:, t].add_({w.param(w.t, d)}[t])"],
             [f"h.mT.mul_({w.param(d, 1)})"],
             [f"h[:, ::2] = h[:, ::2] * {w.param(d)}"],
             [f"h.transpose(0, 1).add_({w.param(w.t, 1, d)})"],
@@ -1144,9 +1262,9 @@ def changed(w: Writer) -> None:
     d = w.d
     how = w.pick("embedding", "functional", "clamp", "norm")
     if how == "embedding":
-        w(f"i = (h.detach() > 0).sum(-1)", f"h = h + {w.attribute(f'nn.Embedding({d + 1}, {d}, max_norm=0.5)')}(i)")
+        w("i = (h.detach() > 0).sum(-1)", f"h = h + {w.attribute(f'nn.Embedding({d + 1}, {d}, max_norm=0.5)')}(i)")
     elif how == "functional":
-        w(f"i = (h.detach() > 0).sum(-1)", f"h = h + F.embedding(i, {w.param(d + 1, d)}, max_norm=0.5)")
+        w("i = (h.detach() > 0).sum(-1)", f"h = h + F.embedding(i, {w.param(d + 1, d)}, max_norm=0.5)")
     elif how == "clamp":
         a = w.param(d, d)
         w("with torch.no_grad():", f"    {a}.clamp_(-0.3, 0.3)", f"h = F.linear(h, {a})")
@@ -1191,7 +1309,11 @@ def cached(w: Writer) -> None:
     b = w.param(d)
     if w.chance(0.6):
         c = w.attribute("{}")
-        w(f'if "b" not in {c}:', f'    {c}["b"] = {w.pick(f"{b} * 2", f"{b}[torch.arange({d})]", f"{b}.exp()", b)}', f'h = h + {c}["b"]')
+        w(
+            f'if "b" not in {c}:',
+            f'    {c}["b"] = {w.pick(f"{b} * 2", f"{b}[torch.arange({d})]", f"{b}.exp()", b)}',
+            f'h = h + {c}["b"]',
+        )
     else:
         c = w.attribute("None")
         a = w.param(d, d)
@@ -1233,6 +1355,13 @@ def unused(w: Writer) -> None:
             f"h = h + (h @ {a} > 0)",
         )
     )
+
+
+@piece("unused")
+def no_graph(w: Writer) -> None:
+    """Nothing before has a gradient."""
+    w.linear()
+    w(w.pick("h = h.detach()", "with torch.no_grad():\n    h = torch.tanh(h)", "h = h.data * 1"))
 
 
 @piece("unused")
@@ -1326,7 +1455,14 @@ def mix_by_value(w: Writer) -> None:
 
 @piece("mix")
 def mix_by_size(w: Writer) -> None:
-    w(w.pick("h = h / len(h)", "h = h * h.shape[0]", "h = h + torch.arange(len(h)).reshape(-1, *[1] * (h.ndim - 1))", "h = h / h.numel()"))
+    w(
+        w.pick(
+            "h = h / len(h)",
+            "h = h * h.shape[0]",
+            "h = h + torch.arange(len(h)).reshape(-1, *[1] * (h.ndim - 1))",
+            "h = h / h.numel()",
+        )
+    )
 
 
 CENTER = """
@@ -1389,7 +1525,15 @@ def mix_in_hidden_norm(w: Writer) -> None:
 
 @piece("mix")
 def mix_cumulative(w: Writer) -> None:
-    w(w.pick("h = h.cumsum(0)", "h = h.cumprod(0)", "h = h.logcumsumexp(0)", "h = h.cummax(0).values", "h = torch.diff(h, dim=0, prepend=h[:1])"))
+    w(
+        w.pick(
+            "h = h.cumsum(0)",
+            "h = h.cumprod(0)",
+            "h = h.logcumsumexp(0)",
+            "h = h.cummax(0).values",
+            "h = torch.diff(h, dim=0, prepend=h[:1])",
+        )
+    )
 
 
 @piece("mix")
@@ -1428,14 +1572,27 @@ def mix_batch_norm(w: Writer) -> None:
 
 @piece("mix")
 def mix_softmax(w: Writer) -> None:
-    w(w.pick("h = h.softmax(0)", "h = h.log_softmax(0)", "h = F.normalize(h, dim=0)", "h = h - h.logsumexp(0)", "h = h / h.norm(dim=0)"))
+    w(
+        w.pick(
+            "h = h.softmax(0)",
+            "h = h.log_softmax(0)",
+            "h = F.normalize(h, dim=0)",
+            "h = h - h.logsumexp(0)",
+            "h = h / h.norm(dim=0)",
+        )
+    )
 
 
 @piece("mix")
 def mix_gram(w: Writer) -> None:
     w(
         "g = h.flatten(1)",
-        w.pick("g = g @ g.mT @ g", 'g = torch.einsum("nd,md->nm", g, g) @ g', "g = F.scaled_dot_product_attention(g[None], g[None], g[None])[0]", "g = g + torch.cdist(g, g + 1).sum(1, keepdim=True)"),
+        w.pick(
+            "g = g @ g.mT @ g",
+            'g = torch.einsum("nd,md->nm", g, g) @ g',
+            "g = F.scaled_dot_product_attention(g[None], g[None], g[None])[0]",
+            "g = g + torch.cdist(g, g + 1).sum(1, keepdim=True)",
+        ),
         "h = h + g.view(h.shape)",
     )
 
@@ -1444,7 +1601,14 @@ def mix_gram(w: Writer) -> None:
 def mix_by_zero(w: Writer) -> None:
     """Values show nothing, gradients do."""
     c = w.param(1, init="torch.zeros(())")
-    w(w.pick(f"h = h + {c} * h.mean(0)", f"h = h + {c} * h.roll(1, 0)", f"h = torch.lerp(h, h.flip(0), {c})", f"h = h + torch.tanh({c} * h.cumsum(0))"))
+    w(
+        w.pick(
+            f"h = h + {c} * h.mean(0)",
+            f"h = h + {c} * h.roll(1, 0)",
+            f"h = torch.lerp(h, h.flip(0), {c})",
+            f"h = h + torch.tanh({c} * h.cumsum(0))",
+        )
+    )
 
 
 @piece("mix")

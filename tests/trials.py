@@ -113,7 +113,9 @@ def chunks(program: Program) -> Iterator[Trial]:
 
 def under_vmap(program: Program) -> Iterator[Trial]:
     for q in ("batch_grad", "batch_l2", "diag_ggn", "diag_hessian", "hessian_vp", "ggn_vp"):
-        yield Trial("vmap", (q,), vectors(q) + STACKED + got(q, f'torch.vmap(lambda p: {call(q, "p")}, randomness="same")(stacked)'))
+        yield Trial(
+            "vmap", (q,), vectors(q) + STACKED + got(q, f'torch.vmap(lambda p: {call(q, "p")}, randomness="same")(stacked)')
+        )
 
 
 def under_grad(program: Program) -> Iterator[Trial]:
@@ -217,20 +219,21 @@ def trials(program: Program, paths: Sequence[str]) -> list[Trial]:
 
 def text(program: Program, trial: Trial) -> str:
     """What to run to see it, and the definition of a sample's gradient to compare with."""
-    define = """
+    term = "(F.cross_entropy(out[n], y[n]) / len(X))"
+    if "mse" in program.loss:
+        term = "(F.mse_loss(out[n], y[n], reduction='sum') / y.numel())"
+    elif "sum" in program.loss:
+        term = "F.cross_entropy(out[n], y[n])"
+    definition = f"""
 # the definition, sample by sample
 net, want = make(), []
+out = net(X.clone())
 for n in range(len(X)):
-    out = net(X.clone())
     net.zero_grad()
     {term}.backward(retain_graph=True)
     want.append({{k: torch.zeros_like(p) if p.grad is None else p.grad.clone() for k, p in net.named_parameters()}})
-""".format(
-        term="(F.mse_loss(out[n], y[n], reduction='sum') / y.numel())"
-        if "mse" in program.loss
-        else "F.cross_entropy(out[n], y[n])" if "sum" in program.loss else "(F.cross_entropy(out[n], y[n]) / len(X))"
-    )
-    return program.source + trial.code.strip() + "\n" + (define if trial.quantities[0] in FIRST else "")
+"""
+    return program.source + trial.code.strip() + "\n" + (definition if trial.quantities[0] in FIRST else "")
 
 
 # -- outcomes
@@ -255,8 +258,10 @@ class Case:
             make, values = self.namespace["make"], None
             if scale != 1.0:
                 values = {k: scale * p.detach() for k, p in make().named_parameters()}
-            with reseeded():
-                self.found[key] = Truth(make, self.X if X is None else X, self.namespace["y"], self.namespace["loss_fn"], values)
+            with Reseeded():
+                self.found[key] = Truth(
+                    make, self.X if X is None else X, self.namespace["y"], self.namespace["loss_fn"], values
+                )
         return self.found[key]
 
     def run(self, trial: Trial) -> dict[str, Any]:
@@ -264,13 +269,18 @@ class Case:
         self.namespace["X"] = self.X.clone()
         name = "<trial>"
         try:
-            with reseeded():
+            with Reseeded():
                 exec(compile(self.program.model() + trial.code, name, "exec"), self.namespace)
         finally:
             CTX.set_active_exts([])
         if not torch.equal(self.namespace["X"], self.X):
             raise AssertionError("X was changed")
-        marks = [a for t in [*self.namespace["net"].parameters(), *self.namespace["net"].buffers()] for a in vars(t) if "curvfunc" in a]
+        marks = [
+            a
+            for t in [*self.namespace["net"].parameters(), *self.namespace["net"].buffers()]
+            for a in vars(t)
+            if "curvfunc" in a
+        ]
         if marks and trial.path not in SHIMS:
             raise AssertionError(f"left {marks} on the module's tensors")
         return self.namespace["got"]
@@ -286,7 +296,9 @@ class Case:
                 raise NoTruth
             if trial.path == "jvp":
                 return truth.tree(truth.each_along(truth.flat(along)))
-            weights = {k: torch.cos(torch.arange(truth.N * p.numel()) + 1.0).reshape(truth.N, *p.shape) for k, p in like.items()}
+            weights = {
+                k: torch.cos(torch.arange(truth.N * p.numel()) + 1.0).reshape(truth.N, *p.shape) for k, p in like.items()
+            }
             return truth.tree(truth.weighted(truth.flat(weights)))
         if quantity == "jvp":
             return {"": (truth.jacobian @ truth.flat(along)).reshape(truth.out.shape)}
@@ -312,7 +324,9 @@ class Case:
             result = {"": result}
         if trial.path in SHIMS:
             if quantity in ("hmp", "ggnmp") and trial.path == "shim":
-                vectors = {k: torch.cos(torch.arange(2 * p.numel()) + 1.0).reshape(2, *p.shape) for k, p in self.truth().leaves.items()}
+                vectors = {
+                    k: torch.cos(torch.arange(2 * p.numel()) + 1.0).reshape(2, *p.shape) for k, p in self.truth().leaves.items()
+                }
                 result = {k: f and f(vectors[k]) for k, f in result.items()}
             # as in BackPACK a parameter that the backward pass does not reach gets nothing
             result = {k: torch.zeros_like(want[k]) if r is None and not want[k].any() else r for k, r in result.items()}
@@ -348,7 +362,7 @@ class Case:
         return ""
 
 
-class reseeded:  # noqa: N801
+class Reseeded:
     """The default generator from a seed, and no warnings; both as before afterwards."""
 
     def __enter__(self) -> None:
@@ -379,7 +393,9 @@ def difference(got: dict[str, Tensor], want: dict[str, Tensor], scale: Any = Non
 
 def memory(result: dict[str, Tensor], namespace: dict[str, Any]) -> str:
     """Results are tensors of their own."""
-    owners: dict[int, str] = {t.untyped_storage().data_ptr(): k for k, t in {**namespace["params"], "X": namespace["X"]}.items() if t.numel()}
+    owners: dict[int, str] = {
+        t.untyped_storage().data_ptr(): k for k, t in {**namespace["params"], "X": namespace["X"]}.items() if t.numel()
+    }
     for name, t in result.items():
         if t.numel() and (other := owners.setdefault(t.untyped_storage().data_ptr(), f"result {name}")) != f"result {name}":
             return f"{name}: shares memory with {other}"
@@ -402,7 +418,7 @@ def applicable(case: Case, trial: Trial) -> bool:
     case.namespace["X"] = case.X.clone()
     code = "net = make()\nparams = {k: p.detach() for k, p in net.named_parameters()}\n" + code
     try:
-        with reseeded():
+        with Reseeded():
             exec(code, case.namespace)
     except Exception:
         return False
