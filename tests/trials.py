@@ -137,7 +137,7 @@ def compiled(program: Program) -> Iterator[Trial]:
 def again(program: Program) -> Iterator[Trial]:
     """A second call, with other parameters."""
     for q in ("batch_grad", "diag_ggn", "ggn_vp"):
-        first = f"first = {call(q)}\nparams = {{k: 1.2 * p for k, p in params.items()}}\n"
+        first = f"other = {{k: 1.2 * p for k, p in params.items()}}\nfirst = {call(q)}\nparams = other\n"
         yield Trial("again", (q,), vectors(q) + first + got(q, call(q)))
 
 
