@@ -141,6 +141,9 @@ def again(program: Program) -> Iterator[Trial]:
         yield Trial("again", (q,), vectors(q) + first + got(q, call(q)))
 
 
+# What backward passes take for a constant and forward-mode derivatives, in torch itself, do not.
+CONSTANT = re.compile(r"detach|no_grad|\.data\b|max_norm|Round|float\(|item\(|tolist")
+
 SHIM = "from curvfunc.compat import backpack, extend, extensions\n"
 
 
@@ -295,6 +298,8 @@ class Case:
             if not truth.smooth:
                 raise NoTruth
             if trial.path == "jvp":
+                if CONSTANT.search(self.program.source):
+                    raise NoTruth
                 return truth.tree(truth.each_along(truth.flat(along)))
             weights = {
                 k: torch.cos(torch.arange(truth.N * p.numel()) + 1.0).reshape(truth.N, *p.shape) for k, p in like.items()
