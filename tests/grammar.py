@@ -1395,7 +1395,7 @@ def kernels(w: Writer) -> None:
             f"h = torch.logcumsumexp(h @ {a}, -1)",
             f"h = torch.cumprod(h @ {a}, -1)",
             f"h = torch.linalg.inv({a} + 3 * torch.eye({d})) @ h.unsqueeze(-1)\nh = h.squeeze(-1)",
-            f"h = F.hardsigmoid(h @ {a}) + h",
+            f"h = F.hardtanh(h @ {a}) + h",
             f"h = torch.slice_scatter(h, h[..., :1] * {w.param(1)}, -1, 0, 1)",
             f"h = F.normalize(h @ {a}, dim=-1)",
             f"h = torch.logsumexp(h.unsqueeze(-1) + {a}, -2)",
