@@ -31,7 +31,7 @@ from curvfunc.observer import Observer, Opaque, calls_may_hide, edge_of, reached
 from curvfunc.rules.kernels import INSTEAD
 from curvfunc.rules.pooling import FASTER
 from curvfunc.samples import flatten, tree_map
-from curvfunc.separation import ALONE, Outcome, base, differ, holds, outcome, require, same_chance
+from curvfunc.separation import ALONE, SEEDED, Outcome, base, differ, holds, outcome, require, same_chance
 from curvfunc.sites import Layouts, Site, Trace
 
 __all__ = ["Entangled", "Stale", "capture", "check_leaves", "check_output", "check_subset", "nothing_hidden"]
@@ -127,6 +127,8 @@ def _attempt(run: "_Runs", generic: Sequence[int], layouts: Layouts | None, fast
     try:
         trace = run.apart(mode.reasons, layouts)
         if whole is None or not holds(differ(whole, outcome(trace.out, leaves, retain_graph=True)), compiling):
+            if whole is not None and mode.random and run.repeats(whole.out):
+                raise ValueError(SEEDED)
             run.compare(trace.mode, compiling)
     finally:
         effects.undo()
@@ -268,6 +270,16 @@ class _Runs:
             outs.append(out)
         return Trace(torch.cat(outs), _generic_sites(generic, self.leaves), "loop", dict.fromkeys(generic, why))
 
+    def repeats(self, out: Tensor) -> bool:
+        """Whether the batch has the same output again, although something is drawn at random."""
+        self.begin()
+        mode = self.watch({}, None, self.samples)
+        try:
+            with torch.no_grad():
+                return torch.equal(base(self.whole(mode)), base(out))
+        finally:
+            self.end(mode)
+
     def compare(self, way: str, compiling: bool) -> None:
         """Raise unless the batch gives what the samples give by themselves, when nothing is drawn at random."""
         seeded = replace(self, seeded=True)
@@ -401,13 +413,13 @@ def check_subset(
         return Outcome(theirs, []), Outcome(mine[-1:], [])
 
     compiling = torch.compiler.is_compiling() or not _visible(out)
-    chance = Chance(leaves)
+    chance, seeded = Chance(leaves), False
     if found.random and not whole and not compiling:
         with chance:
             again = other(batch.inputs(), batch.size)
         chance.undo()
         # draws that come out the same depend on their place in the batch, as after a seed
-        whole = torch.equal(base(again), base(out.detach()))
+        whole = seeded = torch.equal(base(again), base(out.detach()))
         if not (whole or found.counts or (apart and batch.size == 1)):
             return
     why = (
@@ -418,6 +430,8 @@ def check_subset(
     try:
         with chance:
             if (found.random and compiling) or not holds(differ(*pair(out)), compiling, why):
+                if seeded:
+                    raise Entangled(why)
                 require(lambda: pair(None), compiling, why)
     except (RuntimeError, IndexError, ValueError) as error:
         raise Entangled(why) from error

@@ -19,11 +19,15 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["ALONE", "MIXES", "Outcome", "base", "differ", "holds", "outcome", "require", "same_chance"]
+__all__ = ["ALONE", "MIXES", "SEEDED", "Outcome", "base", "differ", "holds", "outcome", "require", "same_chance"]
 
 ALONE = (
     "the model mixes the samples of a batch, or cannot run on one sample: they cannot be followed through it ({why}), and for "
     "a sample by itself it fails: {error}"
+)
+SEEDED = (
+    "the model draws the same random numbers each time, as after torch.manual_seed, and the samples cannot be followed through "
+    "it: one by one they would have other numbers than in the batch. Draw from generators that move on, or not at all."
 )
 MIXES = (
     "the model mixes the samples of a batch: its output for the batch, or its gradient, differs from that for the samples one "

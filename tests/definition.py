@@ -69,7 +69,7 @@ class Truth:
     def tree(self, flat: Tensor) -> Tree:
         """The inverse of `flat`."""
         parts = flat.split([p.numel() for p in self.leaves.values()], -1)
-        return {k: t.reshape(*t.shape[:-1], *self.leaves[k].shape) for k, t in zip(self.names, parts, strict=True)}
+        return {k: t.reshape(t.shape[:-1] + self.leaves[k].shape) for k, t in zip(self.names, parts, strict=True)}
 
     # -- first order and Gauss-Newton
 
