@@ -1361,7 +1361,7 @@ def unused(w: Writer) -> None:
 def no_graph(w: Writer) -> None:
     """Nothing before has a gradient."""
     w.linear()
-    w(w.pick("h = h.detach()", "with torch.no_grad():\n    h = torch.tanh(h)", "h = h.data * 1"))
+    w(w.pick("h = h.detach()", "with torch.no_grad():\n    h = torch.tanh(h)"))  # torch.func differentiates through ``.data``
 
 
 @piece("unused")
