@@ -15,6 +15,7 @@ Where vmap cannot run the model either, samples run one after another, all param
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -27,6 +28,7 @@ from curvfunc.chance import Chance
 from curvfunc.effects import Attributes, ParameterChanged, kept_tensors, shares_memory
 from curvfunc.forms import Direct
 from curvfunc.inputs import Batch, check_used
+from curvfunc.model import without_recomputation
 from curvfunc.observer import Observer, Opaque, calls_may_hide, edge_of, reached, without_fallback_warnings
 from curvfunc.rules.kernels import INSTEAD
 from curvfunc.rules.pooling import FASTER
@@ -35,6 +37,8 @@ from curvfunc.separation import ALONE, SEEDED, Outcome, base, differ, holds, out
 from curvfunc.sites import Layouts, Site, Trace
 
 __all__ = ["Entangled", "Stale", "capture", "check_leaves", "check_output", "check_subset", "nothing_hidden"]
+
+CHANGING = "the forward pass changes parameters in place"
 
 FASTEST = {order: instead | FASTER for order, instead in INSTEAD.items()}
 
@@ -83,19 +87,21 @@ def capture(
 def _attempt(run: "_Runs", generic: Sequence[int], layouts: Layouts | None, faster: bool) -> Trace:
     """On the whole batch; if that does not hold, under vmap; if that does not run, sample by sample."""
     leaves, samples = run.leaves, run.samples
-    if generic:  # asked for after a forward pass that held
-        reasons: dict[int | None, str] = dict.fromkeys(generic, "on request")
-        return run.apart(reasons, layouts)
     instead = (FASTEST if faster else INSTEAD)[run.order]
     versions = [] if torch.compiler.is_dynamo_compiling() else [p._version for p in leaves]
     for guesses in (None, False):
         mode = Observer(dict(enumerate(leaves)), None, samples, layouts, instead)
         mode.guesses = guesses
+        mode.note(generic, "on request")
         try:
             out = run.whole(mode)
         except ParameterChanged:
             mode.undo()
-            return run.one_by_one("the forward pass changes parameters in place")
+            run = replace(run, changing=True)
+            run.begin()
+            mode = run.watch({}, None, samples)
+            out = run.whole(mode)
+            mode.note([None], CHANGING)
         if not mode.reasons and out.requires_grad and mode.axis_of(out) != 0:
             mode.reasons[None] = "the sample axis could not be followed to the output"
         if not mode.reasons:
@@ -106,7 +112,8 @@ def _attempt(run: "_Runs", generic: Sequence[int], layouts: Layouts | None, fast
             run.check_unused({*found.params, *(i for site in mode.sites for i in site.forms)})
         _check_versions(leaves, versions)
         if not mode.reasons:
-            return Trace(out, mode.sites, "plain", {}, mode.entangled, mode.counts, mode.random)
+            restart = partial(_restart, mode, run)
+            return Trace(out, mode.sites, "plain", {}, mode.entangled, mode.counts, mode.random, restart)
         if not mode.guesses:
             break
         mode.undo()
@@ -136,6 +143,12 @@ def _attempt(run: "_Runs", generic: Sequence[int], layouts: Layouts | None, fast
     return trace
 
 
+def _restart(mode: Observer, run: "_Runs") -> None:
+    """Take back what a forward pass on the plain path changed, before another one."""
+    mode.undo()
+    run.attributes.restore()
+
+
 @dataclass(frozen=True)
 class _Runs:
     """The forward passes of one call, in each way of running."""
@@ -149,6 +162,7 @@ class _Runs:
     attributes: Attributes
     values: Mapping[int, Tensor] = field(default_factory=dict)
     seeded: bool = False
+    changing: bool = False  # parameters, which are copies then
 
     def begin(self) -> None:
         """Start where the first forward pass did."""
@@ -167,9 +181,9 @@ class _Runs:
 
     def whole(self, mode: Observer) -> Tensor:
         """On the whole batch, watched."""
-        params, X = self.rebuild(self.leaves), tree_map(mode.marked, self.X)
+        leaves = [p.clone() for p in self.leaves] if self.changing else self.leaves
         with mode:
-            out = self.model_fn(params, X)
+            out = self.model_fn(self.rebuild(leaves), tree_map(mode.marked, self.X))
         check_output(out, self.samples)
         return out
 
@@ -200,9 +214,11 @@ class _Runs:
     def apart(self, reasons: dict[int | None, str], layouts: Layouts | None = None) -> Trace:
         """Under vmap, or sample by sample."""
         try:
-            return self.vmapped(reasons, layouts)
+            if not self.changing:
+                return self.vmapped(reasons, layouts)
+            why = CHANGING
         except ParameterChanged:
-            return self.one_by_one("the forward pass changes parameters in place")
+            why = CHANGING
         except (RuntimeError, NotImplementedError, IndexError) as error:
             if _hides_calls(error):
                 raise
@@ -252,12 +268,12 @@ class _Runs:
 
     def one_by_one(self, why: str) -> Trace:
         """Sample by sample, every parameter with a copy per sample, in memory of its own: the model may change it."""
-        generic = {i: _copies(p, self.samples).clone() for i, p in enumerate(self.leaves)}
+        generic = {i: _copies(p, self.samples) for i, p in enumerate(self.leaves)}
         outs = []
         inputs, rebuild_X = flatten(self.X)
         for n in range(self.samples):
             x = rebuild_X([t[n : n + 1] for t in inputs])
-            own = [p[n] for p in generic.values()]
+            own = [p[n].clone() for p in generic.values()]
             self.begin()
             mode = self.watch({}, None, 1)
             try:
@@ -329,20 +345,8 @@ def _no_checkpoints() -> Iterator[None]:
 @contextmanager
 def nothing_hidden() -> Iterator[None]:
     """Run checkpointed parts of a model as they are, and compiled parts eagerly."""
-
-    class Plain:
-        @staticmethod
-        def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-            return function(*args)
-
-    def plain(*args: Any, **kwargs: Any) -> Iterator[None]:
-        yield
-
-    with (
-        patch.object(torch.utils.checkpoint, "CheckpointFunction", Plain),
-        patch.object(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", plain),
-        torch.compiler.set_stance("force_eager") if not torch.compiler.is_compiling() else nullcontext(),
-    ):
+    quiet = nullcontext() if torch.compiler.is_compiling() else torch.compiler.set_stance("force_eager")
+    with without_recomputation(), quiet:
         yield
 
 

@@ -21,7 +21,7 @@ from curvfunc.chance import Chance
 from curvfunc.cotangents import AveragedHessian, FullHessian, LossGradient, LossRoot, common
 from curvfunc.effects import Attributes
 from curvfunc.inputs import Batch, check_generator, flatten_params, forward_errors, read_batch
-from curvfunc.model import ModelFunction
+from curvfunc.model import ModelFunction, without_recomputation
 from curvfunc.ownership import apart, check_apart, own
 from curvfunc.passes import FACTORS, BackwardPass, Prepared, check_unchanged
 from curvfunc.residuals import Curvature, curvature
@@ -224,6 +224,16 @@ class _Run:
     chosen: Tensor | None = None  # the samples of the batch that all but the specs of the whole batch are of
 
     def evaluate(self, params: list[Tensor], specs: list[Quantity]) -> list[Any]:
+        """The results."""
+        try:
+            return self._evaluate(params, specs)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+        with without_recomputation():  # such checkpoints know but one kind of backward pass
+            return self._evaluate(params, specs)
+
+    def _evaluate(self, params: list[Tensor], specs: list[Quantity]) -> list[Any]:
         """The results, with a graph of its own level where torch.func transforms are active."""
         differentiable = self.differentiable
         if _functorch.peek_interpreter_stack() is None:
@@ -354,6 +364,7 @@ class _Run:
             if not generic:
                 return trace, found
             generic += [i for i in trace.reasons if i is not None]
+            trace.restart()
             trace = self._forward(leaves, True, layouts, generic)
 
     def _hessian(

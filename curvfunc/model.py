@@ -1,14 +1,19 @@
 """Modules as pure functions of their parameters."""
 
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-__all__ = ["ModelFunction", "call", "functionalize"]
+from curvfunc.effects import shares_memory
+
+__all__ = ["ModelFunction", "call", "functionalize", "without_recomputation"]
 
 
 class ModelFunction:
@@ -47,12 +52,22 @@ class ModelFunction:
             state = self.frozen(params)
         args, kwargs = _arguments(X)
         values = state | params if state else params
-        if torch.compiler.is_compiling() and not self.scripted:
-            named = {place: t for name, t in values.items() for place, *_ in self._places[name]}
-            out = functional_call(self.module, named, args, kwargs, tie_weights=False)
-        else:
-            out = _call(self.module, self._places, values, args, kwargs)
+        with nullcontext() if self._are_own(values) else without_recomputation():
+            if torch.compiler.is_compiling() and not self.scripted:
+                named = {place: t for name, t in values.items() for place, *_ in self._places[name]}
+                out = functional_call(self.module, named, args, kwargs, tie_weights=False)
+            else:
+                out = _call(self.module, self._places, values, args, kwargs)
         return out if self.output_fn is None else self.output_fn(out)
+
+    def _are_own(self, values: dict[str, Tensor]) -> bool:
+        """Whether the module's tensors are these, or detached ones, so that what runs again later has the same values."""
+        for name, t in values.items():
+            held, key = self._parameters.get(name) or self._buffers[name]
+            own = held[key]
+            if t is not own and not shares_memory(t, own):
+                return False
+        return True
 
     def frozen(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """The module's parameters that ``params`` does not name, without gradient."""
@@ -148,6 +163,41 @@ def _held(module: nn.Module, kind: str) -> tuple[Any, list[tuple[str, Tensor]]]:
     held = getattr(module, kind)
     found = [(key, t) for key, t in held.items() if t is not None]
     return _Slots(module) if isinstance(module, torch.jit.ScriptModule) else held, found
+
+
+class _Plain:
+    """Checkpoints, of both kinds, as if there were none."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+    @staticmethod
+    def generator(*args: Any, **kwargs: Any) -> Iterator[None]:
+        yield
+
+
+_CHECKPOINTS = torch.utils.checkpoint.CheckpointFunction, torch.utils.checkpoint._checkpoint_without_reentrant_generator
+_LOCK, _DEPTH = threading.Lock(), [0]
+
+
+@contextmanager
+def without_recomputation() -> Iterator[None]:
+    """Run checkpointed parts of a model as they are: in a backward pass, they would run with the module's own parameters.
+
+    Other threads' checkpoints that begin meanwhile take more memory, and have the same results.
+    """
+    module: Any = torch.utils.checkpoint
+    with _LOCK:
+        _DEPTH[0] += 1
+        module.CheckpointFunction, module._checkpoint_without_reentrant_generator = _Plain, _Plain.generator
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _DEPTH[0] -= 1
+            if not _DEPTH[0]:
+                module.CheckpointFunction, module._checkpoint_without_reentrant_generator = _CHECKPOINTS
 
 
 Holders = dict[str, tuple[Any, str]]

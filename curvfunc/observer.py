@@ -210,6 +210,10 @@ class Observer(TorchFunctionMode):
         if not all(t.numel() for t in tensors):
             return self._refuse(used, f"{_name(func)} takes a tensor of no elements")
         bound = {**dict(zip(rule.arguments, args, strict=False)), **kwargs}
+        if not bound.keys() <= rule.accepts:  # an option of torch's that the rule does not know
+            bound = {name: value for name, value in bound.items() if name in rule.accepts or value is not None}
+            if unknown := bound.keys() - rule.accepts:
+                return self._refuse(used, f"the rule of {_name(func)} does not know {sorted(unknown)}")
         roles = {name: p for name in rule.parameters if (p := self.index.get(id(bound.get(name)))) is not None}
         if len(roles) != len(used) or not isinstance(out, Tensor):
             return self._decline(used, f"{_name(func)} takes it as an argument that has no rule")

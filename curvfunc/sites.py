@@ -1,5 +1,6 @@
 """What a forward pass leaves behind: where it uses the parameters."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +73,7 @@ class Trace:
         entangled: On the plain path, why the data of samples may have met before it met parameters; None if it did not.
         counts: On the plain path, whether Python asked for the shape of a batch.
         random: On the plain path, whether something may have been drawn at random.
+        restart: Takes back what the forward pass changed besides, so that another one starts where it did.
     """
 
     out: Tensor
@@ -81,6 +83,7 @@ class Trace:
     entangled: str | None = None
     counts: bool = False
     random: bool = False
+    restart: Callable[[], Any] = lambda: None
 
 
 @dataclass

@@ -482,3 +482,77 @@ def test_checkpoints_on_all_paths(reentrant: bool, path: str) -> None:
     assert {row.path for row in curvfunc.explain(plain, params, X).rows} == {path}
     assert_close(curvfunc.diag_hessian(model, params, X, y), curvfunc.diag_hessian(plain, params, X, y))
     assert_close(curvfunc.hessian_vp(model, params, X, y, params), curvfunc.hessian_vp(plain, params, X, y, params))
+
+
+class Checkpointed(nn.Module):
+    """Runs a part again in the backward pass, with whatever parameters the module has then."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.reentrant = nn.Linear(D, D), nn.Linear(D, D), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) + checkpoint(lambda h: self.second(h).tanh(), self.first(x), use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_at_other_parameters_than_the_modules(reentrant: bool) -> None:
+    (X, y), module = batch(), Checkpointed(reentrant)
+    model_fn, params = curvfunc.functionalize(module)
+    params = {k: p + torch.randn_like(p) for k, p in params.items()}
+
+    def plain(p: Any, x: Tensor) -> Tensor:
+        h = F.linear(x, p["first.weight"], p["first.bias"])
+        return h + F.linear(h, p["second.weight"], p["second.bias"]).tanh()
+
+    want = one_by_one(plain, params, X, y)
+    assert_close(curvfunc.batch_grad(model_fn, params, X, y), want)
+    assert_close(curvfunc.compute(model_fn, params, X, y, Grad()), {k: t.sum(0) for k, t in want.items()})
+    assert_close(curvfunc.hessian_vp(model_fn, params, X, y, params), curvfunc.hessian_vp(plain, params, X, y, params))
+    assert torch.utils.checkpoint.CheckpointFunction.__module__ == "torch.utils.checkpoint"
+    compiled = torch.compile(lambda p: curvfunc.batch_grad(model_fn, p, X, y), backend="aot_eager")
+    assert_close(compiled(params), want)
+
+
+def test_copies_of_each_sample_see_the_batch() -> None:
+    """Hessians of parameters that are used twice run on one sample at a time, which then is not alone."""
+    (X, y), params = batch(), {"w": torch.randn(D, D)}
+    model = lambda p, x: torch.tanh(x @ p["w"]) @ p["w"] / len(x)
+    with pytest.raises(ValueError, match="mixes the samples"):
+        curvfunc.diag_hessian(model, params, X, y)
+    assert_close(curvfunc.batch_grad(model, params, X, y), one_by_one(model, params, X, y))
+
+
+def test_mixing_beside_a_change_in_place() -> None:
+    params = {"e": torch.randn(5, D), "w": torch.randn(D, D)}
+    X, y = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 0])
+    model = lambda p, x: (F.embedding(x, p["e"], max_norm=0.5) @ p["w"]).cumsum(0)
+    with pytest.raises(ValueError, match="mixes the samples"):
+        curvfunc.batch_grad(model, params, X, y)
+
+
+def test_options_that_a_rule_does_not_know() -> None:
+    (X, y), params = batch(), weights()
+    model = lambda p, x: torch.add(x @ p["w"], p["b"], out=None)
+    assert_close(curvfunc.batch_grad(model, params, X, y), one_by_one(model, params, X, y))
+
+
+def test_state_that_curvature_meets_twice() -> None:
+    """A Hessian may need a second forward pass, which starts where the first one did."""
+
+    class Moves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(D, D))
+            self.register_buffer("scale", torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.scale.mul_(0.5)
+            return (x @ self.weight).tanh() @ self.weight * self.scale
+
+    (X, y), module = batch(), Moves()
+    model_fn, params = curvfunc.functionalize(module)
+    model = lambda p, x: (x @ p["weight"]).tanh() @ p["weight"] * 0.5
+    want = curvfunc.diag_hessian(model, params, X, y)
+    assert_close(curvfunc.diag_hessian(model_fn, params, X, y), want)
+    assert module.scale.item() == 0.5

@@ -42,6 +42,7 @@ class Rule:
         parameters: Those that may be parameters.
         forms: Gives the forms of their use.
         takes_use: Whether it takes a `Use`.
+        accepts: The names that ``forms`` takes; all of the operation's options need not be among them.
         samples_first: Whether inputs and outputs have the samples first.
         own: Whether it is a user's; what those give is looked at.
     """
@@ -50,6 +51,7 @@ class Rule:
     parameters: tuple[str, ...]
     forms: Callable[..., dict[str, Form]]
     takes_use: bool
+    accepts: frozenset[str]
     samples_first: bool
     own: bool
 
@@ -119,7 +121,10 @@ def rule(
 
     def register(forms: Callable[..., Any]) -> Callable[..., Any]:
         names = _arguments(functions[0]) if arguments is None else tuple(arguments.split())
-        takes_use = "use" in inspect.signature(forms).parameters
+        taken = inspect.signature(forms).parameters
+        takes_use, accepts = "use" in taken, frozenset(taken)
+        if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+            accepts |= {*names}
         if unknown := set(parameters.split()) - set(names):
             raise ValueError(f"rule: {sorted(unknown)} are not among the operation's arguments {list(names)}.")
         own = bool(BUILT_IN)
@@ -128,7 +133,7 @@ def rule(
             for function in functions:
                 checks.check_function(function, function in RULES or function in BUILT_IN)
         for function in functions:
-            RULES[function] = Rule(names, tuple(parameters.split()), forms, takes_use, samples_first, own)
+            RULES[function] = Rule(names, tuple(parameters.split()), forms, takes_use, accepts, samples_first, own)
             if samples_first:
                 batch_axis.RULES[function] = batch_axis.samples_first
         return forms
