@@ -15,7 +15,7 @@ from torch.autograd.graph import Node
 
 from curvfunc import losses
 from curvfunc.inputs import check_used
-from curvfunc.observer import edge_of, without_fallback_warnings
+from curvfunc.observer import edge_of, over_columns
 from curvfunc.sites import Site, Trace
 
 __all__ = ["AveragedHessian", "FullHessian", "LossGradient", "LossRoot", "chunks", "common", "pull", "stream"]
@@ -123,12 +123,11 @@ def pull(
 
         def reached_only(column: Tensor) -> tuple[Tensor, ...]:
             grads = backward(column)
-            reached.extend(g is not None for g in grads)
+            reached[:] = [g is not None for g in grads]
             return tuple(g for g in grads if g is not None)
 
         retain_graph = True  # vmap may run the backward of an operation column by column
-        with without_fallback_warnings():
-            found = iter(torch.vmap(reached_only)(columns))
+        found = iter(over_columns(reached_only, columns))
         grads = [next(found) if r else None for r in reached]
     pulled = dict(zip(inner, grads, strict=False))
     at_sites = [(s, pulled.get(s, columns)) for s in wanted]  # at the output, nothing is to be done

@@ -25,7 +25,7 @@ from curvfunc.contractions import sample_squares, squared_inputs, squares, weigh
 from curvfunc.cotangents import CHUNK_BYTES
 from curvfunc.forms import Bound, Outer, bind, merge
 from curvfunc.hessian_products import HessianProducts
-from curvfunc.observer import without_fallback_warnings
+from curvfunc.observer import over_columns
 from curvfunc.passes import Prepared
 from curvfunc.precision import wide
 from curvfunc.residuals import Curvature, Meeting, Residual
@@ -173,8 +173,7 @@ class _Columns:
         if len(columns) == 1:
             grads = tuple(g[None] for g in backward(columns[0]))
         else:
-            with without_fallback_warnings():
-                grads = torch.vmap(backward)(columns)
+            grads = over_columns(backward, columns)
         return {j: _from_edge(self.trace.sites[j], g) for j, g in zip(reached, grads, strict=True)}
 
     def weights(self, residuals: Sequence[Residual], gradient: Tensor) -> Iterator[tuple[Residual, Tensor]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._C import _functorch
 
 from curvfunc.forms import Outer, Parts, Through, arranged, bind, flat_vectors, per_sample
-from curvfunc.observer import without_fallback_warnings
+from curvfunc.observer import over_columns
 from curvfunc.precision import wide
 from curvfunc.residuals import is_affine
 from curvfunc.sites import Trace
@@ -99,8 +99,7 @@ class HessianProducts:
         if _functorch.peek_interpreter_stack() is not None:
             # backward passes that work in place need columns that are batched wherever the cotangents are
             raw = [v + torch.zeros_like(self._cotangents[j]) for j, v in zip(used, raw, strict=True)]
-        with without_fallback_warnings():
-            found = iter(torch.vmap(backward)(*raw))
+        found = iter(over_columns(backward, *raw))
         return [
             torch.zeros_like(v) if missing else self._from_edge(j, next(found)).to(v.dtype)
             for j, v, missing in zip(sites, vectors, none, strict=True)

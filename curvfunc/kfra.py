@@ -25,7 +25,7 @@ from torch.autograd.graph import GradientEdge, Node
 from curvfunc import second_moments
 from curvfunc.cotangents import CHUNK_BYTES
 from curvfunc.forms import Direct, Outer, Rows, bind, per_sample
-from curvfunc.observer import edge_of, without_fallback_warnings
+from curvfunc.observer import edge_of, over_columns
 from curvfunc.precision import wide
 from curvfunc.residuals import is_affine
 from curvfunc.rules.nonlinear import is_diagonal, is_linear, is_reshape, operation, takes_data
@@ -290,8 +290,7 @@ def _shared(step: _Step, x: _Tensor, nodes: list[Node], G: Tensor, differentiabl
         batches = F.pad(rows, (0, 0, 0, -len(rows) % samples)).reshape(-1, samples, *given[1:])
         widest = max(x.shape.numel(), given.numel())
         parts = batches.split(max(1, CHUNK_BYTES.get(G.device.type, 1 << 28) // (widest * G.element_size())))
-        with without_fallback_warnings():
-            found = [torch.vmap(pullback)(part) if len(part) > 1 else pullback(part[0])[None] for part in parts]
+        found = [over_columns(pullback, part) if len(part) > 1 else pullback(part[0])[None] for part in parts]
         return torch.cat(found).reshape(-1, x.shape[1:].numel())[: len(rows)].to(G.dtype)
 
     return transposed(transposed(G).mT)

@@ -39,10 +39,10 @@ from curvfunc.observer import (
     BATCH_STATISTICS,
     Observer,
     Opaque,
+    over_columns,
     reached,
     takes_batch_statistics,
     tensors_in,
-    without_fallback_warnings,
 )
 from curvfunc.ownership import own
 from curvfunc.rules.kernels import INSTEAD, Instead, standardized
@@ -333,8 +333,7 @@ def batched(
 def _together(product: Product, which: Sequence[int], v: Sequence[Tensor]) -> list[Tensor]:
     if len(v[0]) == 1:
         return [t[None] for t in product(which, [t[0] for t in v], False)]
-    with without_fallback_warnings():
-        return list(torch.vmap(lambda *v: tuple(product(which, v, False)))(*v))
+    return list(over_columns(lambda *v: tuple(product(which, v, False)), *v))
 
 
 def check_vector(what: str, v: Any, p: Tensor, *, batched: bool) -> None:

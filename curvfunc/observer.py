@@ -26,7 +26,7 @@ from curvfunc.rules.checks import guarded
 from curvfunc.rules.kernels import standardized
 from curvfunc.sites import Layouts, Parameter, Site
 
-__all__ = ["Observer", "reached", "without_fallback_warnings"]
+__all__ = ["Observer", "over_columns", "reached", "without_fallback_warnings"]
 
 MIXED = -1  # a tensor whose sample axis is not known
 CONSTANT = -2  # a tensor that requires grad and depends on no sample: parameters, and what is made of them alone
@@ -453,8 +453,8 @@ def _pullback(edge: GradientEdge, leaf: Tensor) -> Callable[[Tensor], Tensor]:
         return found[0]
 
     def pull(g: Tensor) -> Tensor:
-        with without_fallback_warnings():
-            return torch.vmap(torch.vmap(one))(g)
+        found: Tensor = over_columns(lambda column: over_columns(one, column), g)
+        return found
 
     return pull
 
@@ -555,6 +555,21 @@ class Opaque(Exception):
 def calls_may_hide() -> bool:
     """Whether this is not yet the attempt with nothing hidden."""
     return torch.utils.checkpoint.CheckpointFunction.__module__ == "torch.utils.checkpoint"
+
+
+def over_columns(backward: Callable[..., Any], *columns: Tensor) -> Any:
+    """``torch.vmap`` of a backward pass that keeps its graph; one column after another where an operation has no rule for it.
+
+    Complex numbers have such: the gradient of an imaginary part may be a view that negates.
+    """
+    try:
+        with without_fallback_warnings():
+            return torch.vmap(backward)(*columns)
+    except RuntimeError as error:
+        if "Batching rule not implemented" not in str(error):
+            raise
+    found = [backward(*column) for column in zip(*columns, strict=True)]
+    return torch.stack(found) if isinstance(found[0], Tensor) else tuple(map(torch.stack, zip(*found, strict=True)))
 
 
 @contextmanager

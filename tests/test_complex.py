@@ -82,6 +82,12 @@ USES = {
     "tanh": Case(lambda p, x: torch.tanh(F.linear(x, pairs(p["w"]))).real, {"w": (3, 3, 2)}, (N, 3)),
     "softsign": Case(lambda p, x: F.softsign(F.linear(x, pairs(p["w"]))).real, {"w": (3, 3, 2)}, (N, 3)),
     "density": Case(lambda p, x: (lambda z: z.conj() * z)(F.linear(x, pairs(p["w"]))).real, {"w": (3, 3, 2)}, (N, 3)),
+    "two_parts_of_features": Case(  # its second derivative has views that cannot be batched
+        lambda p, x: (lambda h: torch.complex(h, h.tanh()) @ torch.complex(p["a"], p["b"]))(torch.tanh(x @ p["w"])).real,
+        {"w": (3, 3), "a": (3, 3), "b": (3, 3)},
+        (N, 3),
+        False,
+    ),
     "spectral": Case(fourier_layer, {"first": (2, 3), "weight": (2, 2, 3, 2), "head": (3, 2)}, (N, 4, 3), False),
 }
 # Complex numbers lie between real layers, which keep their rules.
