@@ -179,7 +179,7 @@ def _results(
     if drawn:  # each sample is to have its own draws, and its company: what is of the subset is chosen from one pass
         samples, places = (batch.whole(), batch.index) if mixed or entangled else batch.distinct()
         results = _Run(model_fn, names, rebuild, samples, *given, outs, chosen=places).evaluate(leaves, list(specs))
-    return _own(results, outs, [*leaves, *_tensors((X, y, loss.tensors)), *held])
+    return _own(results, outs, lambda: [*leaves, *_tensors(X), *_tensors(y), *loss.tensors.values(), *held])
 
 
 class _DrawnError(Exception):
@@ -197,13 +197,13 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [t for t in tensors_of(tree) if isinstance(t, Tensor)]
 
 
-def _own(results: list[Any], outs: list[Any] | None, given: list[Any]) -> list[Any]:
+def _own(results: Any, outs: list[Any] | None, given: Callable[[], list[Any]]) -> list[Any]:
     """The results, but for those in the caller's memory, as tensors that share memory with nothing."""
-    outs = [None] * len(results) if outs is None else outs
-    new: Any = [r if out is None else None for r, out in zip(results, outs, strict=True)]
-    tensors, tree = optree.tree_flatten(new)
-    found: Any = optree.tree_unflatten(tree, own(tensors, [*given, *optree.tree_leaves(outs)]))  # type: ignore[arg-type]
-    return [r if out is None else out for r, out in zip(found, outs, strict=True)]
+    if outs is not None:
+        results = [r if out is None else None for r, out in zip(results, outs, strict=True)]
+    tensors, tree = optree.tree_flatten(results)
+    found: Any = optree.tree_unflatten(tree, own(tensors, given))
+    return found if outs is None else [r if out is None else out for r, out in zip(found, outs, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -239,8 +239,7 @@ class _Run:
         if _functorch.peek_interpreter_stack() is None:
             with torch.enable_grad():
                 leaves = [p.view_as(p) if p.requires_grad and differentiable else _leaf(p) for p in params]
-                results: Any = self._results(leaves, specs, differentiable)[1]
-                return optree.tree_map(apart, results)  # type: ignore[return-value]
+                return self._results(leaves, specs, differentiable)[1]
 
         def forward(*leaves: Tensor) -> tuple[Tensor, list[Any]]:
             return self._results(list(leaves), specs, differentiable)
@@ -405,9 +404,12 @@ class _Run:
         if spec.forward == "output":  # a detached one is another tensor than the model's own
             return out.clone() if self.differentiable and not torch.compiler.is_compiling() else out
         if spec.forward == "loss":
-            return self.loss(out, self.batch.y)
+            return apart(self.loss(out, self.batch.y))
         lists = [parts[key, name] for name in spec.contractions]
-        return self.rebuild([spec.finish(self._samples(spec), *p) for p in zip(*lists, strict=True)])
+        values = [spec.finish(self._samples(spec), *p) for p in zip(*lists, strict=True)]
+        # autograd may return what a backward pass of the model's own keeps
+        total = spec.contractions == ("total",)
+        return self.rebuild([apart(t) if isinstance(t, Tensor) and (total or t._base is not None) else t for t in values])
 
 
 def trace(model_fn: Callable[..., Any], params: Any, X: Any) -> tuple[list[str], Trace]:

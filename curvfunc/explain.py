@@ -101,6 +101,7 @@ def _row(name: str, i: int, found: Trace, scripted: Sequence[str]) -> Row:
 def _with_remedy(why: str, scripted: Sequence[str]) -> str:
     """A reason, and what to do about it."""
     if why and scripted:
-        return f"{why}: {', '.join(map(repr, scripted))} is scripted; use the Python module that it was made of"
+        names = ", ".join(repr(name) if name else "the module" for name in scripted)
+        return f"{why}: {names} is scripted; use the Python module that it was made of"
     remedy = next((remedy for reason, remedy in REMEDIES.items() if reason in why), None)
     return f"{why}; {remedy}" if remedy else why

@@ -327,7 +327,7 @@ def batched(
         widest = max(leaves[i].numel() for i in which) * leaves[0].element_size()
         chunk_size = max(1, CHUNK_BYTES.get(v[0].device.type, 1 << 28) // max(1, widest))
     parts = [_together(product, which, [t[i : i + chunk_size] for t in v]) for i in range(0, num, chunk_size)]
-    return own(parts[0], v) if len(parts) == 1 else [torch.cat(columns) for columns in zip(*parts, strict=True)]
+    return own(parts[0]) if len(parts) == 1 else [torch.cat(columns) for columns in zip(*parts, strict=True)]
 
 
 def _together(product: Product, which: Sequence[int], v: Sequence[Tensor]) -> list[Tensor]:

@@ -34,7 +34,8 @@ class ModelFunction:
         """Note where the module holds its tensors."""
         self._parameters, self._buffers = _holders(self.module, "_parameters"), _holders(self.module, "_buffers")
         self._places = _places(self.module)
-        self.scripted = [name for name, m in self.module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+        scripted = [name for name, m in self.module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+        self.scripted = [name for name in scripted if not name or name.rpartition(".")[0] not in scripted]  # the outermost
         changeable = [m for m in self.module.modules() if not isinstance(m, torch.jit.ScriptModule)]
         self._submodules = [(m._modules, key, child) for m in changeable for key, child in m._modules.items()]
 

@@ -96,7 +96,7 @@ class LinearOperator:
             raise ValueError(f"v has shape {tuple(v.shape)}; [P] or [P, K] with P = {self.shape[1]} is needed.")
         split = torch.split(v.mT if v.ndim == 2 else v, [p.numel() for p in self._leaves], dim=-1)
         parts = [t.reshape((*v.shape[1:], *p.shape)) for t, p in zip(split, self._leaves, strict=True)]
-        return self._rebuild(own(parts, [v]))
+        return self._rebuild(own(parts, lambda: [v]))
 
     def dense(self) -> Tensor:
         """The matrix itself, [P, P]: P products, for small problems."""
@@ -115,7 +115,8 @@ class LinearOperator:
         if isinstance(v, LinearOperator):
             raise TypeError("operator @ operator is not formed. Multiply one after the other: A @ (B @ v).")
         leaves: list[Any] = optree.tree_leaves(v)
-        if wrong := [type(t).__name__ for t in leaves if not isinstance(t, Tensor)]:
+        wrong = [type(t).__name__ for t in leaves if not isinstance(t, Tensor)]
+        if wrong and not isinstance(v, dict):
             raise TypeError(
                 f"v must be a tensor [P] or [P, K], or a pytree of tensors like params, got {wrong[0]}. Convert it by "
                 "torch.as_tensor(v), or use operator.to_scipy() for numpy arrays."

@@ -4,7 +4,7 @@ What autograd and the rules return may be a cotangent itself, which several para
 the model's input. Whoever changes such a result in place, or passes it as memory for later ones, would change others too.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,28 +15,47 @@ from torch.autograd import forward_ad
 __all__ = ["apart", "check_apart", "own"]
 
 
-def own(results: Iterable[Tensor], given: Iterable[Any] = ()) -> list[Tensor]:
+def own(results: Iterable[Tensor], given: Callable[[], Iterable[Any]] = tuple) -> list[Tensor]:
     """The results, where needed as copies, so that each is dense and the only one with its memory.
 
     Args:
-        results: Tensors that nothing but their receiver will hold; `apart` from those that were computed.
-        given: What the caller holds; what are no tensors is passed over. Besides, whatever else holds the memory of a
-            result is found by the number of references to it, unless tensors are traced.
+        results: Tensors that nothing but their receiver will hold; see `apart`.
+        given: What the caller holds, among it what is no tensor. Asked for only where torch.func transforms or traces;
+            elsewhere the number of those that hold a memory tells whether somebody else does.
     """
+    if _functorch.peek_interpreter_stack() is not None or torch.compiler.is_compiling():
+        return _own_within(results, [t for t in given() if isinstance(t, Tensor)])
+    taken: set[int] = set()
+    found = []
+    for t in results:
+        if t.layout is not torch.strided:
+            t = t.to_dense()
+        storage = t.untyped_storage()._cdata
+        others = _holders(storage) - (2 if t._base is None else 3)  # itself, this look at it, and what it is a view of
+        if others > 0 or storage in taken or not (t.is_contiguous() or _is_dense(t)):
+            t = t.clone()
+            storage = t.untyped_storage()._cdata
+        taken.add(storage)
+        found.append(t)
+    return found
+
+
+def _own_within(results: Iterable[Tensor], given: list[Tensor]) -> list[Tensor]:
+    """As `own`, within transformations, which put tensors around tensors, and in traces."""
     levels = _functorch.get_interpreter_stack() or ()
     dual = any(level.key() == _functorch.TransformType.Jvp for level in levels)
     mapped = any(level.key() == _functorch.TransformType.Vmap for level in levels)
-    given = [t for t in given if isinstance(t, Tensor)]
     taken = {storage for t in given for storage in _storages(t, dual)}
     zero = _batched_zero(given) if mapped else None
     found = []
     for t in results:
-        if t.layout != torch.strided:
+        if t.layout is not torch.strided:
             t = t.to_dense()
         if zero is not None and not _batches(zero) <= _batches(t):
             t = t + zero.to(t.device, t.dtype)  # vmap would expand it
         storages = _storages(t, dual)
-        if not taken.isdisjoint(storages) or not _is_dense(t) or _is_held(t):
+        inner = _inner(t)
+        if not taken.isdisjoint(storages) or not (inner.is_contiguous() or _is_dense(inner)):
             t = t.clone()
             storages = _storages(t, dual)
         taken.update(storages)
@@ -45,10 +64,19 @@ def own(results: Iterable[Tensor], given: Iterable[Any] = ()) -> list[Tensor]:
 
 
 def apart(t: Tensor) -> Tensor:
-    """The same values in the same memory as another tensor, so that it shows in the memory if someone else has ``t`` itself."""
-    if t.requires_grad or t.layout != torch.strided or torch.compiler.is_compiling():
+    """The same values in the same memory, without what ``t`` is a view of: who else has either shows in the memory then."""
+    if t.requires_grad or t.layout is not torch.strided or torch.compiler.is_compiling():
         return t
     return t if _functorch.peek_interpreter_stack() is not None else t.detach()
+
+
+def _everybody(storage: int) -> int:
+    """Where torch does not say how many hold a memory, it may be anybody."""
+    return 1 << 30
+
+
+# How many hold a memory: no public interface of torch.
+_holders: Callable[[int], int] = getattr(torch._C, "_storage_Use_Count", _everybody)
 
 
 def _storages(t: Tensor, dual: bool) -> list[int]:
@@ -68,9 +96,6 @@ def _inner(t: Tensor) -> Tensor:
 
 def _is_dense(t: Tensor) -> bool:
     """Whether each entry has a place of its own, and there are no places between."""
-    t = _inner(t)
-    if t.is_contiguous():
-        return True
     expected = 1
     for stride, size in _axes(t):
         if stride != expected:
@@ -82,17 +107,6 @@ def _is_dense(t: Tensor) -> bool:
 def _axes(t: Tensor) -> list[tuple[int, int]]:
     """Stride and size of each axis with more than one entry, the smallest stride first."""
     return sorted((stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size != 1)
-
-
-def _is_held(t: Tensor) -> bool:
-    """Whether something else has the memory: the graph, the model, or a function's backward pass that returned it."""
-    if type(t) is not Tensor or _functorch.is_functorch_wrapped_tensor(t) or torch.compiler.is_compiling():
-        return False
-    try:
-        holders = torch._C._storage_Use_Count(t.untyped_storage()._cdata)
-    except AttributeError:  # it is no public interface of torch
-        return True
-    return holders > 2 + (t._base is not None)  # itself, this look at it, and what it is a view of
 
 
 def _batches(t: Tensor) -> set[int]:

@@ -406,7 +406,7 @@ def _evaluate(
     else:
         result = torch.func.vjp(forward, *tensors, has_aux=True)[2]  # type: ignore[misc]
     result = [apart(t) for t in result]
-    result = own(result, [*tensors, *vector, *tensors_of((X, y, loss.tensors))])
+    result = own(result, lambda: [*tensors, *vector, *tensors_of(X), *tensors_of(y), *loss.tensors.values()])
     return result[0] if isinstance(matrix, Jacobian) else rebuild(result)
 
 

@@ -175,6 +175,12 @@ def test_explanations_name_the_scripted_part() -> None:
     assert "'1' is scripted; use the Python module" in rows["1.scale"].why
 
 
+def test_explanations_of_modules_that_are_scripted_as_a_whole() -> None:
+    converted, _, params, X, _ = pair("script")
+    rows = curvfunc.explain(functionalize(converted)[0], params, X).rows
+    assert all("the module is scripted; use the Python module" in row.why for row in rows)
+
+
 def test_compiled_calls_say_what_to_do() -> None:
     converted, _, params, X, y = pair("scripted part")
     model_fn, _ = functionalize(converted)
