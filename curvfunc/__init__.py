@@ -46,6 +46,7 @@ from curvfunc.quantities import (
     sum_grad_squared,
     variance,
 )
+from curvfunc.rule_report import RuleReport, check_rule
 from curvfunc.rules import operation, rule
 
 __all__ = [
@@ -69,6 +70,7 @@ __all__ = [
     "Outer",
     "Output",
     "Rows",
+    "RuleReport",
     "Spectrum",
     "SqrtGGN",
     "SumGradSquared",
@@ -79,6 +81,7 @@ __all__ = [
     "batch_dot_total",
     "batch_grad",
     "batch_l2",
+    "check_rule",
     "compute",
     "diag_ggn",
     "diag_hessian",

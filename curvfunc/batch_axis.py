@@ -685,6 +685,10 @@ _register(_swap("axis0", "axis1"), "swapaxes", torch, Tensor)
 _register(_of_self(_movedim), "movedim moveaxis", torch, Tensor)
 _register(_reverse, "t", torch, Tensor)
 _register(_swap_last, "adjoint", torch, Tensor)
+_register(_any_axis, "view_as_real real imag angle", torch, Tensor)
+_register(_keep(lambda axis, x, args, kw: axis < x.ndim - 1), "view_as_complex", torch)
+for _name in ("real", "imag"):
+    RULES[getattr(Tensor, _name).__get__] = _any_axis
 for _name, _rule in (("T", _reverse), ("H", _reverse), ("mT", _swap_last), ("mH", _swap_last)):
     RULES[getattr(Tensor, _name).__get__] = _rule
 _register(_getitem, "__getitem__", Tensor)

@@ -12,8 +12,9 @@ stays right when the output is changed in place later. Two ways of running keep 
 Where vmap cannot run the model either, samples run one after another, all parameters generic. Nothing is guessed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -23,13 +24,15 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch._C import _functorch
 
+from curvfunc.effects import Attributes, ParameterChanged, kept_tensors, shares_memory
 from curvfunc.forms import Direct
-from curvfunc.losses import values_visible
-from curvfunc.observer import Observer, Opaque, axis_of, calls_may_hide, edge_of, hidden, marked, without_fallback_warnings
+from curvfunc.inputs import Batch, check_used
+from curvfunc.observer import Observer, Opaque, calls_may_hide, edge_of, reached, without_fallback_warnings
 from curvfunc.rules.pooling import FASTER
+from curvfunc.separation import ALONE, Outcome, differ, holds, outcome, require, same_chance
 from curvfunc.sites import Layouts, Site, Trace
 
-__all__ = ["capture", "check_output"]
+__all__ = ["capture", "check_leaves", "check_output", "check_subset", "nothing_hidden"]
 
 
 def capture(
@@ -55,91 +58,222 @@ def capture(
         layouts: Filled with the layouts of intermediate tensors if given.
         faster: Whether operations may be replaced by faster ones with the same values, so that the graph is another one.
     """
+    run = _Runs(model_fn, leaves, rebuild, X, samples, Attributes.of(model_fn))
     try:
-        return _attempt(model_fn, leaves, rebuild, X, samples, generic, layouts, faster)
-    except Exception as error:
-        if not _hides_calls(error):
-            raise
-    if layouts is not None:
-        layouts.clear()
-    with _nothing_hidden():
-        return _attempt(model_fn, leaves, rebuild, X, samples, generic, layouts, faster)
+        try:
+            return _attempt(run, generic, layouts, faster)
+        except Exception as error:
+            if not _hides_calls(error):
+                raise
+        if layouts is not None:
+            layouts.clear()
+        run.attributes.restore()
+        with nothing_hidden():
+            return _attempt(run, generic, layouts, faster)
+    finally:
+        run.attributes.take_back()
 
 
-def _attempt(
-    model_fn: Callable[..., Any],
-    leaves: list[Tensor],
-    rebuild: Callable[[Sequence[Tensor]], Any],
-    X: Any,
-    samples: int,
-    generic: Sequence[int],
-    layouts: Layouts | None,
-    faster: bool,
-) -> Trace:
+def _attempt(run: "_Runs", generic: Sequence[int], layouts: Layouts | None, faster: bool) -> Trace:
     """On the whole batch; if that does not hold, under vmap; if that does not run, sample by sample."""
-    tracked = dict(enumerate(leaves))
-    if generic:
+    leaves, samples = run.leaves, run.samples
+    if generic:  # asked for after a forward pass that held
         reasons: dict[int | None, str] = dict.fromkeys(generic, "on request")
-        return _capture_batched(model_fn, leaves, rebuild, X, samples, reasons, layouts)
+        return run.apart(reasons, layouts)
+    versions = [] if torch.compiler.is_dynamo_compiling() else [p._version for p in leaves]
     for guesses in (None, False):
-        mode = Observer(tracked, None, samples, layouts, FASTER if faster else {})
+        mode = Observer(dict(enumerate(leaves)), None, samples, layouts, FASTER if faster else {})
         mode.guesses = guesses
-        params, X_marked = rebuild(leaves), optree.tree_map(marked, X)
-        with mode:
-            out = model_fn(params, X_marked)
-        check_output(out, samples)
-        if not mode.reasons and out.requires_grad and axis_of(out) != 0:
+        try:
+            out = run.whole(mode)
+        except ParameterChanged:
+            mode.undo()
+            return run.one_by_one("the forward pass changes parameters in place")
+        if not mode.reasons and out.requires_grad and mode.axis_of(out) != 0:
             mode.reasons[None] = "the sample axis could not be followed to the output"
         if not mode.reasons:
-            mode.note(hidden(out, mode.sites, tracked), "it is used where calls cannot be seen")
+            found = reached([out], mode.sites, mode.tracked)
+            check_used(out, bool(found.params or found.sites))
+            mode.note(found.params, "it is used where calls cannot be seen")
+            check_leaves(run.model_fn, found.leaves, leaves)
+            run.check_unused({*found.params, *(i for site in mode.sites for i in site.forms)})
+        _check_versions(leaves, versions)
         if not mode.reasons:
-            return Trace(out, mode.sites, "plain")
+            return Trace(out, mode.sites, "plain", {}, mode.entangled, mode.counts, mode.random)
         if not mode.guesses:
             break
-    trace = _capture_batched(model_fn, leaves, rebuild, X, samples, mode.reasons, layouts)
-    _check_separate(out, trace.out, lambda: model_fn(rebuild(leaves), X))
+        mode.undo()
+        run.attributes.restore()
+    compiling = torch.compiler.is_compiling() or not _visible(out)
+    whole = None if compiling and mode.random else outcome(out, leaves, retain_graph=False)
+    if whole is not None:
+        used = {i for i, g in enumerate(whole.gradients) if g is not None}
+        check_used(out, bool(used))
+        if len(used) < len(leaves):
+            check_leaves(run.model_fn, reached([out], [], dict(enumerate(leaves))).leaves, leaves)
+            run.check_unused(used)
+    # all other passes start where this one did: with stand-ins for what modules hold, for graphs may hold it too
+    assert mode.effects is not None
+    attributes, values = run.attributes.now(), mode.effects.values()
+    run = replace(run, values={key: values[key] for key in run.attributes.holds() & values.keys()})
+    effects = mode.undo(but=run.values)
+    try:
+        trace = run.apart(mode.reasons, layouts)
+        if whole is None or not holds(differ(whole, outcome(trace.out, leaves, retain_graph=True)), compiling):
+            run.compare(trace.mode, compiling)
+    finally:
+        effects.undo()
+        attributes.restore()
     return trace
 
 
-def _check_separate(whole: Tensor, one_by_one: Tensor, again: Callable[[], Tensor]) -> None:
-    """Refuse a model whose output for the batch is not that of its samples: it mixes them.
+@dataclass(frozen=True)
+class _Runs:
+    """The forward passes of one call, in each way of running."""
 
-    Nothing is said where values cannot be seen, or where they depend on chance (``again`` gives others).
-    """
-    if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None or not values_visible(whole):
-        return
-    with torch.no_grad():
-        if whole.shape == one_by_one.shape:
-            difference = (whole - one_by_one).abs()
-            scale = 16 * torch.finfo(whole.dtype).eps ** 0.5 * whole.abs()
-            if whole.numel() == 0 or not difference.max() > scale.max():  # not finite: nothing to compare
-                return
-        if not torch.equal(again(), whole):
+    model_fn: Callable[..., Any]
+    leaves: list[Tensor]
+    rebuild: Callable[[Sequence[Tensor]], Any]
+    X: Any
+    samples: int
+    attributes: Attributes
+    values: Mapping[int, Tensor] = field(default_factory=dict)
+    seeded: bool = False
+
+    def begin(self) -> None:
+        """Start where the first forward pass did."""
+        self.attributes.restore(self.values)
+        if self.seeded:
+            same_chance()
+
+    def end(self, mode: Observer) -> None:
+        """Take back what a later forward pass changed; the stand-ins that modules hold are its own."""
+        if mode.effects:
+            mode.undo(but=self.attributes.now().holds())
+
+    def whole(self, mode: Observer) -> Tensor:
+        """On the whole batch, watched."""
+        params, X = self.rebuild(self.leaves), optree.tree_map(mode.marked, self.X)
+        with mode:
+            out = self.model_fn(params, X)
+        check_output(out, self.samples)
+        return out
+
+    def check_unused(self, used: set[int]) -> None:
+        """Raise if parameters seem unused, because the model kept values of them from an earlier call without a graph."""
+        if len(used) == len(self.leaves) or not (kept := self.attributes.kept()):
             return
-    raise ValueError(
-        "the model mixes the samples of a batch: its output for the batch differs from its outputs for the samples one by one, "
-        "so per-sample gradients and curvature are not defined. Look for reductions, normalizations or indices over the "
-        "first axis."
-    )
+        after = self.attributes.now()
+        for delete in (False, True):
+            after.hide(delete=delete)
+            trial = Observer(dict(enumerate(self.leaves)), None, self.samples)
+            try:
+                found = reached([self.whole(trial)], trial.sites, trial.tracked).params
+                then = {*found, *(i for site in trial.sites for i in site.forms)}
+            except Exception:  # they are not what it can do without
+                then = set()
+            finally:
+                trial.undo()
+                after.restore()
+            if more := sorted(then - used):
+                m, key = kept[0]
+                raise ValueError(
+                    f"the model does not use parameter number {more[0]} of params in this call, but values made of it earlier, "
+                    f"without a graph, that it kept in attribute {key!r} of {type(m).__name__}. Clear them before the call "
+                    "(module.train() followed by module.eval() often does), or compute them anew in each forward pass."
+                )
 
+    def apart(self, reasons: dict[int | None, str], layouts: Layouts | None = None) -> Trace:
+        """Under vmap, or sample by sample."""
+        try:
+            return self.vmapped(reasons, layouts)
+        except ParameterChanged:
+            return self.one_by_one("the forward pass changes parameters in place")
+        except (RuntimeError, NotImplementedError, IndexError) as error:
+            if _hides_calls(error):
+                raise
+            if layouts is not None:
+                layouts.clear()
+            why = f"vmap cannot run the model: {(str(error) or type(error).__name__).splitlines()[0]}"
+        try:
+            return self.one_by_one(why)
+        except (RuntimeError, NotImplementedError, IndexError) as error:
+            if _hides_calls(error):
+                raise
+            raise ValueError(ALONE.format(why=next(iter(reasons.values()), why), error=error)) from error
 
-def _capture_batched(
-    model_fn: Callable[..., Any],
-    leaves: list[Tensor],
-    rebuild: Callable[[Sequence[Tensor]], Any],
-    X: Any,
-    samples: int,
-    reasons: dict[int | None, str],
-    layouts: Layouts | None,
-) -> Trace:
-    try:
-        return _capture_vmapped(model_fn, leaves, rebuild, X, samples, reasons, layouts)
-    except (RuntimeError, NotImplementedError) as error:
-        if _hides_calls(error):
-            raise
-        if layouts is not None:
-            layouts.clear()
-        return _capture_loop(model_fn, leaves, rebuild, X, samples, error)
+    def vmapped(self, reasons: dict[int | None, str], layouts: Layouts | None = None) -> Trace:
+        """Under vmap over samples, generic parameters expanded; again if more of them turn out to be generic."""
+        leaves, samples, reasons = self.leaves, self.samples, dict(reasons)
+        while True:
+            tracked = {i: p for i, p in enumerate(leaves) if i not in reasons}
+            generic = {i: _copies(leaves[i], samples) for i in reasons if i is not None}
+            modes: list[Observer] = []
+            self.begin()
+
+            def one(x: Any, own: dict[int, Tensor]) -> Tensor:
+                level = _functorch.maybe_get_level(optree.tree_leaves(x)[0])
+                modes.append(Observer(tracked, level, samples, layouts))  # noqa: B023 (called at once, below)
+                params = self.rebuild([own.get(i, p) for i, p in enumerate(leaves)])
+                x = optree.tree_map(lambda t: t.unsqueeze(0), x)
+                with modes[0]:  # noqa: B023
+                    out = self.model_fn(params, x)
+                check_output(out, 1)
+                return out.squeeze(0)
+
+            try:
+                with without_fallback_warnings(), _no_checkpoints():
+                    out = torch.vmap(one, randomness="different")(self.X, generic)
+            finally:
+                for mode in modes:
+                    self.end(mode)
+            mode = modes[0]
+            found = reached([out], mode.sites, tracked, list(generic.values()))
+            mode.note(found.params, "it is used where calls cannot be seen")
+            check_leaves(self.model_fn, found.leaves, leaves)
+            if not mode.reasons:
+                return Trace(out, mode.sites + _generic_sites(generic, leaves), "vmap", reasons)
+            reasons |= mode.reasons
+
+    def one_by_one(self, why: str) -> Trace:
+        """Sample by sample, every parameter with a copy per sample, in memory of its own: the model may change it."""
+        generic = {i: _copies(p, self.samples).clone() for i, p in enumerate(self.leaves)}
+        outs = []
+        for n in range(self.samples):
+            x = optree.tree_map(lambda t, n=n: t[n : n + 1], self.X)
+            own = [p[n] for p in generic.values()]
+            self.begin()
+            mode = Observer({}, None, 1)
+            try:
+                with mode:
+                    out = self.model_fn(self.rebuild(own), x)
+            finally:
+                self.end(mode)
+            check_output(out, 1)
+            check_leaves(self.model_fn, reached([out], [], {}, own).leaves, [*self.leaves, *generic.values()])
+            outs.append(out)
+        return Trace(torch.cat(outs), _generic_sites(generic, self.leaves), "loop", dict.fromkeys(generic, why))
+
+    def compare(self, way: str, compiling: bool) -> None:
+        """Raise unless the batch gives what the samples give by themselves, when nothing is drawn at random."""
+        seeded = replace(self, seeded=True)
+
+        def run() -> tuple[Outcome, Outcome]:
+            found = []
+            for apart in (False, True):
+                mode = Observer(dict(enumerate(self.leaves)), None, self.samples)
+                try:
+                    if not apart:
+                        seeded.begin()
+                        out = seeded.whole(mode)
+                    else:
+                        out = (seeded.one_by_one("") if way == "loop" else seeded.vmapped({None: ""})).out
+                    found.append(outcome(out, self.leaves, retain_graph=False))
+                finally:
+                    self.end(mode)
+            return found[0], found[1]
+
+        require(run, compiling)
 
 
 def _hides_calls(error: Exception) -> bool:
@@ -152,7 +286,22 @@ def _hides_calls(error: Exception) -> bool:
 
 
 @contextmanager
-def _nothing_hidden() -> Iterator[None]:
+def _no_checkpoints() -> Iterator[None]:
+    """Have checkpoints raise: what they run again in the backward pass would meet tensors of a vmap that is over."""
+
+    def opaque(*args: Any, **kwargs: Any) -> Iterator[None]:
+        raise Opaque
+        yield
+
+    if not calls_may_hide():
+        yield
+        return
+    with patch.object(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", opaque):
+        yield
+
+
+@contextmanager
+def nothing_hidden() -> Iterator[None]:
     """Run checkpointed parts of a model as they are, and compiled parts eagerly."""
 
     class Plain:
@@ -171,62 +320,6 @@ def _nothing_hidden() -> Iterator[None]:
         yield
 
 
-def _capture_vmapped(
-    model_fn: Callable[..., Any],
-    leaves: list[Tensor],
-    rebuild: Callable[[Sequence[Tensor]], Any],
-    X: Any,
-    samples: int,
-    reasons: dict[int | None, str],
-    layouts: Layouts | None = None,
-) -> Trace:
-    """Run under vmap over samples, generic parameters expanded; again if more of them turn out to be generic."""
-    reasons = dict(reasons)
-    while True:
-        tracked = {i: p for i, p in enumerate(leaves) if i not in reasons}
-        generic = {i: _copies(leaves[i], samples) for i in reasons if i is not None}
-        modes: list[Observer] = []
-
-        def one(x: Any, own: dict[int, Tensor]) -> Tensor:
-            level = _functorch.maybe_get_level(optree.tree_leaves(x)[0])
-            modes.append(Observer(tracked, level, samples, layouts))  # noqa: B023 (called at once, below)
-            params = rebuild([own.get(i, p) for i, p in enumerate(leaves)])
-            x = optree.tree_map(lambda t: t.unsqueeze(0), x)
-            with modes[0]:  # noqa: B023
-                out = model_fn(params, x)
-            check_output(out, 1)
-            return out.squeeze(0)
-
-        with without_fallback_warnings():
-            out = torch.vmap(one, randomness="different")(X, generic)
-        mode = modes[0]
-        mode.note(hidden(out, mode.sites, tracked), "it is used where calls cannot be seen")
-        if not mode.reasons:
-            return Trace(out, mode.sites + _generic_sites(generic, leaves), "vmap", reasons)
-        reasons |= mode.reasons
-
-
-def _capture_loop(
-    model_fn: Callable[..., Any],
-    leaves: list[Tensor],
-    rebuild: Callable[[Sequence[Tensor]], Any],
-    X: Any,
-    samples: int,
-    error: Exception,
-) -> Trace:
-    """Run sample by sample, every parameter with a copy per sample."""
-    generic = {i: _copies(p, samples) for i, p in enumerate(leaves)}
-    outs = []
-    for n in range(samples):
-        x = optree.tree_map(lambda t, n=n: t[n : n + 1], X)
-        with Observer({}, None, 1):
-            out = model_fn(rebuild([p[n] for p in generic.values()]), x)
-        check_output(out, 1)
-        outs.append(out)
-    why = f"vmap cannot run the model: {str(error).splitlines()[0]}"
-    return Trace(torch.cat(outs), _generic_sites(generic, leaves), "loop", dict.fromkeys(generic, why))
-
-
 def _copies(p: Tensor, samples: int) -> Tensor:
     """One copy of a parameter per sample, sharing memory, whose gradient is the per-sample gradient."""
     return p.expand(samples, *p.shape)
@@ -237,6 +330,116 @@ def _generic_sites(generic: dict[int, Tensor], leaves: list[Tensor]) -> list[Sit
         Site("generic", {i: Direct(lambda g: g, leaves[i].shape)}, edge_of(copies), 0, [], copies.shape, [])
         for i, copies in generic.items()
     ]
+
+
+def check_subset(
+    model_fn: Callable[..., Any],
+    leaves: Sequence[Tensor],
+    rebuild: Callable[[Sequence[Tensor]], Any],
+    batch: Batch,
+    found: Trace | Observer,
+    out: Tensor,
+) -> None:
+    """Raise unless samples of a subset have the outputs that they have in the whole batch.
+
+    Nothing is compared where the samples could be followed all the way. Otherwise one of them runs in other company, and
+    where their data may have met, the whole batch.
+
+    Args:
+        model_fn: The model.
+        leaves: The parameters.
+        rebuild: Makes the params pytree of a list of tensors.
+        batch: The subset.
+        found: What is known of the forward pass of the subset.
+        out: Its output.
+    """
+    index = batch.index
+    if index is None:
+        return
+    whole = found.entangled is not None or batch.size == batch.total
+    apart = bool(found.reasons)  # each sample was run by itself, but a batch of one is that anyway
+    if not (whole or found.counts or (apart and batch.size == 1)):
+        return
+    last = index[-1:]
+    company, place = (last, slice(0, 1)) if batch.size > 1 else (torch.cat([(last + 1) % batch.total, last]), slice(1, 2))
+    attributes = Attributes.of(model_fn).now()
+
+    def other(X: Any, samples: int) -> Tensor:
+        mode = Observer({}, None, samples)  # for what it writes
+        try:
+            with torch.no_grad(), mode:
+                result: Tensor = model_fn(rebuild(leaves), X)
+            check_output(result, samples)
+        finally:
+            mode.undo()
+            attributes.restore()
+        return result
+
+    def pair(mine: Tensor | None) -> tuple[Outcome, Outcome]:
+        if again := mine is None:
+            same_chance()
+        mine = other(batch.inputs(), batch.size) if mine is None else mine.detach()
+        if again:
+            same_chance()
+        if whole:
+            return Outcome(other(batch.X, batch.total)[index.to(mine.device)], []), Outcome(mine, [])
+        theirs = other(optree.tree_map(lambda x: x[company.to(x.device)], batch.X), len(company))[place]
+        return Outcome(theirs, []), Outcome(mine[-1:], [])
+
+    why = (
+        f"subsampling: the output for a sample depends on which others are in the batch "
+        f"({found.entangled or 'for instance on their number'}), so a subset cannot run by itself. Leave subsampling away, and "
+        "choose from the results for the whole batch."
+    )
+    compiling = torch.compiler.is_compiling() or not _visible(out)
+    try:
+        if (found.random and compiling) or not holds(differ(*pair(out)), compiling, why):
+            require(lambda: pair(None), compiling, why)
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(why) from error
+
+
+def check_leaves(model_fn: Any, others: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
+    """Raise if the output's graph ends in a parameter that is not this call's."""
+    if not others:
+        return
+    module = getattr(model_fn, "module", None)  # of a functionalized one all parameters are replaced
+    replaced = {id(p) for p in module.parameters()} if isinstance(module, torch.nn.Module) else set()
+    for t in others:
+        if getattr(t, "_curvfunc_leaf", False) or id(t) in replaced or any(t is p or shares_memory(t, p) for p in leaves):
+            where = _holder(model_fn, t)
+            raise ValueError(
+                f"the output depends on a tensor{where} that was made from parameters in an earlier call, and that the model "
+                "kept: its values are old, and its gradient is lost. Clear it before the call (modules that keep it in eval "
+                "mode often do so in module.train(), followed by module.eval()), or compute it anew in each forward pass."
+            )
+
+
+def _holder(model_fn: Any, leaf: Tensor) -> str:
+    """Where a module keeps a tensor whose graph ends in ``leaf``, for messages."""
+    module = getattr(model_fn, "module", None)
+    for prefix, m in module.named_modules() if isinstance(module, torch.nn.Module) else ():
+        for key, value in vars(m).items():
+            if key in ("_parameters", "_buffers", "_modules"):
+                continue
+            for t in kept_tensors(value):
+                if t is leaf or (t.requires_grad and any(v is leaf for v in reached([t], [], {}).leaves)):
+                    return f" in attribute {key!r} of {f'module {prefix!r}' if prefix else 'the module'} ({type(m).__name__})"
+    return ""
+
+
+def _check_versions(leaves: Sequence[Tensor], versions: Sequence[int]) -> None:
+    if any(p._version != version for p, version in zip(leaves, versions, strict=False)):
+        raise RuntimeError(
+            "the forward pass changed a parameter in place where calls cannot be seen (compiled or scripted code, or a block "
+            "that disables torch functions). Change it outside of the model."
+        )
+
+
+def _visible(t: Tensor) -> bool:
+    while _functorch.is_functorch_wrapped_tensor(t):
+        t = _functorch.get_unwrapped(t)
+    return not isinstance(t, torch._subclasses.FakeTensor) and not torch._is_functional_tensor(t)
 
 
 def check_output(out: Any, samples: int) -> None:

@@ -16,8 +16,9 @@ from torch.utils import _pytree as pytree
 
 from curvfunc import hessian, kfra, losses
 from curvfunc.buffers import copied, deliver, parameter_buffers, read_buffers
-from curvfunc.capture import capture, check_output
+from curvfunc.capture import capture, check_output, check_subset
 from curvfunc.cotangents import AveragedHessian, FullHessian, LossGradient, LossRoot, common
+from curvfunc.effects import Attributes
 from curvfunc.inputs import Batch, flatten_params, forward_errors, read_batch
 from curvfunc.model import ModelFunction
 from curvfunc.passes import BackwardPass, check_unchanged
@@ -250,8 +251,12 @@ class _Run:
             if sites:  # fused attention has no second derivative
                 with sdpa_kernel(SDPBackend.MATH) if self.differentiable or layouts is not None else nullcontext():
                     given: dict[str, Any] = {"generic": generic, "layouts": layouts, "faster": faster}
-                    return capture(self.model_fn, leaves, self.rebuild, X, samples, **given)
+                    trace = capture(self.model_fn, leaves, self.rebuild, X, samples, **given)
+                    check_subset(self.model_fn, leaves, self.rebuild, self.batch, trace, trace.out)
+                    return trace
+            attributes = Attributes.of(self.model_fn)
             out = self.model_fn(self.rebuild(leaves), X)
+            attributes.take_back()
         check_output(out, samples)
         return Trace(out, [], "plain")
 
@@ -315,7 +320,9 @@ def _out_of_inference(t: Any) -> Any:
 
 
 def _leaf(p: Tensor) -> Tensor:
-    return p.detach().requires_grad_()
+    leaf = p.detach().requires_grad_()
+    leaf._curvfunc_leaf = True  # type: ignore[attr-defined]  # to be told from others where a model keeps it
+    return leaf
 
 
 def _will_be_differentiated(tensors: list[Tensor]) -> bool:

@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 from torch.autograd.graph import Node
 
 from curvfunc import losses
+from curvfunc.inputs import check_used
 from curvfunc.observer import edge_of, without_fallback_warnings
 from curvfunc.sites import Site, Trace
 
@@ -70,7 +71,7 @@ class AveragedHessian:
 def chunks(total: int, trace: Trace, chunk_size: int | None) -> list[tuple[int, int]]:
     """Ranges of columns that are backpropagated together."""
     if chunk_size is None:
-        widest = max((s.shape.numel() for s in trace.sites), default=1) * trace.out.element_size()
+        widest = max([1, *[s.shape.numel() for s in trace.sites]]) * trace.out.element_size()
         chunk_size = max(1, CHUNK_BYTES.get(trace.out.device.type, 1 << 28) // widest)
     return [(i, min(i + chunk_size, total)) for i in range(0, total, chunk_size)]
 
@@ -100,6 +101,7 @@ def pull(
     """
     wanted = trace.sites if sites else []
     if not trace.out.requires_grad:
+        check_used(trace.out, not leaves or bool(trace.sites))
         return [_zeros(s, trace, columns) for s in wanted], [torch.zeros_like(p) for p in leaves]
     end = edge_of(trace.out)
     inner = [s for s in wanted if s.edge.node is not end.node or s.edge.output_nr != end.output_nr]
@@ -131,6 +133,8 @@ def pull(
     pulled = dict(zip(inner, grads, strict=False))
     at_sites = [(s, pulled.get(s, columns)) for s in wanted]  # at the output, nothing is to be done
     found_at = [_zeros(s, trace, columns) if g is None else _samples_first(g, s) for s, g in at_sites]
+    if leaves and not trace.sites:
+        check_used(trace.out, any(g is not None for g in grads))
     totals = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads[len(inner) :], strict=True)]
     return found_at, totals
 

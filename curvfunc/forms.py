@@ -14,6 +14,7 @@ Axes: ``n`` sample, ``v`` backpropagated vector, ``q`` group, ``s`` shared posit
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ __all__ = [
     "arranged",
     "bind",
     "bind_products",
+    "block_of",
     "direct",
     "flat_vectors",
     "inputs_of",
@@ -44,7 +46,7 @@ __all__ = [
     "merge",
     "outer",
     "per_sample",
-    "rows_of",
+    "reads",
     "sample_blocks",
     "scatter",
     "sum_to_shape",
@@ -111,11 +113,13 @@ class Direct:
         shape: Shape of the parameter.
         sums: The use at the same operation for which it is Σ_s g, with the features [q o] in their order: a bias and its
             weight share a Kronecker factor.
+        reads: Whether ``cotangent`` takes values of the operation's inputs, which must then stay as they are.
     """
 
     cotangent: Callable[[Tensor], Tensor]
     shape: torch.Size
     sums: Outer | None = None
+    reads: bool = True
 
 
 @dataclass(frozen=True)
@@ -282,7 +286,7 @@ def arranged(b: Bound, result: Tensor) -> Tensor:
         return form.arrange(result)
     if form.inputs_first:
         result = result.mT
-    return result.reshape(*result.shape[:-3], *form.shape)
+    return result.reshape(result.shape[:-3] + form.shape)
 
 
 def per_sample(b: Bound, out: Tensor | None = None) -> Tensor:
@@ -379,17 +383,49 @@ def sums_positions(b: Bound) -> bool:
 
 def transposed(form: Form) -> Form | None:
     """The form of the use of a matrix's transpose; None if it has to be formed."""
-    if isinstance(form, Outer) and form.arrange is None and len(form.shape) == 2:
-        return replace(form, inputs_first=not form.inputs_first, shape=torch.Size(form.shape[::-1]))
-    return None
-
-
-def rows_of(form: Form, start: int, shape: torch.Size) -> Form | None:
-    """The form of a matrix of that shape, of which the rows from ``start`` are used; None if it has to be formed."""
-    if not isinstance(form, Outer) or form.arrange is not None or form.inputs_first:
+    if not isinstance(form, Outer) or form.arrange is not None or len(form.shape) != 2:
         return None
-    after = shape[0] - start - form.shape[0]
-    return replace(form, cotangent=lambda g: F.pad(form.cotangent(g), (start, after)), shape=shape)
+    shape, cotangent = torch.Size(form.shape[::-1]), partial(_of_one_group, form.cotangent)
+    return replace(form, cotangent=cotangent, inputs_first=not form.inputs_first, shape=shape, instead=None)
+
+
+def block_of(form: Form, dim: int, start: int, shape: torch.Size) -> Form | None:
+    """The form of a matrix of that shape, of which rows (``dim`` 0) or columns (1) are used; None if it has to be formed.
+
+    The features that are not used are zero.
+
+    Args:
+        form: Of the use of the block.
+        dim: The axis along which it is a part.
+        start: Where it starts.
+        shape: Of the whole.
+    """
+    if not isinstance(form, Outer) or form.arrange is not None or len(form.shape) != 2:
+        return None
+    around = (start, shape[dim] - start - form.shape[dim])
+    cotangent = partial(_of_one_group, form.cotangent)
+    if (dim == 0) != form.inputs_first:
+        return replace(form, cotangent=lambda g: F.pad(cotangent(g), around), shape=shape, instead=None)
+    inputs: Callable[[], Tensor] = lambda: F.pad(form.inputs(), around)
+    return replace(form, inputs=inputs, cotangent=cotangent, shape=shape, moment=None, part=None, instead=None)
+
+
+def _of_one_group(cotangent: Callable[[Tensor], Tensor], g: Tensor) -> Tensor:
+    """g [v, n, 1, s, o] of a matrix of which a part, or the transpose, is used."""
+    g = cotangent(g)
+    if g.shape[2] != 1:
+        raise NotImplementedError(
+            f"a rule gives an Outer form with {g.shape[2]} groups, and the operation takes a part or the transpose of a "
+            "parameter. Pass it the whole parameter, or let the rule return NotImplemented or a Direct form."
+        )
+    return g
+
+
+def reads(form: Form) -> bool:
+    """Whether a form takes values of the operation's inputs."""
+    if isinstance(form, Through):
+        return reads(form.form)
+    return not isinstance(form, Direct) or form.reads
 
 
 def sum_to_shape(g: Tensor, shape: torch.Size) -> Tensor:

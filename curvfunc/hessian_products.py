@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from curvfunc.forms import Outer, Parts, Through, arranged, bind, per_sample
+from curvfunc.forms import Outer, Parts, Through, arranged, bind, flat_vectors, per_sample
 from curvfunc.observer import without_fallback_warnings
 from curvfunc.precision import wide
 from curvfunc.residuals import is_affine
@@ -123,13 +123,13 @@ class HessianProducts:
         """One column for each entry of the parameter."""
         shape = self.trace.sites[sites[0]].forms[i].shape
         numel, samples = shape.numel(), len(self.trace.out)
-        parts = []
+        parts = [self.trace.out.new_zeros(0, samples)]
         for start, stop in self.chunks(numel, 1):
             entries = _units(start, stop, numel, self._zeros(sites[0], 1)).reshape(-1, 1, *shape)
             entries = entries.expand(-1, samples, *shape)
             moves = [self._transpose(j, partial(self._gradient, j, i), entries) for j in sites]
             products = self._product(sites, moves)
-            diagonals = [(m * h).flatten(2).sum(2) for m, h in zip(moves, products, strict=True)]
+            diagonals = [flat_vectors(m * h).sum(2) for m, h in zip(moves, products, strict=True)]
             parts.append(sum(diagonals[1:], diagonals[0]))
         return torch.cat(parts).mT.reshape(samples, *shape)
 
@@ -157,7 +157,11 @@ class HessianProducts:
             bias = bias.index_add(0, feature, rows.sum(2))
         yield i, arranged(b, weight.movedim(0, 1).reshape(n, q, o, -1))
         for k in biases:
-            yield k, bias.mT.reshape(n, *self.trace.sites[j].forms[k].shape)
+            shape = self.trace.sites[j].forms[k].shape
+            if shape.numel() == q * o:
+                yield k, bias.mT.reshape(n, *shape)
+            else:  # the weight is a part of a parameter, which has features that the bias does not have
+                yield k, self._by_entry(k, [j])
 
     def _bind(self, j: int, i: int, g: Tensor) -> Any:
         return bind(self.trace.sites[j].forms[i], g, self.inputs)

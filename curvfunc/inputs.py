@@ -9,7 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "flatten_params", "forward_errors", "in_order", "read_batch"]
+__all__ = ["Batch", "check_used", "flatten_params", "forward_errors", "in_order", "not_real", "read_batch"]
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,41 @@ def flatten_params(params: Any) -> tuple[list[str], list[Tensor], Callable[[Sequ
     for name, p in zip(names, leaves, strict=True):
         if not isinstance(p, Tensor):
             raise TypeError(f"parameter {name!r} is {p!r} of type {type(p).__name__}; a tensor is needed.")
+        if hasattr(p, "full_tensor"):
+            raise TypeError(
+                f"parameter {name!r} is a DTensor, sharded over processes, which is not supported. Functionalize the model as "
+                "it is before fully_shard (a copy, with p.full_tensor() for its parameters)."
+            )
+        if p.is_complex():
+            raise TypeError(not_real(name, p))
         if not p.is_floating_point():
             raise TypeError(
                 f"parameter {name!r} has dtype {p.dtype}; parameters must be real floating-point tensors. Keep others "
                 "out of params (as buffers of the module, or constants of model_fn)."
             )
     return names, leaves, rebuild
+
+
+def check_used(out: Tensor, any_used: bool) -> None:
+    """Raise if an output depends on no parameter: one that is unused has zeros, but all of them is a mistake."""
+    if any_used:
+        return
+    why = (
+        "depends on none of the parameters: model_fn has to compute with its first argument (a module that it calls keeps its "
+        "own parameters; see curvfunc.functionalize)"
+        if out.requires_grad
+        else "has no graph, so nothing depends on the parameters: remove torch.no_grad, inference_mode or .detach() from the "
+        "forward pass, and compute with the parameters that model_fn gets"
+    )
+    raise ValueError(f"the model's output {why}.")
+
+
+def not_real(name: str, p: Tensor) -> str:
+    """What to say of a complex parameter."""
+    return (
+        f"parameter {name!r} has dtype {p.dtype}; parameters must be real. Write it as pairs of reals: keep "
+        "torch.view_as_real(p) as the parameter, and use torch.view_as_complex of it in the model."
+    )
 
 
 def in_order(params: Any, tree: Any) -> list[Any]:

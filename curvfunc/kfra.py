@@ -81,7 +81,9 @@ def _taken(edge: GradientEdge, layouts: Layouts) -> dict[tuple[Node, int], _Tens
         if node is None or (node, number) in seen:
             continue
         seen.add((node, number))
-        if (layout := layouts.of(before := GradientEdge(node, number))) is not None:
+        before = GradientEdge(node, number)
+        # the matrices are of real numbers: complex tensors are inside of a step
+        if (layout := layouts.of(before)) is not None and not node._input_metadata[number].dtype.is_complex:
             found[node, number] = _Tensor(before, *layout)
         else:
             stack.extend(node.next_functions)
@@ -154,7 +156,8 @@ def _parameter_factors(form: Any, G: Tensor, site: Site) -> tuple[Tensor, ...]:
     b = bind(form, G.new_zeros(1, samples, *shape[1:]), inputs)
     A = second_moments.input_factor(b)
     assert A is not None
-    B = G if isinstance(form, Outer) and b.x.shape[1:3] == (1, 1) else _output_factor(form, G, shape)
+    whole = isinstance(form, Outer) and b.x.shape[1:3] == (1, 1) and b.g.shape[4] == len(G) and is_affine(site)
+    B = G if whole else _output_factor(form, G, shape)
     return (A.factor, B) if A.first else (B, A.factor)
 
 

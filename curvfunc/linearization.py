@@ -20,17 +20,30 @@ from typing import Any
 
 import optree
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch._C import _functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from curvfunc import losses
-from curvfunc.capture import check_output
+from curvfunc.batch_axis import mutates
+from curvfunc.capture import check_leaves, check_output, check_subset, nothing_hidden
 from curvfunc.compute import _leaf
 from curvfunc.cotangents import CHUNK_BYTES
-from curvfunc.inputs import Batch, flatten_params, forward_errors, read_batch
-from curvfunc.observer import BATCH_NORMS, refuse_batch_statistics, without_fallback_warnings
+from curvfunc.effects import Attributes
+from curvfunc.inputs import Batch, check_used, flatten_params, forward_errors, read_batch
+from curvfunc.observer import (
+    BATCH_NORMS,
+    BATCH_STATISTICS,
+    Observer,
+    Opaque,
+    reached,
+    takes_batch_statistics,
+    tensors_in,
+    without_fallback_warnings,
+)
+from curvfunc.rules.nonlinear import standardized
 
 __all__ = [
     "EmpiricalFisher",
@@ -73,11 +86,30 @@ class Problem:
 
     def forward(self, leaves: Sequence[Tensor]) -> Tensor:
         """The output of the subset, [B, ...]."""
-        X = self.batch.inputs()
+        try:
+            return self._forward(leaves)
+        except Opaque:  # checkpoints and compiled parts, which have no second derivatives
+            with nothing_hidden():
+                return self._forward(leaves)
+
+    def _forward(self, leaves: Sequence[Tensor]) -> Tensor:
+        X, size = self.batch.inputs(), self.batch.size
+        subset = None if self.batch.index is None else Observer(dict(enumerate(leaves)), None, size)
+        if subset is not None:
+            subset.effects = None
+        given = X if subset is None else optree.tree_map(subset.marked, X)
+        attributes = Attributes.of(self.model_fn)
         # the fused kernels of attention have no second derivative
-        with forward_errors(self.names, leaves, X), sdpa_kernel(SDPBackend.MATH), _NoBatchStatistics():
-            out: Tensor = self.model_fn(self.rebuild(leaves), X)
-        check_output(out, self.batch.size)
+        mode = _NoBatchStatistics(leaves) if subset is None else subset
+        with forward_errors(self.names, leaves, X), sdpa_kernel(SDPBackend.MATH), mode:
+            out: Tensor = self.model_fn(self.rebuild(leaves), given)
+            attributes.take_back()
+        check_output(out, size)
+        found = reached([out], [], dict(enumerate(leaves)))
+        check_used(out, bool(found.params))
+        check_leaves(self.model_fn, found.leaves, leaves)
+        if subset is not None:
+            check_subset(self.model_fn, leaves, self.rebuild, self.batch, subset, out)
         return out
 
     def gradient(self, out: Tensor) -> Tensor:
@@ -101,14 +133,29 @@ class Problem:
 
 
 class _NoBatchStatistics(TorchFunctionMode):
+    """Refuses batch statistics, except of tensors that are made of parameters alone: weights that are standardized."""
+
+    def __init__(self, leaves: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._leaves = {id(p): p for p in leaves}
+        self._made = dict(self._leaves)
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run ``func``, unless it mixes samples."""
         kwargs = kwargs or {}
-        if func in BATCH_NORMS:
-            refuse_batch_statistics(func, args, kwargs)
-        return func(*args, **kwargs)
+        if func in BATCH_NORMS and takes_batch_statistics(args, kwargs):
+            if func is not F.batch_norm or id(args[0] if args else kwargs["input"]) not in self._made:
+                raise ValueError(BATCH_STATISTICS)
+            func = standardized
+        out = func(*args, **kwargs)
+        if args and id(args[0]) in self._made:
+            if not all(id(t) in self._made for t in tensors_in(args, kwargs)):
+                self._made = dict(self._leaves) if mutates(func) else self._made  # views may have changed too
+            elif isinstance(out, Tensor):
+                self._made[id(out)] = out
+        return out
 
 
 @dataclass(frozen=True)

@@ -142,8 +142,10 @@ def functionalize(
     """Split a module into a pure function and its parameters.
 
     Args:
-        module: Any module. It is not changed; its mode (train or eval), buffers and frozen parameters are read at each
-            call. A parameter shared by several submodules appears once.
+        module: Any module. Its parameters are not changed; its mode (train or eval), buffers and frozen parameters are read
+            at each call. Buffers and other attributes that its forward pass updates (running statistics in training mode, a
+            counter) are updated once per call, as when the module itself is called; tensors made from ``params`` that it keeps
+            are taken back. A parameter shared by several submodules appears once.
         output_fn: Chooses the output tensor where the module returns more, e.g. ``lambda out: out.logits``.
 
     Returns:

@@ -3,11 +3,12 @@
 For an operation with a rule it keeps a site; on the plain path it follows the sample axis from tensor to tensor.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,14 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from curvfunc.batch_axis import mutates, propagate
-from curvfunc.forms import Direct, Form, Through, rows_of, sum_to_shape, transposed
-from curvfunc.rules import DECOMPOSITIONS, EXPANSIONS, ROWS, RULES, TRANSPOSES, Use
+from curvfunc.effects import HIDDEN_WRITES, Effects
+from curvfunc.forms import Direct, Form, Through, block_of, reads, sum_to_shape, transposed
+from curvfunc.rules import DECOMPOSITIONS, EXPANSIONS, RULES, SPLITS, TRANSPOSES, Use
+from curvfunc.rules.checks import guarded
+from curvfunc.rules.nonlinear import standardized
 from curvfunc.sites import Layouts, Parameter, Site
 
-__all__ = ["Observer", "without_fallback_warnings"]
+__all__ = ["Observer", "reached", "without_fallback_warnings"]
 
 MIXED = -1  # a tensor whose sample axis is not known
 CONSTANT = -2  # a tensor that requires grad and depends on no sample: parameters, and what is made of them alone
@@ -45,6 +49,7 @@ class Observer(TorchFunctionMode):
         faster: Mapping[Any, Any] = MappingProxyType({}),
     ) -> None:
         super().__init__()
+        self.tracked = tracked
         self.faster = faster
         self.layouts = layouts
         if layouts is not None:
@@ -55,18 +60,32 @@ class Observer(TorchFunctionMode):
         self.guesses: bool | None = None  # whether constants were taken for samples; False forbids it
         self.sites: list[Site] = []
         self.reasons: dict[int | None, str] = {}
+        self.entangled: str | None = None  # what may make a sample's output depend on the data of others
+        self.counts = False  # whether Python asked for the shape of a batch
+        self.random = False
+        self.effects: Effects | None = Effects(tracked.values())  # None where they are the user's own
+        self._marks: dict[int, tuple[Any, int | None, bool]] = {}
         if level is None:
             for p in tracked.values():
-                p._curvfunc_axis = CONSTANT  # type: ignore[attr-defined]
+                self.mark(p, CONSTANT)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run ``func`` and note what it does with parameters and samples."""
         kwargs = kwargs or {}
-        if func in BATCH_NORMS:
-            refuse_batch_statistics(func, args, kwargs)
+        if func in BATCH_NORMS and takes_batch_statistics(args, kwargs):
+            if func is not F.batch_norm or self.normalizes_samples(args, kwargs):
+                raise ValueError(BATCH_STATISTICS)
+            with self:
+                return standardized(*args, **kwargs)
         tensors = tensors_in(args, kwargs)
+        if (what := ESCAPES.get(func)) is not None:
+            if what == "set":  # autograd itself sets attributes, while it holds what a look at the graph would wait for
+                return func(*args, **kwargs)
+            self._escapes(what, func, tensors)
+        if self.effects is not None and (mutates(func) or func in HIDDEN_WRITES):
+            self.effects.before(func, args, kwargs, self._is_made)
         used = [p for t in tensors if (p := self.index.get(id(t))) is not None]
         if used and (decomposition := DECOMPOSITIONS.get(func)) is not None:
             with self:
@@ -74,14 +93,32 @@ class Observer(TorchFunctionMode):
         if used and func in RULES and not any(map(self._sampled, tensors)):
             args, kwargs = (self._repeated(a) for a in (args, kwargs))
             tensors = tensors_in(args, kwargs)
-        run = _embedding if func is F.embedding and self.level is not None else self.faster.get(func, func)
+        # before the call, which may move on from these nodes in place
+        data = [self._raw(t) for t in tensors if id(t) not in self.index] if used else []
+        before = [edge_of(t).node for t in data if t.requires_grad]
+        run = self.faster.get(func, func) if self.level is None else UNDER_VMAP.get(func, func)
         out = run(*args, **kwargs) if self.layouts is None else self._laid_out(self.layouts, func, run, args, kwargs, tensors)
         if used and _tensor_in(out):
             if not self._derive(func, tensors, out, used):
-                self._use(func, args, kwargs, tensors, out, used)
+                self._use(func, args, kwargs, tensors, out, used, before)
         elif self.level is None:
             self._follow(func, args, kwargs, tensors, out)
+        elif isinstance(out, Tensor) and not any(out is t for t in tensors):
+            self.mark(out, None)
         return out
+
+    def undo(self, but: Container[int] = ()) -> Effects:
+        """Take back what the forward pass wrote into tensors that it did not make."""
+        assert self.effects is not None
+        return self.effects.undo(but)
+
+    def normalizes_samples(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether what is normalized may depend on samples; weights may be standardized by their own statistics.
+
+        Looked at on the whole batch alone, which runs before all else: elsewhere each sample has statistics of its own.
+        """
+        x = args[0] if args else kwargs["input"]
+        return self.level is None and bool(self.index) and self._sampled(x)
 
     # -- parameters
 
@@ -91,24 +128,27 @@ class Observer(TorchFunctionMode):
             return False
         if (made := self._expanded(func, out, used[0])) is not None:
             self.sites.append(made)
-            _mark(out, made.axis)
+            self.mark(out, made.axis)
             return True
         for k, t in enumerate((out,) if isinstance(out, Tensor) else out):
             if not isinstance(t, Tensor) or not t.requires_grad:
                 continue
             if self.level is None:
-                _mark(t, CONSTANT)
+                self.mark(t, CONSTANT)
             p = self.index[id(t)] = Parameter(t, None, [*used])
             if len(used) == 1 and func in TRANSPOSES and t.ndim == 2:
                 p.transposed_of = used[0]
-            elif len(used) == 1 and func in ROWS and t.ndim == 2:
-                p.rows_of = (used[0], sum(len(o) for o in out[:k]))
+            elif len(used) == 1 and func in SPLITS and t.ndim == 2:
+                whole = used[0].tensor.shape
+                dim = int(t.shape[0] == whole[0] and t.shape[1] != whole[1])
+                if sum(o.shape[dim] for o in out) == whole[dim]:  # its pieces follow each other
+                    p.block_of = (used[0], dim, sum(o.shape[dim] for o in out[:k]))
         return True
 
     def _sampled(self, t: Tensor) -> bool:
         """Whether a tensor may depend on samples with a gradient, or on a single one of them."""
         if self.level is None:
-            return axis_of(t) not in (None, CONSTANT)
+            return self.axis_of(t) not in (None, CONSTANT)
         return id(t) not in self.index and (t.requires_grad or _functorch.is_batchedtensor(t))
 
     def _repeated(self, args: Any) -> Any:
@@ -126,13 +166,15 @@ class Observer(TorchFunctionMode):
             if self.guesses is False or t.ndim == 0 or not t.shape[0] == self.samples > 1:
                 return t
             self.guesses = True
-            return marked(t)
+            return self.marked(t)
 
         return {k: samples(t) for k, t in args.items()} if isinstance(args, dict) else tuple(map(samples, args))
 
     def _expanded(self, func: Any, out: Any, p: "Parameter") -> Site | None:
         """A parameter that is repeated once per sample: the site at which it meets them."""
         if self.level is not None or func not in EXPANSIONS or not isinstance(out, Tensor) or self.guesses is False:
+            return None
+        if out.is_complex() or not out.numel():
             return None
         own = [1] * (out.ndim - p.tensor.ndim) + list(p.tensor.shape)
         if self.samples == 1 or any(a not in (1, b) for a, b in zip(own, out.shape, strict=True)):
@@ -154,12 +196,17 @@ class Observer(TorchFunctionMode):
         tensors: list[Tensor],
         out: Any,
         used: list["Parameter"],
+        before: list[Node],
     ) -> None:
         if self.level is None:
             self._follow(func, args, kwargs, tensors, out)
         rule = RULES.get(func)
         if rule is None:
             return self._refuse(used, f"{_name(func)} has no rule")
+        if any(t.is_complex() for t in tensors):  # rules are for real numbers: no conjugates, no real parts
+            return self._refuse(used, f"{_name(func)} takes complex numbers")
+        if not all(t.numel() for t in tensors):
+            return self._refuse(used, f"{_name(func)} takes a tensor of no elements")
         bound = {**dict(zip(rule.arguments, args, strict=False)), **kwargs}
         roles = {name: p for name in rule.parameters if (p := self.index.get(id(bound.get(name)))) is not None}
         if len(roles) != len(used) or not isinstance(out, Tensor):
@@ -184,23 +231,26 @@ class Observer(TorchFunctionMode):
         if rule.takes_use:
             bound["use"] = Use(axis if self.level is None else None, frozenset(roles), frozenset(batched))
         forms = rule.forms(**bound)
-        if forms is NotImplemented or not roles.keys() <= forms.keys():
+        if forms is NotImplemented or (isinstance(forms, dict) and not roles.keys() <= forms.keys()):
             return self._decline(used, f"the rule of {_name(func)} does not cover this use")
+        if rule.own:
+            shapes = {k: p.tensor.shape for k, p in roles.items()}
+            forms = guarded(_name(func), forms, shapes, rule.parameters, self.samples)
         if alone:
             forms = {k: _squeezed(f) for k, f in forms.items()}
         of_leaves = [(i, form) for name, p in roles.items() for i, form in self._leaf_forms(p, forms[name])]
         if len({i for i, _ in of_leaves}) != len(of_leaves):
             return self._decline(used, f"{_name(func)} takes it in two arguments")
-        data = [self._raw(t) for t in tensors if id(t) not in self.index]
+        reading = any(reads(forms[name]) for name in roles)
         self.sites.append(
             Site(
                 name=_name(func),
                 forms=dict(of_leaves),
                 edge=edge_of(viewed(raw)),
                 axis=axis,
-                inputs=[(t, t._version) for t in map(self._raw, inputs.values())],
+                inputs=[(t, t._version) for t in map(self._raw, inputs.values())] if reading else [],
                 shape=raw.shape,
-                producers=[edge_of(t).node for t in data if t.requires_grad],
+                producers=before,
             )
         )
         return None
@@ -211,9 +261,9 @@ class Observer(TorchFunctionMode):
             return [(p.leaf, form)]
         if p.transposed_of is not None and (flipped := transposed(form)) is not None:
             return self._leaf_forms(p.transposed_of, flipped)
-        if p.rows_of is not None:
-            parent, start = p.rows_of
-            if (whole := rows_of(form, start, parent.tensor.shape)) is not None:
+        if p.block_of is not None:
+            parent, dim, start = p.block_of
+            if (whole := block_of(form, dim, start, parent.tensor.shape)) is not None:
                 return self._leaf_forms(parent, whole)
         edge = get_gradient_edge(p.tensor)
         leaves = {q.leaf: q.tensor for q in p.ancestors()}
@@ -238,7 +288,7 @@ class Observer(TorchFunctionMode):
     def _sample_axis(self, out: Tensor) -> tuple[int | None, Tensor]:
         """The sample axis of a site's output, and the tensor that carries its graph."""
         if self.level is None:
-            return axis_or_none(out), out
+            return self.axis_or_none(out), out
         if not _functorch.is_batchedtensor(out) or _functorch.maybe_get_level(out) != self.level:
             return None, out
         return _functorch.maybe_get_bdim(out), _functorch.get_unwrapped(out)
@@ -246,7 +296,7 @@ class Observer(TorchFunctionMode):
     def _batch_first(self, t: Tensor) -> Tensor | None:
         """An input [n, ...]; None where it has no sample axis on the plain path."""
         if self.level is None:
-            axis = axis_of(t)
+            axis = self.axis_of(t)
             return None if axis is None or axis < 0 else t.movedim(axis, 0) if axis else t
         if _functorch.is_batchedtensor(t) and _functorch.maybe_get_level(t) == self.level:
             return _functorch.get_unwrapped(t).movedim(_functorch.maybe_get_bdim(t), 0)
@@ -266,7 +316,7 @@ class Observer(TorchFunctionMode):
         source, sampled = None, set()
         for t in tensors:
             raw = self._raw(t)
-            axis = axis_or_none(t) if self.level is None else _functorch.maybe_get_bdim(t) if raw is not t else None
+            axis = self.axis_or_none(t) if self.level is None else _functorch.maybe_get_bdim(t) if raw is not t else None
             if axis is not None:
                 sampled.add(id(t))
             if t.requires_grad:
@@ -276,7 +326,7 @@ class Observer(TorchFunctionMode):
                     source = edge_of(raw)
         out = layouts.substitutes.get(func, run)(*args, **kwargs)
         if isinstance(out, Tensor) and (raw := self._raw(out)).grad_fn is not None:
-            if source is not None:
+            if source is not None and not out.is_complex():
                 layouts.note_composite(edge_of(raw).node, source)
             if len(sampled) > 1:
                 layouts.note_several(edge_of(raw).node)
@@ -285,62 +335,99 @@ class Observer(TorchFunctionMode):
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], out: Any) -> None:
         """Mark each tensor of ``out`` with its sample axis."""
         if mutates(func):  # its views keep their marks, so the axis must not change
-            before = args[0].__dict__.get("_curvfunc_axis")
-            axis = _propagated(func, args, kwargs, tensors, args[0])
-            if before is not None and axis != before:
+            target = args[0]
+            known = self._marked_axis(target)
+            axis = self._propagated(func, args, kwargs, tensors, target)
+            if axis is None:
+                return
+            others = any(self.axis_of(t) not in (None, CONSTANT) for t in tensors if t is not target)
+            # where the axis of a view is lost, it may be one sample's: what is written there reaches the others
+            if known is not None and (axis != known or (axis == MIXED and others and target._base is not None)):
                 self.reasons.setdefault(None, f"{_name(func)} changes a tensor in place and mixes samples")
-            _mark(args[0], axis)
+            self.mark(target, axis)
         elif isinstance(out, Tensor):
-            _mark(out, _propagated(func, args, kwargs, tensors, out))
+            axis = self._propagated(func, args, kwargs, tensors, out)
+            if axis is not None or not any(out is t for t in tensors):  # what is returned as it came was made elsewhere
+                self.mark(out, axis)
         elif isinstance(out, (tuple, list)) and _tensor_in(out):
-            axes = _propagated(func, args, kwargs, tensors, out)
+            axes = self._propagated(func, args, kwargs, tensors, out)
             if isinstance(axes, tuple):
                 axes = tuple([MIXED if axis is None else axis for axis in axes])
             else:
                 axes = (axes,) * len(out)
             for t, axis in zip(out, axes, strict=True):
                 if isinstance(t, Tensor):
-                    _mark(t, axis)
+                    self.mark(t, axis)
 
+    def _propagated(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], out: Any) -> Any:
+        """Sample axis of ``out``: an axis, MIXED, CONSTANT; None for a constant without gradient."""
+        sampled = constant_with_grad = mixed = unknown = False
+        for t in tensors:
+            axis = self.axis_of(t)
+            if axis is None:
+                constant_with_grad |= t.requires_grad
+            elif axis >= 0:
+                sampled = True
+            elif axis == CONSTANT:
+                constant_with_grad = True
+            elif t.requires_grad:
+                mixed = True
+            else:
+                unknown = True
+        if mixed or (unknown and not sampled):
+            return MIXED
+        if sampled:
+            found = propagate(func, args, kwargs, out, self.axis_or_none)
+            if found is None and self.entangled is None:
+                self.entangled = f"{_name(func)} is not known to keep samples apart"
+            return MIXED if found is None else found
+        return CONSTANT if constant_with_grad else None
 
-def _propagated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], out: Any) -> Any:
-    """Sample axis of ``out``: an axis, MIXED, CONSTANT; None for a constant without gradient."""
-    sampled = constant_with_grad = mixed = unknown = False
-    for t in tensors:
-        axis = axis_of(t)
-        if axis is None:
-            constant_with_grad |= t.requires_grad
-        elif axis >= 0:
-            sampled = True
-        elif axis == CONSTANT:
-            constant_with_grad = True
-        elif t.requires_grad:
-            mixed = True
-        else:
-            unknown = True
-    if mixed or (unknown and not sampled):
-        return MIXED
-    if sampled:
-        found = propagate(func, args, kwargs, out, axis_or_none)
-        return MIXED if found is None else found
-    return CONSTANT if constant_with_grad else None
+    def _escapes(self, what: str, func: Any, tensors: list[Tensor]) -> None:
+        """Note what the model asks of tensors that the sample axis cannot tell."""
+        if what == "random":
+            self.random = True
+        elif any(self.axis_of(t) not in (None, CONSTANT) for t in tensors):
+            if what == "shape":
+                self.counts = True
+            elif self.entangled is None:
+                self.entangled = f"{_name(func)} gives Python a value that depends on samples"
 
+    # -- marks
 
-def axis_of(t: Tensor) -> int | None:
-    axis: int | None = t.__dict__.get("_curvfunc_axis")
-    if axis is None and t.grad_fn is not None:
-        return MIXED  # made where the mode could not see it
-    return axis
+    def mark(self, t: Tensor, axis: int | None) -> None:
+        """Note the sample axis of a tensor that the forward pass made; nothing is left on the tensor itself."""
+        self._marks[id(t)] = (ref(t), axis, t.requires_grad)
 
+    def marked(self, x: Tensor) -> Tensor:
+        """A view of ``x`` whose first axis is known to be that of the samples."""
+        x = x.view_as(x)
+        self.mark(x, 0)
+        return x
 
-def axis_or_none(t: Tensor) -> int | None:
-    axis = axis_of(t)
-    return None if axis is None or axis < 0 else axis
+    def axis_of(self, t: Tensor) -> int | None:
+        """The sample axis, MIXED or CONSTANT; None for a constant without gradient."""
+        found = self._marks.get(id(t))
+        if found is not None and found[0]() is t and found[2] == t.requires_grad:
+            return found[1]
+        # what has a gradient now and had none then was made where the mode cannot see it
+        return MIXED if t.grad_fn is not None else None
 
+    def axis_or_none(self, t: Tensor) -> int | None:
+        """The sample axis if it is known."""
+        axis = self.axis_of(t)
+        return None if axis is None or axis < 0 else axis
 
-def _mark(t: Tensor, axis: int | None) -> None:
-    if axis is not None:
-        t._curvfunc_axis = axis  # type: ignore[attr-defined]
+    def _marked_axis(self, t: Tensor) -> int | None:
+        found = self._marks.get(id(t))
+        return found[1] if found is not None and found[0]() is t else None
+
+    def _is_made(self, t: Tensor) -> bool:
+        """Whether a tensor is known to be made in this forward pass."""
+        if (base := t._base) is not None:
+            t = base
+        found = self._marks.get(id(t))
+        return t.grad_fn is not None or (found is not None and found[0]() is t)
 
 
 def _squeezed(form: Form) -> Form:
@@ -401,17 +488,42 @@ def _name(func: Any) -> str:
     return getattr(func, "__name__", str(func))
 
 
-BATCH_NORMS = {F.batch_norm: 5, torch.batch_norm: 5, torch.native_batch_norm: 5}
+def _escape_table() -> dict[Any, str]:
+    """Functions that tell Python values or shapes of tensors, that may draw at random, and that set attributes."""
+    values = """item tolist numpy __float__ __int__ __bool__ __index__ __complex__ __array__ __contains__ equal allclose
+        is_nonzero"""
+    random = """rand randn randint randperm normal bernoulli multinomial poisson rand_like randn_like randint_like
+        native_dropout normal_ uniform_ random_ bernoulli_ exponential_ geometric_ log_normal_ cauchy_ dropout dropout_
+        dropout1d dropout2d dropout3d alpha_dropout alpha_dropout_ feature_alpha_dropout feature_dropout rrelu rrelu_
+        gumbel_softmax multi_head_attention_forward scaled_dot_product_attention lstm gru rnn_tanh rnn_relu"""
+    table = {}
+    for names, what in ((values, "value"), ("size __len__ numel nelement", "shape"), (random, "random")):
+        for name in names.split():
+            for space in (torch, Tensor, F):
+                if (func := getattr(space, name, None)) is not None:
+                    table[func] = what
+    table[Tensor.shape.__get__] = "shape"  # type: ignore[attr-defined]
+    for name in dir(Tensor):
+        if (setter := getattr(getattr(Tensor, name), "__set__", None)) is not None:
+            table[setter] = "set"
+    return table
 
 
-def refuse_batch_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    training = kwargs.get("training", args[5] if len(args) > 5 else False)
-    if training:
-        raise ValueError(
-            "batch normalization in training mode mixes the samples of a batch, so that per-sample gradients and "
-            "curvature are not defined: call module.eval() before functionalize's function runs (running statistics "
-            "are then used), or use GroupNorm or LayerNorm."
-        )
+ESCAPES = _escape_table()
+
+BATCH_NORMS = {F.batch_norm, torch.batch_norm, torch.native_batch_norm}
+
+
+BATCH_STATISTICS = (
+    "batch normalization in training mode mixes the samples of a batch, so that per-sample gradients and curvature are not "
+    "defined: call module.eval() before functionalize's function runs (running statistics are then used), or use GroupNorm or "
+    "LayerNorm."
+)
+
+
+def takes_batch_statistics(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of a batch normalization is in training mode."""
+    return bool(kwargs.get("training", args[5] if len(args) > 5 else False))
 
 
 class Opaque(Exception):
@@ -421,12 +533,6 @@ class Opaque(Exception):
 def calls_may_hide() -> bool:
     """Whether this is not yet the attempt with nothing hidden."""
     return torch.utils.checkpoint.CheckpointFunction.__module__ == "torch.utils.checkpoint"
-
-
-def marked(x: Tensor) -> Tensor:
-    x = x.view_as(x)
-    x._curvfunc_axis = 0  # type: ignore[attr-defined]
-    return x
 
 
 @contextmanager
@@ -447,15 +553,44 @@ def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *a
     return torch.where((input == padding_idx % len(weight)).unsqueeze(-1), out.detach(), out)
 
 
-def hidden(out: Tensor, sites: list[Site], tracked: dict[int, Tensor]) -> list[int]:
-    """Parameters that the output's graph reaches other than through the sites, by walking the graph."""
-    if not out.requires_grad:
-        return []
+# Functions whose own kernels are wrong, or warn, under vmap.
+UNDER_VMAP: dict[Any, Any] = {F.embedding: _embedding, **{f: DECOMPOSITIONS[f] for f in (torch.prelu, F.prelu, Tensor.prelu)}}
+
+
+class Reached(NamedTuple):
+    """What the graph of an output reaches.
+
+    Attributes:
+        params: Parameters, by index, other than through sites.
+        leaves: All other leaves.
+        sites: Whether there is a site among what was reached.
+    """
+
+    params: list[int]
+    leaves: list[Tensor]
+    sites: bool
+
+
+def reached(outputs: Sequence[Tensor], sites: list[Site], tracked: dict[int, Tensor], stops: Sequence[Tensor] = ()) -> Reached:
+    """What the graph of the outputs reaches other than through the sites, by walking the graph.
+
+    Args:
+        outputs: Of the forward pass.
+        sites: What is known of it.
+        tracked: Parameters by index.
+        stops: Tensors of this forward pass behind which nothing is looked for.
+
+    Returns:
+        A `Reached`.
+    """
     ends: dict[Any, int] = {id(p) if p.grad_fn is None else p.grad_fn: i for i, p in tracked.items()}
-    producers = {site.edge.node: site.producers for site in sites}
+    producers: dict[Node, list[Node]] = {edge_of(t).node: [] for t in stops}
+    for site in sites:
+        producers.setdefault(site.edge.node, []).extend(site.producers)
     seen: set[Node] = set()
-    stack = [edge_of(out).node]
-    found = set()
+    stack = [edge_of(out).node for out in outputs if out.requires_grad]
+    found: set[int] = set()
+    leaves: dict[int, Tensor] = {}
     while stack:
         node = stack.pop()
         if node in seen:
@@ -463,11 +598,14 @@ def hidden(out: Tensor, sites: list[Site], tracked: dict[int, Tensor]) -> list[i
         seen.add(node)
         if type(node).__name__ in ("CheckpointFunctionBackward", "CompiledFunctionBackward") and calls_may_hide():
             raise Opaque
-        end = node if (leaf := getattr(node, "variable", None)) is None else id(leaf)
+        leaf = getattr(node, "variable", None)
+        end = node if leaf is None else id(leaf)
         if end in ends:
             found.add(ends[end])
         elif node in producers:
             stack.extend(producers[node])
+        elif leaf is not None:
+            leaves[id(leaf)] = leaf
         else:
             stack.extend([n for n, _ in node.next_functions if n is not None])
-    return sorted(found)
+    return Reached(sorted(found), list(leaves.values()), not seen.isdisjoint([site.edge.node for site in sites]))

@@ -3,6 +3,10 @@
 A spec names what is backpropagated (``cotangent``), what each layer makes of it (``contractions``), and how the parts
 become the result (``finish``). Each public function asks `curvfunc.compute` for one spec.
 
+What a sample's gradient is: with f the outputs of the whole batch, gₙ = R ∂ℓₙ(fₙ)/∂θ, everything else held as it is. Other
+samples may enter fₙ as data, or detached; where the gradient of fₙ would flow to other samples (normalization over the
+batch), the model is refused, as is a subset of a batch whose samples cannot run without the others.
+
 Shared by all functions below:
 
 Args:

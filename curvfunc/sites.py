@@ -45,14 +45,14 @@ class Parameter:
         leaf: Index of the parameter, None if made.
         parents: What it was made of.
         transposed_of: The matrix whose transpose it is.
-        rows_of: The matrix of which it is a block of rows, and the first of them.
+        block_of: The matrix of which it is a block of rows or columns, the axis along which it is one, and where it starts.
     """
 
     tensor: Tensor
     leaf: int | None
     parents: list["Parameter"] = field(default_factory=list)
     transposed_of: "Parameter | None" = None
-    rows_of: "tuple[Parameter, int] | None" = None
+    block_of: "tuple[Parameter, int, int] | None" = None
 
     def ancestors(self) -> list["Parameter"]:
         """The parameters that it is made of."""
@@ -70,12 +70,18 @@ class Trace:
         sites: Uses of parameters whose cotangents give everything; a generic parameter is a site of its own.
         mode: "plain", "vmap" or "loop".
         reasons: ``{parameter index: why it is generic}``, under the index None why the plain path does not hold.
+        entangled: On the plain path, why the data of samples may have met before it met parameters; None if it did not.
+        counts: On the plain path, whether Python asked for the shape of a batch.
+        random: On the plain path, whether something may have been drawn at random.
     """
 
     out: Tensor
     sites: list[Site]
     mode: str
     reasons: dict[int | None, str] = field(default_factory=dict)
+    entangled: str | None = None
+    counts: bool = False
+    random: bool = False
 
 
 @dataclass

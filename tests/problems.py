@@ -295,8 +295,6 @@ add("dropout in evaluation", lambda: nn.Sequential(nn.Linear(5, 4), nn.Dropout()
 add("scales", Scaled, normal(N, 5), "branching")
 add("low-rank update", LowRank, normal(N, 5), "shared_weights branching")
 add("a parameter that is not used", Odd, normal(N, 5))
-add("no parameter is used", lambda: ((lambda params, X: X @ torch.ones(5, C)), {"w": torch.randn(2, 3)}), normal(N, 5),
-    "linear piecewise_linear")  # fmt: skip
 add("frozen parameters", Frozen, normal(N, 5), "piecewise_linear plain")
 add("nested parameters", nested_mlp, normal(N, 5), "piecewise_linear plain")
 add("matrix products without modules",

@@ -132,7 +132,7 @@ def test_fallbacks(name: str, quantity: str, mode: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("curvfunc.observer.RULES", {})
     if mode == "loop":
-        monkeypatch.setattr("curvfunc.capture._capture_vmapped", refuse)
+        monkeypatch.setattr("curvfunc.capture._Runs.vmapped", refuse)
     problem = PROBLEMS[name].make()
     assert trace(problem).mode == mode
     assert_close(evaluate(quantity, problem), specified(quantity, problem))

@@ -75,6 +75,17 @@ def test_vmap_over_an_ensemble(name: str, quantity: str) -> None:
     assert_close(got, optree.tree_map(lambda *results: torch.stack(results), *each))
 
 
+@pytest.mark.parametrize("function", [curvfunc.batch_grad, curvfunc.kflr, curvfunc.diag_hessian])
+def test_vmap_of_a_slope_that_is_a_bias_too(function: Callable[..., Any]) -> None:
+    """Copies of it for each sample meet torch's own kernel, which warns under nested vmap."""
+    model_fn = lambda p, x: F.linear(F.prelu(x, p["a"]), p["w"], p["a"])
+    X, y = torch.randn(N, C), torch.tensor([0, 1, 2, 1])
+    params = {"a": torch.randn(2, C), "w": torch.randn(2, C, C)}
+    got = vmap(lambda p: function(model_fn, p, X, y))(params)
+    each = [function(model_fn, {k: v[i] for k, v in params.items()}, X, y) for i in range(2)]
+    assert_close(got, optree.tree_map(lambda *results: torch.stack(results), *each))
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_vmap_over_an_ensemble_with_each_loss(loss: str) -> None:
     problem = network("mlp", loss)

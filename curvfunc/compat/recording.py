@@ -34,9 +34,9 @@ from curvfunc.compat import delivery
 from curvfunc.compat.context import CTX, LOCK, state
 from curvfunc.compat.extensions import BatchDiagHessian, DiagHessian, MatrixProduct
 from curvfunc.compat.notes import Call, LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, note
-from curvfunc.observer import BATCH_NORMS, Observer, Opaque, axis_of, hidden, marked, refuse_batch_statistics
+from curvfunc.inputs import not_real
+from curvfunc.observer import BATCH_NORMS, Observer, Opaque, reached, takes_batch_statistics
 from curvfunc.rules.nonlinear import SUBSTITUTES
-from curvfunc.sites import Site
 
 __all__ = ["extend", "memory_cleanup"]
 
@@ -69,14 +69,17 @@ class _Recording(Observer):
     repeats = False
     refusal: str | None = None
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.effects = None  # the forward pass is the user's own, and so is what it changes
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func in BATCH_NORMS:
-            try:
-                refuse_batch_statistics(func, args, kwargs)
-            except ValueError:
+            statistics = takes_batch_statistics(args, kwargs)
+            if statistics and (func is not F.batch_norm or not self.index or self.normalizes_samples(args, kwargs)):
                 self.refusal = BATCH_NORM
                 return func(*args, **kwargs)
         elif func in TABLES:
@@ -224,12 +227,12 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
     before = [t.grad_fn for t in leaves if isinstance(t, Tensor) and t.grad_fn is not None]
     versions = [p._version for p in tensors]
     region = Region(type(module).__name__, tensors, names, owners, len(first), call, before, versions)
-    for i in sampled:
-        leaves[i] = marked(leaves[i])
-    called = optree.tree_unflatten(tree, leaves)
-    args, kwargs = called
     twice = CTX.is_extension_active(DiagHessian, BatchDiagHessian, MatrixProduct)
     mode = _Recording(dict(enumerate(tensors)), None, len(first), NodeLayouts(SUBSTITUTES if twice else None))
+    for i in sampled:
+        leaves[i] = mode.marked(leaves[i])
+    called = optree.tree_unflatten(tree, leaves)
+    args, kwargs = called
     _LOCAL.region = region
     if not module._modules:
         region.calls.append(call.module)
@@ -239,15 +242,11 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
             out = forward(*args, **kwargs)
     finally:
         _LOCAL.region = None
-        for p in tensors:
-            p.__dict__.pop("_curvfunc_axis", None)
     outputs = [t for t in _tensors_in(out) if t.grad_fn is not None]
     if params and not outputs and state().active_exts and any(t.is_floating_point() for t in _tensors_in(out)):
         warnings.warn(delivery.NOTHING_USED.format(region.name, "its output has no graph"), stacklevel=2)
     _judge(region, mode, outputs)
-    _attach(region, mode.sites, outputs)
-    for t in outputs:
-        t.__dict__.pop("_curvfunc_axis", None)
+    _attach(region, mode, outputs)
     return out
 
 
@@ -279,17 +278,20 @@ def _tensors_in(out: Any) -> Iterator[Tensor]:
 
 def _judge(region: Region, mode: _Recording, outputs: list[Tensor]) -> None:
     """Whether the sites hold, or why not."""
-    region.refusal = mode.refusal
-    if not mode.reasons and any((axis := axis_of(t)) is None or axis < 0 for t in outputs):
+    for name, p in zip(region.names, region.params, strict=True):
+        if p.is_complex():
+            region.refusal = not_real(name, p)
+    region.refusal = mode.refusal or region.refusal
+    if not mode.reasons and any(mode.axis_or_none(t) is None for t in outputs):
         mode.note([None], "the sample axis could not be followed to the output")
     if not mode.reasons:
         tracked = dict(enumerate(region.params))
         unused = tracked.keys() - {i for site in mode.sites for i in site.forms}
         try:
-            unseen = {i for t in outputs for i in hidden(t, mode.sites, tracked)}
+            unseen = reached(outputs, mode.sites, tracked).params
             if unused:  # by no operation that was seen
-                unseen |= {i for t in outputs for i in hidden(t, [], {i: tracked[i] for i in unused})}
-            mode.note(sorted(unseen), "it is used where calls cannot be seen")
+                unseen += reached(outputs, [], {i: tracked[i] for i in unused}).params
+            mode.note(unseen, "it is used where calls cannot be seen")
         except Opaque:
             mode.note([None], "it holds checkpoints or compiled code, in which calls cannot be seen")
     for i, why in mode.reasons.items():
@@ -297,14 +299,14 @@ def _judge(region: Region, mode: _Recording, outputs: list[Tensor]) -> None:
         return
 
 
-def _attach(region: Region, sites: list[Site], outputs: list[Tensor]) -> None:
+def _attach(region: Region, mode: _Recording, outputs: list[Tensor]) -> None:
     """Hang notes and hooks on the graph."""
     plain = region.refusal is None and region.reason is None
     if not region.params:
         region.inputs = None
         if not plain:
             return
-    for site in sites if plain else ():
+    for site in mode.sites if plain else ():
         node, output, *_ = site.edge
         use = ModuleUse(site, region, output)
         site.edge = None  # type: ignore[assignment]
@@ -315,7 +317,7 @@ def _attach(region: Region, sites: list[Site], outputs: list[Tensor]) -> None:
         node.register_prehook(partial(delivery.on_use, use))
     for t in outputs:
         node, output, *_ = get_gradient_edge(t)
-        result = RegionOutput(region, output, axis_of(t) or 0, t.shape, None if plain else t.detach(), t._version)
+        result = RegionOutput(region, output, mode.axis_or_none(t) or 0, t.shape, None if plain else t.detach(), t._version)
         note(node, result)
         if not plain:
             region.pending += 1

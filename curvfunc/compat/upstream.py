@@ -14,7 +14,7 @@ from curvfunc import losses
 from curvfunc.compat.delivery import FREED, repeat
 from curvfunc.compat.notes import LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, nodes, notes
 from curvfunc.cotangents import chunks, pull
-from curvfunc.forms import Form
+from curvfunc.forms import Form, flat_vectors
 from curvfunc.residuals import Curvature, curvature
 from curvfunc.rules.nonlinear import is_diagonal, is_once_differentiable, is_reshape
 from curvfunc.sites import Site, Trace
@@ -114,7 +114,7 @@ class Upstream:
             some = chosen[start:stop]
             columns = values * some.reshape(*some.shape, *[1] * (values.ndim - 1))
             for g in pull(self.trace, columns, create_graph=False, retain_graph=True)[0]:
-                if bool(((g.flatten(2).abs() > 0).any(2) & ~some).any()):
+                if bool(((flat_vectors(g).abs() > 0).any(2) & ~some).any()):
                     return False
         return True
 

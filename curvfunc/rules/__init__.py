@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from curvfunc import batch_axis
 from curvfunc.forms import Form
+from curvfunc.rules import checks
 
-__all__ = ["DECOMPOSITIONS", "EXPANSIONS", "ROWS", "RULES", "TRANSPOSES", "Rule", "Use", "operation", "rule"]
+__all__ = ["DECOMPOSITIONS", "EXPANSIONS", "RULES", "SPLITS", "TRANSPOSES", "Rule", "Use", "operation", "rule"]
 
 
 @dataclass(frozen=True)
@@ -33,23 +35,38 @@ class Use:
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule: the names of the operation's arguments, those that may be parameters, and the forms of their use."""
+    """A rule.
+
+    Attributes:
+        arguments: The names of the operation's arguments.
+        parameters: Those that may be parameters.
+        forms: Gives the forms of their use.
+        takes_use: Whether it takes a `Use`.
+        samples_first: Whether inputs and outputs have the samples first.
+        own: Whether it is a user's; what those give is looked at.
+    """
 
     arguments: tuple[str, ...]
     parameters: tuple[str, ...]
     forms: Callable[..., dict[str, Form]]
     takes_use: bool
     samples_first: bool
+    own: bool
 
 
 RULES: dict[Any, Rule] = {}
+BUILT_IN: set[Any] = set()  # filled when all rules of this package are there
 
 # Opaque calls, and functions that do the same by operations that have rules.
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
 
-# How parameters are commonly transposed, split by rows, and repeated.
+# How parameters are commonly transposed, split into pieces that follow each other along an axis, and repeated.
 TRANSPOSES = {torch.t, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__}  # type: ignore[attr-defined]
-ROWS = {torch.chunk, Tensor.chunk, torch.split, Tensor.split, torch.functional.split}
+SPLITS = {
+    *(torch.chunk, Tensor.chunk, torch.split, Tensor.split, torch.functional.split, torch.tensor_split, Tensor.tensor_split),
+    *(torch.unsafe_chunk, Tensor.unsafe_chunk, torch.unsafe_split, Tensor.unsafe_split),
+    *(torch.split_with_sizes, Tensor.split_with_sizes),
+}
 EXPANSIONS = {Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to, torch.tile}
 
 
@@ -58,9 +75,19 @@ def rule(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register how ``functions`` use the arguments named in ``parameters``.
 
-    The decorated function takes the operation's arguments, every tensor that is not a parameter with the sample axis
-    first, and returns ``{argument: form}``, or NotImplemented where it does not hold. It reads shapes only; work is
-    deferred to the form's functions. If it takes ``use``, it gets a `Use`.
+    The decorated function takes the operation's arguments by name, every tensor that is not a parameter with the sample
+    axis first, and returns ``{argument: form}``, or NotImplemented where it does not hold. It reads shapes only; work is
+    deferred to the form's functions. If it takes ``use``, it gets a `Use`. Of complex numbers, and of tensors without
+    elements, it is never asked. A rule is for speed and for Kronecker factors: without one, autodiff gives the same.
+
+    A form is one of three (axes: n sample, v backpropagated vector, s shared position, q group):
+
+    - ``Direct(cotangent, shape)``: ``cotangent`` maps that of the output, [v, n, ...], to gradients [v, n, *shape].
+    - ``Outer(inputs, cotangent, shape)``: the gradients are Σ_s g[v,n,q,s,o] x[n,q,s,k], with g = ``cotangent(...)`` and
+      x = ``inputs()``; reshaped from [q, o, k] to the parameter's shape, or by ``arrange``. It has Kronecker factors.
+    - ``Rows(inputs, cotangent, shape)``: as for a table, whose rows i[n,s] = ``inputs()`` get g[v,n,s,d].
+
+    The shapes that they give are looked at. `check_rule` compares all that rests on a rule with autodiff; run it in a test.
 
     Args:
         functions: The operations, as a ``TorchFunctionMode`` sees them; functions of one's own by `operation`.
@@ -82,21 +109,41 @@ def rule(
         >>> X, y, params = torch.randn(4, 3), torch.arange(4) % 3, {"w": torch.ones(3)}
         >>> batch_grad(model_fn, params, X, y)["w"].shape
         torch.Size([4, 3])
+        >>> print(check_rule(gate, X, params["w"]))
+        gate: w by Direct, right on the plain and the vmap path
+
+    Raises:
+        TypeError, ValueError: For a function whose calls cannot be seen, or that has a rule already; if the rule's arguments
+            are not the operation's.
     """
 
     def register(forms: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(functions[0]) if arguments is None else None
-        names = tuple(signature.parameters if signature else arguments.split())  # type: ignore[union-attr]
+        names = _arguments(functions[0]) if arguments is None else tuple(arguments.split())
         takes_use = "use" in inspect.signature(forms).parameters
         if unknown := set(parameters.split()) - set(names):
             raise ValueError(f"rule: {sorted(unknown)} are not among the operation's arguments {list(names)}.")
+        own = bool(BUILT_IN)
+        if own:
+            checks.check_signature(forms, names)
+            for function in functions:
+                checks.check_function(function, function in RULES or function in BUILT_IN)
         for function in functions:
-            RULES[function] = Rule(names, tuple(parameters.split()), forms, takes_use, samples_first)
+            RULES[function] = Rule(names, tuple(parameters.split()), forms, takes_use, samples_first, own)
             if samples_first:
                 batch_axis.RULES[function] = batch_axis.samples_first
         return forms
 
     return register
+
+
+def _arguments(function: Any) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"rule: the arguments of {checks.name_of(function)} cannot be read off it. Name them, in order of position: "
+            'arguments="input weight bias".'
+        ) from error
 
 
 def operation(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,14 +160,17 @@ def operation(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def visible(*args: Any, **kwargs: Any) -> Any:
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        if visible in RULES and torch.overrides.has_torch_function(tensors):
-            return torch.overrides.handle_torch_function(visible, tensors, *args, **kwargs)
+        if visible in RULES:
+            tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            if torch.overrides.has_torch_function(tensors):
+                return torch.overrides.handle_torch_function(visible, tensors, *args, **kwargs)
         return function(*args, **kwargs)
 
+    visible._curvfunc_operation = True  # type: ignore[attr-defined]
     return visible
 
 
 from curvfunc.rules import attention, conv, embedding, linear, matmul, norm, recurrent, scale  # noqa: E402
 
 _ = (attention, conv, embedding, linear, matmul, norm, recurrent, scale)  # they register themselves
+BUILT_IN |= {*RULES, *DECOMPOSITIONS}

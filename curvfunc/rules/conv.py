@@ -76,7 +76,7 @@ def conv(
     )
     forms: dict[str, Form] = {"weight": outer}
     if bias is not None:
-        forms["bias"] = Direct(lambda g: _sum_positions(g, dims), bias.shape, sums=outer)
+        forms["bias"] = Direct(lambda g: _sum_positions(g, dims), bias.shape, sums=outer, reads=False)
     return forms
 
 
@@ -144,7 +144,7 @@ def conv_transpose(
     )
     forms: dict[str, Form] = {"weight": outer}
     if bias is not None:
-        forms["bias"] = Direct(lambda g: _sum_positions(g, dims), bias.shape, sums=outer)
+        forms["bias"] = Direct(lambda g: _sum_positions(g, dims), bias.shape, sums=outer, reads=False)
     return forms
 
 

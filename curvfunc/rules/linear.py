@@ -1,5 +1,7 @@
 """Linear maps: z[n,s,o] = Σ_i W[o,i] x[n,s,i] + b[o], with any number of shared axes s."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,7 +15,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> dict[st
     outer = Outer(inputs=lambda: _positions(input, 1), cotangent=lambda g: _positions(g, 2), shape=weight.shape)
     forms: dict[str, Form] = {"weight": outer}
     if bias is not None:
-        forms["bias"] = Direct(lambda g: g.flatten(2, -2).sum(2) if g.ndim > 3 else g, bias.shape, sums=outer)
+        sums: Callable[[Tensor], Tensor] = lambda g: g.flatten(2, -2).sum(2) if g.ndim > 3 else g
+        forms["bias"] = Direct(sums, bias.shape, sums=outer, reads=False)
     return forms
 
 

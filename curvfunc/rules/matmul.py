@@ -2,7 +2,7 @@
 
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,8 +55,8 @@ def einsum_form(inputs: Sequence[str], output: str, operands: Sequence[Tensor], 
 
     def arrange(result: Tensor) -> Tensor:
         lead = result.shape[:-3]
-        result = result.reshape(*lead, *[sizes[c] for c in q + o + k])
-        return result.permute(*range(len(lead)), *[len(lead) + (q + o + k).index(c) for c in own])
+        result = result.reshape((*lead, *[sizes[c] for c in q + o + k]))
+        return result.permute((*range(len(lead)), *[len(lead) + (q + o + k).index(c) for c in own]))
 
     return Outer(x, cotangent, shape, arrange)
 
@@ -159,7 +159,8 @@ def addmm(input: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1
         if use.axis is not None and shape.pop(use.axis) != 1:
             return NotImplemented
         lead = torch.Size(shape)
-        forms["input"] = Direct(lambda g: sum_to_shape(g, lead).reshape(*g.shape[:2], *input.shape), input.shape)
+        gradient: Callable[[Tensor], Tensor] = lambda g: sum_to_shape(g, lead).reshape(*g.shape[:2], *input.shape)
+        forms["input"] = Direct(gradient, input.shape, reads=False)
     return forms
 
 
@@ -181,5 +182,5 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
             return NotImplemented
         forms |= product
     if bias is not None:
-        forms["bias"] = Direct(lambda g: sum_to_shape(g, bias.shape), bias.shape)
+        forms["bias"] = Direct(lambda g: sum_to_shape(g, bias.shape), bias.shape, reads=False)
     return forms

@@ -25,6 +25,7 @@ __all__ = [
     "is_once_differentiable",
     "is_reshape",
     "operation",
+    "standardized",
     "takes_data",
 ]
 
@@ -94,6 +95,25 @@ def _instance_norm(
     return _group_norm(input, input.shape[1], weight, bias, eps)
 
 
+def standardized(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.batch_norm` in training mode, of weights: its kernel's derivatives are wrong under vmap."""
+    if running_mean is not None:
+        with torch.no_grad():  # for the update of the running statistics alone
+            F.batch_norm(input, running_mean, running_var, None, None, True, momentum, eps)
+    channels = [-1] + [1] * (input.ndim - 2)
+    out = _normalized(input, [0, *range(2, input.ndim)], eps)
+    return _affine(out, *(None if p is None else p.reshape(channels) for p in (weight, bias)))
+
+
 def _normalized(x: Tensor, axes: list[int], eps: float) -> Tensor:
     centered = x - x.mean(axes, keepdim=True)
     return centered * (centered.square().mean(axes, keepdim=True) + eps).rsqrt()
@@ -117,6 +137,7 @@ _LINEAR = """
     Add Sub Rsub Neg Sum Mean Cumsum Cat Stack Select Slice Split SplitWithSizes Unbind Index IndexSelect Gather Diagonal
     Transpose Permute T Expand Repeat Roll Flip Tril Triu Squeeze Unsqueeze View UnsafeView ReshapeAlias Alias Clone
     ToCopy AsStrided Unfold Im2Col Col2Im ConstantPadNd Embedding BackwardHookFunction
+    Complex ViewAsComplex ViewAsReal Conj ConjPhysical FftR2C FftC2R FftC2C
     ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D
     AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D PixelShuffle PixelUnshuffle ChannelShuffle NativeDropout
     UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleLinear1D UpsampleBilinear2D UpsampleBicubic2D
@@ -157,7 +178,14 @@ def curve(node: Node) -> Curve:
     name = node.name()
     if name == "NativeBatchNormBackward0":  # by running statistics it is a scaling; instance norms use their own
         return UNKNOWN if getattr(node, "_saved_training", True) else MULTILINEAR
-    return _curve(name)
+    known = _curve(name)
+    return UNKNOWN if (known.elementwise or name == "AbsBackward0") and _is_complex(node) else known
+
+
+def _is_complex(node: Node) -> bool:
+    """Whether an operation takes or makes complex numbers: as maps of pairs of reals, elementwise ones are not diagonal."""
+    places = [(node, 0), *node.next_functions]
+    return any(n is not None and n._input_metadata[number].dtype.is_complex for n, number in places)
 
 
 @cache

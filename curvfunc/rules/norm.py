@@ -37,7 +37,7 @@ def _last_axes(normalized: Callable[[], Tensor], weight: Tensor | None, bias: Te
         forms["weight"] = Direct(lambda g: sum_to_shape(g * normalized(), w), w)
     if bias is not None:
         b = bias.shape
-        forms["bias"] = Direct(lambda g: sum_to_shape(g, b), b)
+        forms["bias"] = Direct(lambda g: sum_to_shape(g, b), b, reads=False)
     return forms
 
 
@@ -96,7 +96,7 @@ def batch_norm(
     use: Use,
 ) -> Any:
     """x [n, *b, c, *s] normalized by running statistics; γ, β [c]."""
-    if {"running_mean", "running_var"} & (use.parameters | use.sampled):
+    if training or {"running_mean", "running_var"} & (use.parameters | use.sampled):
         return NotImplemented
     return _channels(input, lambda x: F.batch_norm(x, running_mean, running_var, eps=eps), weight, bias, use)
 
@@ -119,5 +119,5 @@ def _channels(
     if weight is not None:
         forms["weight"] = Direct(lambda g: total(g * normalized()), weight.shape)
     if bias is not None:
-        forms["bias"] = Direct(total, bias.shape)
+        forms["bias"] = Direct(total, bias.shape, reads=False)
     return forms

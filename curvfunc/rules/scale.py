@@ -16,7 +16,7 @@ def _spellings(*names: str) -> list[Any]:
     return [getattr(space, name) for name in names for space in (torch, Tensor) if hasattr(space, name)]
 
 
-def _broadcast(p: Tensor, other: Tensor, use: Use, gradient: Callable[[Tensor, Tensor], Tensor]) -> Form | None:
+def _broadcast(p: Tensor, other: Tensor, use: Use, gradient: Callable[[Tensor, Tensor], Tensor], reads: bool) -> Form | None:
     """The form of a parameter that is broadcast against data; None where that reaches over the sample axis.
 
     ``gradient(g, x)`` gives dz/dp · g elementwise, with x aligned to g [v, n, ...].
@@ -32,7 +32,7 @@ def _broadcast(p: Tensor, other: Tensor, use: Use, gradient: Callable[[Tensor, T
         h = sum_to_shape(gradient(g, x), lead)
         return h.reshape(*h.shape[:2], *p.shape)
 
-    return Direct(cotangent, p.shape)
+    return Direct(cotangent, p.shape, reads=reads)
 
 
 def _both(
@@ -41,12 +41,13 @@ def _both(
     use: Use,
     first: Callable[[Tensor, Tensor], Tensor],
     second: Callable[[Tensor, Tensor], Tensor],
+    reads: bool = True,
 ) -> Any:
     """The form for whichever argument is the parameter, given its gradient in terms of g and the other argument."""
     name, p, x, gradient = ("input", input, other, first) if "input" in use.parameters else ("other", other, input, second)
     if not isinstance(x, Tensor) or len(use.parameters) > 1 or not use.sampled:
         return NotImplemented
-    form = _broadcast(p, x, use, gradient)
+    form = _broadcast(p, x, use, gradient, reads)
     return NotImplemented if form is None else {name: form}
 
 
@@ -57,7 +58,7 @@ def _both(
 )
 def add(input: Any, other: Any, alpha: float = 1, *, use: Use) -> Any:
     """Z = x + α p."""
-    return _both(input, other, use, lambda g, x: g, lambda g, x: alpha * g if alpha != 1 else g)
+    return _both(input, other, use, lambda g, x: g, lambda g, x: alpha * g if alpha != 1 else g, reads=False)
 
 
 @rule(
@@ -67,13 +68,13 @@ def add(input: Any, other: Any, alpha: float = 1, *, use: Use) -> Any:
 )
 def sub(input: Any, other: Any, alpha: float = 1, *, use: Use) -> Any:
     """Z = x - α p."""
-    return _both(input, other, use, lambda g, x: g, lambda g, x: -alpha * g)
+    return _both(input, other, use, lambda g, x: g, lambda g, x: -alpha * g, reads=False)
 
 
 @rule(*_spellings("rsub", "__rsub__"), arguments="input other", parameters="input other")
 def rsub(input: Any, other: Any, alpha: float = 1, *, use: Use) -> Any:
     """Z = p - α x, arguments in reverse."""
-    return _both(input, other, use, lambda g, x: -alpha * g, lambda g, x: g)
+    return _both(input, other, use, lambda g, x: -alpha * g, lambda g, x: g, reads=False)
 
 
 @rule(*_spellings("mul", "multiply", "__mul__", "__rmul__"), arguments="input other", parameters="input other")
