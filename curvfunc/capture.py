@@ -28,11 +28,14 @@ from curvfunc.effects import Attributes, ParameterChanged, kept_tensors, shares_
 from curvfunc.forms import Direct
 from curvfunc.inputs import Batch, check_used
 from curvfunc.observer import Observer, Opaque, calls_may_hide, edge_of, reached, without_fallback_warnings
+from curvfunc.rules.kernels import INSTEAD
 from curvfunc.rules.pooling import FASTER
 from curvfunc.separation import ALONE, Outcome, differ, holds, outcome, require, same_chance
 from curvfunc.sites import Layouts, Site, Trace
 
 __all__ = ["capture", "check_leaves", "check_output", "check_subset", "nothing_hidden"]
+
+FASTEST = {order: instead | FASTER for order, instead in INSTEAD.items()}
 
 
 def capture(
@@ -45,6 +48,7 @@ def capture(
     generic: Sequence[int] = (),
     layouts: Layouts | None = None,
     faster: bool = False,
+    order: int = 1,
 ) -> Trace:
     """Run ``model_fn(rebuild(leaves), X)`` once and find the sites.
 
@@ -57,8 +61,9 @@ def capture(
         generic: Indices of parameters that are to be generic whatever use they have.
         layouts: Filled with the layouts of intermediate tensors if given.
         faster: Whether operations may be replaced by faster ones with the same values, so that the graph is another one.
+        order: The number of derivatives that will be taken of the model's function.
     """
-    run = _Runs(model_fn, leaves, rebuild, X, samples, Attributes.of(model_fn))
+    run = _Runs(model_fn, leaves, rebuild, X, samples, order, Attributes.of(model_fn))
     try:
         try:
             return _attempt(run, generic, layouts, faster)
@@ -80,9 +85,10 @@ def _attempt(run: "_Runs", generic: Sequence[int], layouts: Layouts | None, fast
     if generic:  # asked for after a forward pass that held
         reasons: dict[int | None, str] = dict.fromkeys(generic, "on request")
         return run.apart(reasons, layouts)
+    instead = (FASTEST if faster else INSTEAD)[run.order]
     versions = [] if torch.compiler.is_dynamo_compiling() else [p._version for p in leaves]
     for guesses in (None, False):
-        mode = Observer(dict(enumerate(leaves)), None, samples, layouts, FASTER if faster else {})
+        mode = Observer(dict(enumerate(leaves)), None, samples, layouts, instead)
         mode.guesses = guesses
         try:
             out = run.whole(mode)
@@ -136,6 +142,7 @@ class _Runs:
     rebuild: Callable[[Sequence[Tensor]], Any]
     X: Any
     samples: int
+    order: int
     attributes: Attributes
     values: Mapping[int, Tensor] = field(default_factory=dict)
     seeded: bool = False
@@ -150,6 +157,10 @@ class _Runs:
         """Take back what a later forward pass changed; the stand-ins that modules hold are its own."""
         if mode.effects:
             mode.undo(but=self.attributes.now().holds())
+
+    def watch(self, tracked: dict[int, Tensor], level: int | None, samples: int, layouts: Layouts | None = None) -> Observer:
+        """A mode for another forward pass."""
+        return Observer(tracked, level, samples, layouts, INSTEAD[self.order])
 
     def whole(self, mode: Observer) -> Tensor:
         """On the whole batch, watched."""
@@ -166,7 +177,7 @@ class _Runs:
         after = self.attributes.now()
         for delete in (False, True):
             after.hide(delete=delete)
-            trial = Observer(dict(enumerate(self.leaves)), None, self.samples)
+            trial = self.watch(dict(enumerate(self.leaves)), None, self.samples)
             try:
                 found = reached([self.whole(trial)], trial.sites, trial.tracked).params
                 then = {*found, *(i for site in trial.sites for i in site.forms)}
@@ -213,7 +224,7 @@ class _Runs:
 
             def one(x: Any, own: dict[int, Tensor]) -> Tensor:
                 level = _functorch.maybe_get_level(optree.tree_leaves(x)[0])
-                modes.append(Observer(tracked, level, samples, layouts))  # noqa: B023 (called at once, below)
+                modes.append(self.watch(tracked, level, samples, layouts))  # noqa: B023 (called at once, below)
                 params = self.rebuild([own.get(i, p) for i, p in enumerate(leaves)])
                 x = optree.tree_map(lambda t: t.unsqueeze(0), x)
                 with modes[0]:  # noqa: B023
@@ -243,7 +254,7 @@ class _Runs:
             x = optree.tree_map(lambda t, n=n: t[n : n + 1], self.X)
             own = [p[n] for p in generic.values()]
             self.begin()
-            mode = Observer({}, None, 1)
+            mode = self.watch({}, None, 1)
             try:
                 with mode:
                     out = self.model_fn(self.rebuild(own), x)
@@ -261,7 +272,7 @@ class _Runs:
         def run() -> tuple[Outcome, Outcome]:
             found = []
             for apart in (False, True):
-                mode = Observer(dict(enumerate(self.leaves)), None, self.samples)
+                mode = self.watch(dict(enumerate(self.leaves)), None, self.samples)
                 try:
                     if not apart:
                         seeded.begin()

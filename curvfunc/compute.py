@@ -23,7 +23,8 @@ from curvfunc.inputs import Batch, flatten_params, forward_errors, read_batch
 from curvfunc.model import ModelFunction
 from curvfunc.passes import BackwardPass, check_unchanged
 from curvfunc.residuals import Curvature, curvature
-from curvfunc.rules.nonlinear import COMPOSITES, SUBSTITUTES, THIRD_ORDER_SUBSTITUTES
+from curvfunc.rules.kernels import INSTEAD, Instead
+from curvfunc.rules.nonlinear import COMPOSITES
 from curvfunc.sites import Layouts, Trace
 
 __all__ = ["Quantity", "compute"]
@@ -186,10 +187,9 @@ class _Run:
 
     def _results(self, leaves: list[Tensor], specs: list[Quantity], differentiable: bool) -> tuple[Tensor, list[Any]]:
         cotangents = common([s.cotangent for s in specs])
-        substitutes = SUBSTITUTES | (THIRD_ORDER_SUBSTITUTES if differentiable else {})
         curves = any(isinstance(s.cotangent, FullHessian) for s in specs)
         averaged = any(isinstance(s.cotangent, AveragedHessian) for s in specs)
-        layouts = Layouts(COMPOSITES, substitutes) if curves else Layouts() if averaged else None
+        layouts = Layouts(COMPOSITES) if curves else Layouts() if averaged else None
         sites = any(s.contractions not in ((), ("total",)) for s in specs)
         trace = self._forward(leaves, sites, layouts, faster=layouts is None)
         curved = self._curvature(trace, leaves, layouts) if layouts is not None and curves else None
@@ -248,14 +248,16 @@ class _Run:
     ) -> Trace:
         X, samples = self.batch.inputs(), self.batch.size
         with forward_errors(self.names, leaves, X):
+            order = 3 if self.differentiable else 1 if layouts is None else 2
             if sites:  # fused attention has no second derivative
                 with sdpa_kernel(SDPBackend.MATH) if self.differentiable or layouts is not None else nullcontext():
-                    given: dict[str, Any] = {"generic": generic, "layouts": layouts, "faster": faster}
+                    given: dict[str, Any] = {"generic": generic, "layouts": layouts, "faster": faster, "order": order}
                     trace = capture(self.model_fn, leaves, self.rebuild, X, samples, **given)
                     check_subset(self.model_fn, leaves, self.rebuild, self.batch, trace, trace.out)
                     return trace
             attributes = Attributes.of(self.model_fn)
-            out = self.model_fn(self.rebuild(leaves), X)
+            with Instead(INSTEAD[order]):
+                out = self.model_fn(self.rebuild(leaves), X)
             attributes.take_back()
         check_output(out, samples)
         return Trace(out, [], "plain")

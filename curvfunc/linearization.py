@@ -14,7 +14,7 @@ function ``(which, v, create_graph)`` that multiplies the block of the parameter
 per such parameter. All of them give the product with the whole matrix, one of them the product with a diagonal block.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch._C import _functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from curvfunc import losses
 from curvfunc.batch_axis import mutates
@@ -43,7 +42,7 @@ from curvfunc.observer import (
     tensors_in,
     without_fallback_warnings,
 )
-from curvfunc.rules.nonlinear import standardized
+from curvfunc.rules.kernels import INSTEAD, Instead, standardized
 
 __all__ = [
     "EmpiricalFisher",
@@ -75,6 +74,7 @@ class Problem:
         batch: The samples and the subset of them.
         loss: The loss.
         generator: Source of Monte-Carlo draws.
+        differentiable: Whether products will be differentiated.
     """
 
     model_fn: Callable[..., Any]
@@ -83,6 +83,7 @@ class Problem:
     batch: Batch
     loss: losses.Loss
     generator: Generator | None = None
+    differentiable: bool = False
 
     def forward(self, leaves: Sequence[Tensor]) -> Tensor:
         """The output of the subset, [B, ...]."""
@@ -93,14 +94,14 @@ class Problem:
                 return self._forward(leaves)
 
     def _forward(self, leaves: Sequence[Tensor]) -> Tensor:
-        X, size = self.batch.inputs(), self.batch.size
-        subset = None if self.batch.index is None else Observer(dict(enumerate(leaves)), None, size)
+        X, size, instead = self.batch.inputs(), self.batch.size, INSTEAD[3 if self.differentiable else 2]
+        subset = None if self.batch.index is None else Observer(dict(enumerate(leaves)), None, size, None, instead)
         if subset is not None:
             subset.effects = None
         given = X if subset is None else optree.tree_map(subset.marked, X)
         attributes = Attributes.of(self.model_fn)
         # the fused kernels of attention have no second derivative
-        mode = _NoBatchStatistics(leaves) if subset is None else subset
+        mode = _NoBatchStatistics(instead, leaves) if subset is None else subset
         with forward_errors(self.names, leaves, X), sdpa_kernel(SDPBackend.MATH), mode:
             out: Tensor = self.model_fn(self.rebuild(leaves), given)
             attributes.take_back()
@@ -132,24 +133,24 @@ class Problem:
         return whole
 
 
-class _NoBatchStatistics(TorchFunctionMode):
+class _NoBatchStatistics(Instead):
     """Refuses batch statistics, except of tensors that are made of parameters alone: weights that are standardized."""
 
-    def __init__(self, leaves: Sequence[Tensor]) -> None:
-        super().__init__()
+    def __init__(self, functions: Mapping[Any, Callable[..., Any]], leaves: Sequence[Tensor]) -> None:
+        super().__init__(functions)
         self._leaves = {id(p): p for p in leaves}
         self._made = dict(self._leaves)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run ``func``, unless it mixes samples."""
+        """Run ``func``, or what stands for it, unless it mixes samples."""
         kwargs = kwargs or {}
         if func in BATCH_NORMS and takes_batch_statistics(args, kwargs):
             if func is not F.batch_norm or id(args[0] if args else kwargs["input"]) not in self._made:
                 raise ValueError(BATCH_STATISTICS)
             func = standardized
-        out = func(*args, **kwargs)
+        out = super().__torch_function__(func, types, args, kwargs)
         if args and id(args[0]) in self._made:
             if not all(id(t) in self._made for t in tensors_in(args, kwargs)):
                 self._made = dict(self._leaves) if mutates(func) else self._made  # views may have changed too

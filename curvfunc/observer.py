@@ -23,7 +23,7 @@ from curvfunc.effects import HIDDEN_WRITES, Effects
 from curvfunc.forms import Direct, Form, Through, block_of, reads, sum_to_shape, transposed
 from curvfunc.rules import DECOMPOSITIONS, EXPANSIONS, RULES, SPLITS, TRANSPOSES, Use
 from curvfunc.rules.checks import guarded
-from curvfunc.rules.nonlinear import standardized
+from curvfunc.rules.kernels import standardized
 from curvfunc.sites import Layouts, Parameter, Site
 
 __all__ = ["Observer", "reached", "without_fallback_warnings"]
@@ -35,7 +35,7 @@ CONSTANT = -2  # a tensor that requires grad and depends on no sample: parameter
 class Observer(TorchFunctionMode):
     """Records sites, generic parameters and the sample axis. ``level`` is the vmap level, None on the plain path.
 
-    Functions in ``faster`` are replaced by those that do the same in less time.
+    Functions in ``instead`` are replaced by those that do the same, faster or with the right derivatives.
     """
 
     repeats = True  # whether the forward pass can run again, with nothing hidden
@@ -46,11 +46,11 @@ class Observer(TorchFunctionMode):
         level: int | None,
         samples: int,
         layouts: Layouts | None = None,
-        faster: Mapping[Any, Any] = MappingProxyType({}),
+        instead: Mapping[Any, Any] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self.tracked = tracked
-        self.faster = faster
+        self.instead = instead
         self.layouts = layouts
         if layouts is not None:
             layouts.clear()
@@ -96,7 +96,9 @@ class Observer(TorchFunctionMode):
         # before the call, which may move on from these nodes in place
         data = [self._raw(t) for t in tensors if id(t) not in self.index] if used else []
         before = [edge_of(t).node for t in data if t.requires_grad]
-        run = self.faster.get(func, func) if self.level is None else UNDER_VMAP.get(func, func)
+        run = self.instead.get(func, func)
+        if self.level is not None:
+            run = UNDER_VMAP.get(func, run)
         out = run(*args, **kwargs) if self.layouts is None else self._laid_out(self.layouts, func, run, args, kwargs, tensors)
         if used and _tensor_in(out):
             if not self._derive(func, tensors, out, used):
@@ -324,7 +326,7 @@ class Observer(TorchFunctionMode):
                     layouts.note(edge_of(raw), axis, raw.shape)
                 if source is None and func in layouts.functions:
                     source = edge_of(raw)
-        out = layouts.substitutes.get(func, run)(*args, **kwargs)
+        out = run(*args, **kwargs)
         if isinstance(out, Tensor) and (raw := self._raw(out)).grad_fn is not None:
             if source is not None and not out.is_complex():
                 layouts.note_composite(edge_of(raw).node, source)
@@ -545,16 +547,8 @@ def without_fallback_warnings() -> Iterator[None]:
         _functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
 
 
-def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
-    """F.embedding whose row of padding gets no gradient under vmap either: torch 2.13 ignores ``padding_idx`` there."""
-    out = F.embedding(input, weight, None, *args, **kwargs)
-    if padding_idx is None:
-        return out
-    return torch.where((input == padding_idx % len(weight)).unsqueeze(-1), out.detach(), out)
-
-
-# Functions whose own kernels are wrong, or warn, under vmap.
-UNDER_VMAP: dict[Any, Any] = {F.embedding: _embedding, **{f: DECOMPOSITIONS[f] for f in (torch.prelu, F.prelu, Tensor.prelu)}}
+# Functions whose own kernels warn under vmap.
+UNDER_VMAP: dict[Any, Any] = {f: DECOMPOSITIONS[f] for f in (torch.prelu, F.prelu, Tensor.prelu)}
 
 
 class Reached(NamedTuple):

@@ -383,10 +383,10 @@ def _evaluate(
     """One product, with a graph of its own level where torch.func transforms are active."""
     names, tensors, rebuild = flatten_params(params)
     batch = read_batch(X, X if y is None else y, subsampling)
-    problem = Problem(model_fn, names, rebuild, batch, loss, generator)
     transposed = isinstance(matrix, str)
     vector = [v] if transposed else read_vector("v", v, names, tensors, batched=False)
     create_graph = _will_be_differentiated([*tensors, *optree.tree_leaves(batch.X), *vector])
+    problem = Problem(model_fn, names, rebuild, batch, loss, generator, create_graph)
 
     def forward(*leaves: Tensor) -> tuple[Tensor, list[Tensor]]:
         out = problem.forward(leaves)

@@ -1,6 +1,5 @@
 """What a forward pass leaves behind: where it uses the parameters."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,11 +89,9 @@ class Layouts:
 
     Attributes:
         functions: Python functions of one tensor that count as one operation.
-        substitutes: Functions that run in place of others.
     """
 
     functions: frozenset[Any] = frozenset()
-    substitutes: dict[Any, Callable[..., Any]] = field(default_factory=dict)
     _of: dict[tuple[Node, int], tuple[int, torch.Size]] = field(default_factory=dict)
     _composites: dict[Node, GradientEdge] = field(default_factory=dict)
     _several: set[Node] = field(default_factory=set)

@@ -185,8 +185,8 @@ class Repeated:
 class NodeLayouts(Layouts):
     """Layouts that lie on the nodes themselves, and go when the graph goes."""
 
-    def __init__(self, substitutes: dict[Any, Any] | None = None) -> None:
-        super().__init__(COMPOSITES, substitutes or {})
+    def __init__(self) -> None:
+        super().__init__(COMPOSITES)
 
     def note(self, edge: GradientEdge, axis: int, shape: torch.Size) -> None:
         """An operation took this tensor."""

@@ -36,7 +36,7 @@ from curvfunc.compat.extensions import BatchDiagHessian, DiagHessian, MatrixProd
 from curvfunc.compat.notes import Call, LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, note
 from curvfunc.inputs import not_real
 from curvfunc.observer import BATCH_NORMS, Observer, Opaque, reached, takes_batch_statistics
-from curvfunc.rules.nonlinear import SUBSTITUTES
+from curvfunc.rules.kernels import INSTEAD
 
 __all__ = ["extend", "memory_cleanup"]
 
@@ -228,7 +228,7 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
     versions = [p._version for p in tensors]
     region = Region(type(module).__name__, tensors, names, owners, len(first), call, before, versions)
     twice = CTX.is_extension_active(DiagHessian, BatchDiagHessian, MatrixProduct)
-    mode = _Recording(dict(enumerate(tensors)), None, len(first), NodeLayouts(SUBSTITUTES if twice else None))
+    mode = _Recording(dict(enumerate(tensors)), None, len(first), NodeLayouts(), INSTEAD[3 if twice else 1])
     for i in sampled:
         leaves[i] = mode.marked(leaves[i])
     called = optree.tree_unflatten(tree, leaves)
@@ -288,10 +288,10 @@ def _judge(region: Region, mode: _Recording, outputs: list[Tensor]) -> None:
         tracked = dict(enumerate(region.params))
         unused = tracked.keys() - {i for site in mode.sites for i in site.forms}
         try:
-            unseen = reached(outputs, mode.sites, tracked).params
+            unseen = {*reached(outputs, mode.sites, tracked).params}
             if unused:  # by no operation that was seen
-                unseen += reached(outputs, [], {i: tracked[i] for i in unused}).params
-            mode.note(unseen, "it is used where calls cannot be seen")
+                unseen |= {*reached(outputs, [], {i: tracked[i] for i in unused}).params}
+            mode.note(sorted(unseen), "it is used where calls cannot be seen")
         except Opaque:
             mode.note([None], "it holds checkpoints or compiled code, in which calls cannot be seen")
     for i, why in mode.reasons.items():

@@ -4,20 +4,14 @@ The Hessian of a composition is made of the second derivatives of its operations
 that really ran, so that none can hide in a composite. What is not listed here counts as unknown.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.autograd.graph import Node
 
 __all__ = [
     "COMPOSITES",
-    "SUBSTITUTES",
-    "THIRD_ORDER_SUBSTITUTES",
     "Curve",
     "curve",
     "is_diagonal",
@@ -25,7 +19,6 @@ __all__ = [
     "is_once_differentiable",
     "is_reshape",
     "operation",
-    "standardized",
     "takes_data",
 ]
 
@@ -52,86 +45,6 @@ SMOOTH = Curve(elementwise=(0,))
 
 # Python functions that are elementwise as a whole, though made of operations that are not.
 COMPOSITES = frozenset({F.softsign})
-
-
-def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
-    out = F.relu6(input + 3) / 6
-    return input.copy_(out) if inplace else out
-
-
-def _layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    return _affine(_normalized(input, [*range(-len(normalized_shape), 0)], eps), weight, bias)
-
-
-def _group_norm(
-    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> Tensor:
-    channels = [-1] + [1] * (input.ndim - 2)
-    out = _normalized(input.reshape(len(input), num_groups, -1), [2], eps).reshape(input.shape)
-    return _affine(out, *(None if p is None else p.reshape(channels) for p in (weight, bias)))
-
-
-def _instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    if not use_input_stats:
-        return F.instance_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-    if running_mean is not None:
-        with torch.no_grad():  # for the update of the running statistics alone
-            F.instance_norm(input, running_mean, running_var, None, None, True, momentum, eps)
-    return _group_norm(input, input.shape[1], weight, bias, eps)
-
-
-def standardized(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """`F.batch_norm` in training mode, of weights: its kernel's derivatives are wrong under vmap."""
-    if running_mean is not None:
-        with torch.no_grad():  # for the update of the running statistics alone
-            F.batch_norm(input, running_mean, running_var, None, None, True, momentum, eps)
-    channels = [-1] + [1] * (input.ndim - 2)
-    out = _normalized(input, [0, *range(2, input.ndim)], eps)
-    return _affine(out, *(None if p is None else p.reshape(channels) for p in (weight, bias)))
-
-
-def _normalized(x: Tensor, axes: list[int], eps: float) -> Tensor:
-    centered = x - x.mean(axes, keepdim=True)
-    return centered * (centered.square().mean(axes, keepdim=True) + eps).rsqrt()
-
-
-def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    x = x if weight is None else x * weight
-    return x if bias is None else x + bias
-
-
-# Functions whose kernels cannot be differentiated twice (torch 2.13), and others for the same.
-SUBSTITUTES: dict[Any, Callable[..., Tensor]] = {F.hardsigmoid: _hardsigmoid}
-# Functions whose kernels give wrong derivatives of the third order, silently: they take statistics for constants.
-THIRD_ORDER_SUBSTITUTES: dict[Any, Callable[..., Tensor]] = {
-    F.layer_norm: _layer_norm,
-    F.group_norm: _group_norm,
-    F.instance_norm: _instance_norm,
-}
 
 _LINEAR = """
     Add Sub Rsub Neg Sum Mean Cumsum Cat Stack Select Slice Split SplitWithSizes Unbind Index IndexSelect Gather Diagonal

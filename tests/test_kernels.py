@@ -1,0 +1,308 @@
+"""What runs in place of torch's wrong kernels: the same values and gradients as theirs where these are right, on every path."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_close
+from torch import Tensor, nn
+
+import curvfunc
+from curvfunc import compat, functionalize
+from curvfunc.rules.kernels import INSTEAD
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def first_order(function: Callable[..., Any], *tensors: Tensor) -> list[Tensor]:
+    """The value, and the gradients by a random cotangent."""
+    leaves = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in tensors]
+    out = function(*leaves)
+    column = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+    inputs = [t for t in leaves if t.requires_grad]
+    return [out.detach(), *torch.autograd.grad(out, inputs, column, allow_unused=True, materialize_grads=True)]
+
+
+def same(function: Any, *tensors: Tensor, order: int = 3, **options: Any) -> None:
+    want = first_order(lambda *t: function(*t, **options), *tensors)
+    assert_close(first_order(lambda *t: INSTEAD[order][function](*t, **options), *tensors), want, 1e-9)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, math.inf])
+@pytest.mark.parametrize("shapes", [((4, 3), (2, 3)), ((2, 4, 3), (2, 2, 3)), ((2, 1, 4, 3), (3, 2, 3)), ((30, 3), (2, 3))])
+def test_cdist(p: float, shapes: tuple[Any, Any]) -> None:
+    a, b = (torch.randn(s) for s in shapes)
+    same(torch.cdist, a, b, p=p)
+    if len(shapes[0]) == 2 and len(a) < 25:  # the distance of a point to itself has gradient 0
+        same(torch.cdist, a, a, p=p)
+
+
+def test_distances_within_a_set_curve_nowhere_on_the_diagonal() -> None:
+    """There both points are one, so that their distance is 0 whatever the parameters."""
+
+    def model_fn(p: Any, x: Tensor) -> Tensor:
+        points = (x @ p["w"]).view(-1, 3, 2)
+        return torch.cdist(points, points).flatten(1)[:, :6]
+
+    def written_out(p: Any, x: Tensor) -> Tensor:
+        points = (x @ p["w"]).view(-1, 3, 2)
+        rows = [
+            (points[:, i] - points[:, j]).norm(dim=1) if i != j else x.new_zeros(len(x)) for i in range(2) for j in range(3)
+        ]
+        return torch.stack(rows, 1)
+
+    params, X, y = {"w": torch.randn(2, 6)}, torch.randn(3, 2), torch.randn(3, 6)
+    for quantity in (curvfunc.batch_grad, curvfunc.diag_ggn, curvfunc.diag_hessian):
+        assert_close(
+            quantity(model_fn, params, X, y, loss_fn=F.mse_loss), quantity(written_out, params, X, y, loss_fn=F.mse_loss)
+        )
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("padding_idx", [None, 1, -1])
+def test_embedding_bag(mode: str, padding_idx: int | None) -> None:
+    rows = torch.tensor([[0, 1, 2], [1, 1, 0], [1, 1, 1], [3, 3, 3]])
+    same(F.embedding_bag, rows, torch.randn(4, 2), mode=mode, padding_idx=padding_idx)
+    if mode == "sum":
+        function = lambda run: lambda w, s: run(rows, w, mode="sum", per_sample_weights=s, padding_idx=padding_idx)
+        tensors = torch.randn(4, 2), torch.randn(4, 3)
+        got, want = (first_order(function(run), *tensors) for run in (INSTEAD[2][F.embedding_bag], F.embedding_bag))
+        assert_close(got, want)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1])
+def test_weight_norm(dim: int) -> None:
+    g = torch.randn([size if d == dim else 1 for d, size in enumerate((2, 3, 4))]) if dim != -1 else torch.randn(())
+    same(torch._weight_norm, torch.randn(2, 3, 4), g, dim=dim) if dim != 1 else None
+    v = torch.randn(2, 3, 4)
+    norms = v.norm() if dim == -1 else torch.linalg.vector_norm(v, dim=[d for d in range(3) if d != dim], keepdim=True)
+    assert_close(INSTEAD[2][torch._weight_norm](v, g, dim), v * (g / norms))
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 8])
+def test_logcumsumexp(length: int) -> None:
+    same(torch.logcumsumexp, 50 * torch.randn(2, length), dim=1)
+    same(torch.Tensor.logcumsumexp, torch.randn(length, 3), dim=0)
+
+
+def test_norms() -> None:
+    x, w, b = torch.randn(2, 4, 3, 2), torch.randn(4), torch.randn(4)
+    mean, var = torch.randn(4), torch.rand(4) + 0.5
+    same(F.layer_norm, torch.randn(2, 3, 4), normalized_shape=(3, 4))
+    same(torch.layer_norm, torch.randn(2, 4), normalized_shape=(4,))
+    same(F.rms_norm, torch.randn(2, 4), normalized_shape=(4,))
+    rest = (0.1, 1e-5, False)
+    runs: dict[Any, Callable[..., Tensor]] = {
+        F.group_norm: lambda f, x, w, b: f(x, 2, w, b),
+        torch.group_norm: lambda f, x, w, b: f(x, 2, w, b),
+        F.batch_norm: lambda f, x, w, b: f(x, mean, var, w, b),
+        torch.batch_norm: lambda f, x, w, b: f(x, w, b, mean, var, False, *rest),
+        F.instance_norm: lambda f, x, w, b: f(x, mean, var, w, b, False) + f(x, weight=w, bias=b),
+        torch.instance_norm: lambda f, x, w, b: f(x, w, b, mean, var, False, *rest) + f(x, w, b, None, None, True, *rest),
+    }
+    for function, run in runs.items():
+        want = first_order(partial(run, function), x, w, b)
+        for order in (1, 2, 3):
+            assert_close(first_order(partial(run, INSTEAD[order].get(function, function)), x, w, b), want)
+
+
+def strided(t: Tensor) -> Tensor:
+    return torch.stack([t, t], 1)[:, 0]
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("what", ["gradient", "statistics", "weights"])
+@pytest.mark.parametrize("width", [2, 3])
+def test_batch_norm_with_strides(samples: int, what: str, width: int) -> None:
+    """Convolutions, batch norms in evaluation mode, then tokens of channels: vision transformers with a stem."""
+    mean, var = torch.randn(3), torch.rand(3) + 0.5
+
+    def model(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def model_fn(p: Any, x: Tensor) -> Tensor:
+            vectors = (mean, var, p["scale"], p["shift"])
+            vectors = [
+                strided(t) if (what == "statistics") == (k < 2) and what != "gradient" else t for k, t in enumerate(vectors)
+            ]
+            h = norm(F.conv2d(x, p["w"]), *vectors)
+            tokens = h.flatten(2).transpose(1, 2) if what == "gradient" else h.flatten(2).mT.contiguous()
+            return torch.tanh((tokens * p["position"]) @ p["head"]).mean(1)
+
+        return model_fn
+
+    def written_out(h: Tensor, mean: Tensor, var: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        mean, var, scale, shift = (t[:, None, None] for t in (mean, var, scale, shift))
+        return (h - mean) / (var + 1e-5).sqrt() * scale + shift
+
+    params = {"w": torch.randn(3, 2, 2, 2), "scale": torch.randn(3), "shift": torch.randn(3), "head": torch.randn(3, 2)}
+    params["position"] = torch.randn(3 * (width - 1), 3)
+    X, y = torch.randn(samples, 2, 4, width), torch.arange(samples)
+    specs = (curvfunc.Grad(), curvfunc.BatchGrad(), curvfunc.DiagGGN(), curvfunc.DiagHessian())
+    want = curvfunc.compute(model(written_out), params, X, y, specs)
+    assert_close(curvfunc.compute(model(F.batch_norm), params, X, y, specs), want)
+    assert_close(curvfunc.compute(model(F.batch_norm), params, X, y, curvfunc.Grad()), want[0])
+    vectors = [curvfunc.hessian_vp(model(norm), params, X, y, params) for norm in (F.batch_norm, written_out)]
+    assert_close(*vectors)
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("adjoint", [True, False])
+def test_lu_solve(left: bool, adjoint: bool) -> None:
+    """Where matrices and right-hand sides meet with axes of their own, torch takes the wrong factors."""
+    A, B = torch.randn(4, 3, 3), torch.randn(4, 5, 3, 3)
+    lu, pivots = torch.linalg.lu_factor(A)
+    run = INSTEAD[1][torch.linalg.lu_solve]
+    got = run(lu[:, None], pivots[:, None], B, left=left, adjoint=adjoint)
+    inverse = torch.linalg.inv(A.mT if adjoint else A)[:, None]
+    assert_close(got, inverse @ B if left else B @ inverse)
+    assert_close(INSTEAD[1][torch.lu_solve](B[:, 0], lu, pivots), torch.linalg.inv(A) @ B[:, 0])
+
+
+FACTORED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "det": lambda a, b: torch.linalg.det(A=a) * b,
+    "torch.det": lambda a, b: torch.det(input=a) * b,
+    "slogdet": lambda a, b: torch.linalg.slogdet(a).logabsdet * b,
+    "logdet": lambda a, b: torch.logdet(a @ a.mT) * b,
+    "solve": lambda a, b: torch.linalg.solve(a, b.mT).mT,
+    "solve from the right": lambda a, b: torch.linalg.solve(a, b, left=False),
+    "solve vectors": lambda a, b: torch.linalg.solve(a.expand(len(b), 3, 3), b),
+    "solve_ex": lambda a, b: torch.linalg.solve_ex(a, b.mT).result.mT,
+    "tensorsolve": lambda a, b: torch.linalg.tensorsolve(a, b[0]).expand_as(b) * b,
+}
+
+
+@pytest.mark.parametrize("name", FACTORED)
+def test_factorizations_under_vmap(name: str) -> None:
+    """Each member of an ensemble has its own factors, in backward passes over several columns too."""
+
+    def model_fn(p: Any, x: Tensor) -> Tensor:
+        return FACTORED[name](p["a"], x @ p["w"])
+
+    stacked, X, y = {"a": torch.randn(4, 3, 3), "w": torch.randn(4, 2, 3)}, torch.randn(5, 2), torch.randn(5, 3)
+    if name == "tensorsolve":  # of a right-hand side that no sample has
+        model_fn = lambda p, x: (x @ p["w"]) * torch.linalg.tensorsolve(p["a"], p["w"][0])
+    specs = (curvfunc.BatchGrad(), curvfunc.DiagGGN())
+    run = lambda p: curvfunc.compute(model_fn, p, X, y, specs, loss_fn=F.mse_loss)
+    each = [run({k: t[i] for k, t in stacked.items()}) for i in range(4)]
+    want = torch.utils._pytree.tree_map(lambda *t: torch.stack(t), *each)
+    assert_close(torch.vmap(run)(stacked), want, 1e-8)
+
+
+def test_scalars_under_vmap() -> None:
+    """Rolling and filling a scalar leaves the other samples alone."""
+
+    def model_fn(p: Any, x: Tensor) -> Tensor:
+        return (
+            x * torch.roll(p["a"], 1, ())
+            if x.ndim == 0
+            else x * p["a"].roll(1) + p["b"].index_fill(0, torch.tensor([0]), p["a"])
+        )
+
+    stacked, X, y = {"a": torch.randn(3), "b": torch.randn(3)}, torch.randn(4, 2), torch.tensor([0, 1, 0, 1])
+    run = lambda p: curvfunc.batch_grad(model_fn, p, X, y)
+    each = [run({k: t[i] for k, t in stacked.items()}) for i in range(3)]
+    want = {k: torch.stack([e[k] for e in each]) for k in stacked}
+    assert want["a"].norm() > 0
+    assert want["b"].norm() == 0
+    assert_close(torch.vmap(run)(stacked), want)
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this torch has none")
+def test_linear_cross_entropy_in_chunks() -> None:
+    options = nn.modules.linear_cross_entropy_options.LinearCrossEntropyOptions(batch_chunk_size=1, allow_retain_graph=True)
+
+    def model(options: Any) -> Any:
+        def model_fn(p: Any, x: Tensor) -> Tensor:
+            h = torch.tanh(x @ p["w"])
+            values = [
+                F.linear_cross_entropy(h[:, k], p["v"], torch.full((len(x),), k), reduction="none", options=options)
+                for k in range(2)
+            ]
+            return torch.stack(values, 1)
+
+        return model_fn
+
+    params, X, y = {"w": torch.randn(2, 3), "v": torch.randn(4, 3)}, torch.randn(3, 2, 2), torch.tensor([0, 1, 1])
+    specs = (curvfunc.BatchGrad(), curvfunc.DiagGGN(), curvfunc.DiagHessian())
+    assert_close(curvfunc.compute(model(options), params, X, y, specs), curvfunc.compute(model(None), params, X, y, specs))
+    assert_close(*[curvfunc.hessian_vp(model(o), params, X, y, params) for o in (options, None)])
+
+
+# -- the other paths: compiled, the shim, linearized products
+
+
+class Mixed(nn.Module):
+    """Weight normalization, hardsigmoid, distances to learned centers, and a scan, all wrong or refused in torch alone."""
+
+    def __init__(self, written_out: bool) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.v, self.g = nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(3, 1))
+            self.centers = nn.Parameter(torch.randn(4, 3))
+        self.written_out = written_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.written_out:
+            h = F.linear(x, self.v * (self.g / self.v.norm(dim=1, keepdim=True)))
+            h = F.relu6(h + 3) / 6
+            d = (h.unsqueeze(-2) - self.centers).square().sum(-1).sqrt()
+            return torch.stack([d[..., : k + 1].logsumexp(-1) for k in range(4)], -1)
+        h = F.hardsigmoid(F.linear(x, torch._weight_norm(self.v, self.g, 0)))
+        return torch.cdist(h, self.centers).logcumsumexp(-1)
+
+
+def both() -> list[Any]:
+    return [functionalize(Mixed(written_out)) for written_out in (False, True)]
+
+
+def test_products() -> None:
+    X, y = torch.randn(5, 2), torch.tensor([0, 1, 2, 3, 0])
+    results = []
+    for model_fn, params in both():
+        v = {k: p.cos() for k, p in params.items()}
+        blocks = curvfunc.hmp(model_fn, params, X, y)
+        results.append(
+            [
+                curvfunc.hessian_vp(model_fn, params, X, y, v),
+                curvfunc.ggn_vp(model_fn, params, X, y, v),
+                curvfunc.jvp(model_fn, params, X, v),
+                {k: b(v[k][None]) for k, b in blocks.items()},
+                curvfunc.hessian_operator(model_fn, params, X, y).dense(),
+                torch.vmap(lambda p, m=model_fn, v=v: curvfunc.hessian_vp(m, p, X, y, v))(
+                    {k: torch.stack([p, p + 1]) for k, p in params.items()}
+                ),
+            ]
+        )
+    assert_close(*results, 1e-9)
+
+
+def test_compiled() -> None:
+    X, y = torch.randn(5, 2), torch.tensor([0, 1, 2, 3, 0])
+    specs = (curvfunc.BatchGrad(), curvfunc.DiagGGN(), curvfunc.DiagHessian())
+    (model_fn, params), (written_fn, _) = both()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(params: Any, X: Tensor, y: Tensor) -> Any:
+        return curvfunc.compute(model_fn, params, X, y, specs), curvfunc.hessian_vp(model_fn, params, X, y, params)
+
+    want = curvfunc.compute(written_fn, params, X, y, specs), curvfunc.hessian_vp(written_fn, params, X, y, params)
+    assert_close(step(params, X, y), want, 1e-9)
+
+
+def test_shim() -> None:
+    X, y = torch.randn(5, 2), torch.tensor([0, 1, 2, 3, 0])
+    found = []
+    for written_out in (False, True):
+        model, loss = compat.extend(Mixed(written_out)), compat.extend(nn.CrossEntropyLoss())
+        names = compat.extensions
+        extensions = (names.BatchGrad(), names.DiagGGNExact(), names.DiagHessian(), names.HMP())
+        with compat.backpack(*extensions):
+            loss(model(X), y).backward()
+        found.append(
+            {k: (p.grad_batch, p.diag_ggn_exact, p.diag_h, p.hmp(p.detach()[None])) for k, p in model.named_parameters()}
+        )
+    assert_close(*found, 1e-9)
