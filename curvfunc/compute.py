@@ -21,13 +21,13 @@ from curvfunc.cotangents import AveragedHessian, FullHessian, LossGradient, Loss
 from curvfunc.effects import Attributes
 from curvfunc.inputs import Batch, flatten_params, forward_errors, read_batch
 from curvfunc.model import ModelFunction
-from curvfunc.passes import BackwardPass, check_unchanged
+from curvfunc.passes import BackwardPass, check_unchanged, sums_of_nothing
 from curvfunc.residuals import Curvature, curvature
 from curvfunc.rules.kernels import INSTEAD, Instead
 from curvfunc.rules.nonlinear import COMPOSITES
 from curvfunc.sites import Layouts, Trace
 
-__all__ = ["Quantity", "compute"]
+__all__ = ["Quantity", "compute", "of_nothing"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Quantity:
     contractions: ClassVar[tuple[str, ...]] = ()
     forward: ClassVar[str | None] = None
     whole_batch: ClassVar[bool] = False
+    averages: ClassVar[bool] = False  # over samples, so that there has to be one
 
     @property
     def cotangent(self) -> LossGradient | LossRoot | FullHessian | AveragedHessian:
@@ -137,7 +138,7 @@ def _results(
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size must be a positive int or None, got {chunk_size!r}.")
     names, leaves, rebuild = flatten_params(params)
-    batch = read_batch(X, y, subsampling)
+    batch = read_batch(X, y, subsampling, may_be_empty=losses.is_sum(loss))
     differentiable = _will_be_differentiated([*leaves, *optree.tree_leaves(X)])
     if outs is not None and (differentiable or _functorch.peek_interpreter_stack() is not None):
         raise ValueError(
@@ -190,8 +191,10 @@ class _Run:
         curves = any(isinstance(s.cotangent, FullHessian) for s in specs)
         averaged = any(isinstance(s.cotangent, AveragedHessian) for s in specs)
         layouts = Layouts(COMPOSITES) if curves else Layouts() if averaged else None
-        sites = any(s.contractions not in ((), ("total",)) for s in specs)
+        sites = bool(self.batch.total) and any(s.contractions not in ((), ("total",)) for s in specs)
         trace = self._forward(leaves, sites, layouts, faster=layouts is None)
+        if not trace.out.numel():
+            return trace.out, self._of_nothing(leaves, specs, trace.out)
         curved = self._curvature(trace, leaves, layouts) if layouts is not None and curves else None
         device = trace.out.device.type
         full_precision = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
@@ -225,6 +228,20 @@ class _Run:
             if self.buffers is not None:
                 results = [deliver(type(s).__name__, r, b) for s, r, b in zip(specs, results, self.buffers, strict=True)]
         return trace.out, results
+
+    def _of_nothing(self, leaves: list[Tensor], specs: list[Quantity], out: Tensor) -> list[Any]:
+        """The results where there are no samples, or no entries of their outputs: sums of nothing."""
+        out, samples = out if self.differentiable else out.detach(), self.batch.size
+        losses.check(self.loss, self.batch.spread(out) if samples else out, self.batch.y)
+        results = [
+            self._finish(s, s.cotangent, out, {})
+            if s.forward
+            else self.rebuild(of_nothing(s, leaves, samples, out.shape[1:].numel()))
+            for s in specs
+        ]
+        if self.buffers is not None:
+            results = [deliver(type(s).__name__, r, b) for s, r, b in zip(specs, results, self.buffers, strict=True)]
+        return results
 
     def _outs(
         self, leaves: list[Tensor], specs: list[Quantity], cotangents: list[Any], cotangent: Any, columns: int
@@ -305,6 +322,24 @@ class _Run:
             return self.loss(out, self.batch.y)
         lists = [parts[cotangent, name] for name in spec.contractions]
         return self.rebuild([spec.finish(self.batch.size, *p) for p in zip(*lists, strict=True)])
+
+
+def of_nothing(spec: Quantity, params: Sequence[Tensor], samples: int, entries: int) -> list[Any]:
+    """The results per parameter where the output has no entries: sums of nothing.
+
+    Args:
+        spec: The quantity.
+        params: The parameters.
+        samples: Number of samples, which may be none.
+        entries: Number of entries of one sample's output, which may be none.
+
+    Raises:
+        ValueError: If it is a mean over samples, and there are none.
+    """
+    if samples == 0 and spec.averages:
+        raise ValueError(f"{type(spec).__name__} takes a mean over samples, and there are none (N = 0). Leave it out.")
+    columns = spec.cotangent.mc_samples or entries if isinstance(spec.cotangent, LossRoot) else 1
+    return [spec.finish(samples, *[sums_of_nothing(name, p, columns, samples) for name in spec.contractions]) for p in params]
 
 
 def trace(model_fn: Callable[..., Any], params: Any, X: Any) -> tuple[list[str], Trace]:

@@ -17,7 +17,7 @@ from curvfunc.compat.extensions import HMP, PCHMP, BackpropExtension, MatrixProd
 from curvfunc.compat.memory import earlier
 from curvfunc.compat.notes import Call, LossCall, Repeated, nodes, notes
 from curvfunc.compat.upstream import Curved, Upstream, whole_model
-from curvfunc.compute import Quantity, compute
+from curvfunc.compute import Quantity, compute, of_nothing
 from curvfunc.cotangents import AveragedHessian, FullHessian, LossRoot, chunks, common
 from curvfunc.forms import Form, merge
 from curvfunc.kfra import factors
@@ -48,6 +48,9 @@ def _evaluate(call: LossCall, current: Pass) -> None:
     with paused():
         graph = Upstream.of(call, create_graph)
         if not graph.params:
+            return
+        if not call.out.numel():
+            _of_nothing(call, graph, current)
             return
         specs = [(ext, ext.quantity()) for ext in exts if not isinstance(ext, MatrixProduct)]
         apart = graph.keeps_samples_apart(call)
@@ -84,6 +87,18 @@ def _evaluate(call: LossCall, current: Pass) -> None:
             asked = []
         if others or asked:
             _rerun(call, graph, [*others, *asked], current)
+
+
+def _of_nothing(call: LossCall, graph: Upstream, current: Pass) -> None:
+    """Where the output has no entries."""
+    params, samples, entries = list(graph.params.values()), len(call.out), call.out.shape[1:].numel()
+    for ext in current.second_order:
+        if isinstance(ext, MatrixProduct):
+            found: list[Any] = [blocks.FunctionProduct(p, torch.zeros_like) for p in params]
+        else:
+            found = of_nothing(ext.quantity(), params, samples, entries)
+        for p, result in zip(params, found, strict=True):
+            current.put_curved(p, ext, result)
 
 
 # -- on the graph of the forward pass

@@ -27,9 +27,9 @@ from curvfunc.compat.context import LOCK, State, no_op, retained, state
 from curvfunc.compat.extensions import BackpropExtension
 from curvfunc.compat.memory import earlier
 from curvfunc.compat.notes import LossCall, ModuleUse, Region, RegionOutput, nodes, notes
-from curvfunc.compute import Quantity
+from curvfunc.compute import Quantity, of_nothing
 from curvfunc.cotangents import pull
-from curvfunc.forms import Bound, Direct, bind, inputs_of, merge
+from curvfunc.forms import Bound, Direct, bind, direct, inputs_of, merge
 from curvfunc.passes import contracted
 from curvfunc.sites import Trace
 
@@ -200,7 +200,10 @@ class Pass:
         self.reached = True
         region = output.region
         self.replayed.update(map(id, region.params))
-        if self.first_order:
+        if self.first_order and not cotangent.numel():
+            for i, p in enumerate(region.params):
+                self._take(region, i, direct(p.new_zeros(torch.Size((1, region.samples)) + p.shape)))
+        elif self.first_order:
             trace, _ = repeat(output, self.create_graph)
             gs, _ = pull(trace, cotangent[None], create_graph=self.create_graph, retain_graph=True)
             for site, g in zip(trace.sites, gs, strict=True):
@@ -313,8 +316,10 @@ class Pass:
         for ext, spec in self.first_order:
             self.say("Running extension", ext, "on a parameter of shape", tuple(p.shape))
             selected = select(bound, ext.get_subsampling())
-            memory = earlier(p, ext.savefield, spec, 1, selected.g.shape[1])
-            self.put(p, ext, first_order(spec, selected, memory))
+            samples = selected.g.shape[1]
+            memory = earlier(p, ext.savefield, spec, 1, samples)
+            nothing = not selected.g.numel()
+            self.put(p, ext, of_nothing(spec, [p], samples, 0)[0] if nothing else first_order(spec, selected, memory))
 
     def _call_hook(self, region: Region, owner: int) -> None:
         """The extension hook on a module, after those without parameters that were called later."""
