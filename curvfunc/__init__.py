@@ -1,7 +1,7 @@
 """Per-sample gradients, curvature and Kronecker factors as pure functions of a model and its parameters."""
 
 from curvfunc import reference
-from curvfunc.compute import compute
+from curvfunc.compute import Quantity, compute
 from curvfunc.estimators import (
     Spectrum,
     eigsh,
@@ -49,6 +49,8 @@ from curvfunc.quantities import (
 from curvfunc.rule_report import RuleReport, check_rule
 from curvfunc.rules import operation, rule
 
+__version__ = "0.1.0"
+
 __all__ = [
     "KFAC",
     "KFLR",
@@ -69,6 +71,7 @@ __all__ = [
     "ModelFunction",
     "Outer",
     "Output",
+    "Quantity",
     "Rows",
     "RuleReport",
     "Spectrum",

@@ -18,22 +18,23 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
-import optree
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
 from torch._C import _functorch
 
+from curvfunc.chance import Chance
 from curvfunc.effects import Attributes, ParameterChanged, kept_tensors, shares_memory
 from curvfunc.forms import Direct
 from curvfunc.inputs import Batch, check_used
 from curvfunc.observer import Observer, Opaque, calls_may_hide, edge_of, reached, without_fallback_warnings
 from curvfunc.rules.kernels import INSTEAD
 from curvfunc.rules.pooling import FASTER
-from curvfunc.separation import ALONE, Outcome, differ, holds, outcome, require, same_chance
+from curvfunc.samples import flatten, tree_map
+from curvfunc.separation import ALONE, Outcome, base, differ, holds, outcome, require, same_chance
 from curvfunc.sites import Layouts, Site, Trace
 
-__all__ = ["capture", "check_leaves", "check_output", "check_subset", "nothing_hidden"]
+__all__ = ["Entangled", "capture", "check_leaves", "check_output", "check_subset", "nothing_hidden"]
 
 FASTEST = {order: instead | FASTER for order, instead in INSTEAD.items()}
 
@@ -164,7 +165,7 @@ class _Runs:
 
     def whole(self, mode: Observer) -> Tensor:
         """On the whole batch, watched."""
-        params, X = self.rebuild(self.leaves), optree.tree_map(mode.marked, self.X)
+        params, X = self.rebuild(self.leaves), tree_map(mode.marked, self.X)
         with mode:
             out = self.model_fn(params, X)
         check_output(out, self.samples)
@@ -220,13 +221,14 @@ class _Runs:
             tracked = {i: p for i, p in enumerate(leaves) if i not in reasons}
             generic = {i: _copies(leaves[i], samples) for i in reasons if i is not None}
             modes: list[Observer] = []
+            inputs, rebuild_X = flatten(self.X)
             self.begin()
 
-            def one(x: Any, own: dict[int, Tensor]) -> Tensor:
-                level = _functorch.maybe_get_level(optree.tree_leaves(x)[0])
+            def one(xs: list[Tensor], own: dict[int, Tensor]) -> Tensor:
+                level = _functorch.maybe_get_level(xs[0])
                 modes.append(self.watch(tracked, level, samples, layouts))  # noqa: B023 (called at once, below)
                 params = self.rebuild([own.get(i, p) for i, p in enumerate(leaves)])
-                x = optree.tree_map(lambda t: t.unsqueeze(0), x)
+                x = rebuild_X([t.unsqueeze(0) for t in xs])  # noqa: B023
                 with modes[0]:  # noqa: B023
                     out = self.model_fn(params, x)
                 check_output(out, 1)
@@ -234,7 +236,7 @@ class _Runs:
 
             try:
                 with without_fallback_warnings(), _no_checkpoints():
-                    out = torch.vmap(one, randomness="different")(self.X, generic)
+                    out = torch.vmap(one, randomness="different")(inputs, generic)
             finally:
                 for mode in modes:
                     self.end(mode)
@@ -250,8 +252,9 @@ class _Runs:
         """Sample by sample, every parameter with a copy per sample, in memory of its own: the model may change it."""
         generic = {i: _copies(p, self.samples).clone() for i, p in enumerate(self.leaves)}
         outs = []
+        inputs, rebuild_X = flatten(self.X)
         for n in range(self.samples):
-            x = optree.tree_map(lambda t, n=n: t[n : n + 1], self.X)
+            x = rebuild_X([t[n : n + 1] for t in inputs])
             own = [p[n] for p in generic.values()]
             self.begin()
             mode = self.watch({}, None, 1)
@@ -369,7 +372,7 @@ def check_subset(
         return
     whole = found.entangled is not None or batch.size == batch.total
     apart = bool(found.reasons)  # each sample was run by itself, but a batch of one is that anyway
-    if not (whole or found.counts or (apart and batch.size == 1)):
+    if not (whole or found.counts or found.random or (apart and batch.size == 1)):
         return
     last = index[-1:]
     company, place = (last, slice(0, 1)) if batch.size > 1 else (torch.cat([(last + 1) % batch.total, last]), slice(1, 2))
@@ -394,20 +397,37 @@ def check_subset(
             same_chance()
         if whole:
             return Outcome(other(batch.X, batch.total)[index.to(mine.device)], []), Outcome(mine, [])
-        theirs = other(optree.tree_map(lambda x: x[company.to(x.device)], batch.X), len(company))[place]
+        theirs = other(tree_map(lambda x: x[company.to(x.device)], batch.X), len(company))[place]
         return Outcome(theirs, []), Outcome(mine[-1:], [])
 
+    compiling = torch.compiler.is_compiling() or not _visible(out)
+    chance = Chance(leaves)
+    if found.random and not whole and not compiling:
+        with chance:
+            again = other(batch.inputs(), batch.size)
+        chance.undo()
+        # draws that come out the same depend on their place in the batch, as after a seed
+        whole = chance.drawn and torch.equal(base(again), base(out.detach()))
+        if not (whole or found.counts or (apart and batch.size == 1)):
+            return
     why = (
         f"subsampling: the output for a sample depends on which others are in the batch "
         f"({found.entangled or 'for instance on their number'}), so a subset cannot run by itself. Leave subsampling away, and "
         "choose from the results for the whole batch."
     )
-    compiling = torch.compiler.is_compiling() or not _visible(out)
     try:
-        if (found.random and compiling) or not holds(differ(*pair(out)), compiling, why):
-            require(lambda: pair(None), compiling, why)
-    except (RuntimeError, IndexError) as error:
-        raise ValueError(why) from error
+        with chance:
+            if (found.random and compiling) or not holds(differ(*pair(out)), compiling, why):
+                require(lambda: pair(None), compiling, why)
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise Entangled(why) from error
+    finally:
+        if chance.drawn:
+            chance.undo()
+
+
+class Entangled(ValueError):
+    """Samples of a subset have other outputs by themselves than in the whole batch."""
 
 
 def check_leaves(model_fn: Any, others: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:

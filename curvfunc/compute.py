@@ -16,15 +16,19 @@ from torch.utils import _pytree as pytree
 
 from curvfunc import hessian, kfra, losses
 from curvfunc.buffers import copied, deliver, parameter_buffers, read_buffers
-from curvfunc.capture import capture, check_output, check_subset
+from curvfunc.capture import Entangled, capture, check_output, check_subset
+from curvfunc.chance import Chance
 from curvfunc.cotangents import AveragedHessian, FullHessian, LossGradient, LossRoot, common
 from curvfunc.effects import Attributes
-from curvfunc.inputs import Batch, flatten_params, forward_errors, read_batch
+from curvfunc.inputs import Batch, check_generator, flatten_params, forward_errors, read_batch
 from curvfunc.model import ModelFunction
-from curvfunc.passes import BackwardPass, check_unchanged, sums_of_nothing
+from curvfunc.ownership import apart, check_apart, own
+from curvfunc.passes import FACTORS, BackwardPass, Prepared, check_unchanged, sums_of_nothing
 from curvfunc.residuals import Curvature, curvature
 from curvfunc.rules.kernels import INSTEAD, Instead
 from curvfunc.rules.nonlinear import COMPOSITES
+from curvfunc.samples import check_crosses, tree_map
+from curvfunc.samples import leaves as tensors_of
 from curvfunc.sites import Layouts, Trace
 
 __all__ = ["Quantity", "compute", "of_nothing"]
@@ -79,7 +83,11 @@ def compute(
         y: Targets, likewise.
         specs: Any pytree of specs such as ``(Loss(), Grad(), DiagGGN(mc_samples=1))``.
         loss_fn: ``(output, y) -> scalar`` that sums or averages over samples.
-        subsampling: Indices of samples for everything but `Loss`, `Output` and `Grad`, which are of the whole batch.
+        subsampling: Indices of samples for everything but `Loss`, `Output` and `Grad`, which are of the whole batch. The
+            subset has a forward pass of its own, which costs as much as it is large; but if the model draws random numbers,
+            as dropout does, one pass of the whole batch serves everything, so that each sample has one mask in a call,
+            also where it is listed twice. Draws from the default generators of torch, Python and numpy, and from
+            generators that are passed to torch's operations, are noticed.
         generator: Source of Monte-Carlo draws. Specs with the same ``mc_samples`` share their draws.
         chunk_size: Number of vectors that are backpropagated together; by default chosen by memory.
         out: Tensors for the results to be written to, as an earlier call with the same specs returned them; None in place
@@ -88,7 +96,8 @@ def compute(
             are differentiated.
 
     Returns:
-        The tree of ``specs`` with each spec replaced by its result; where ``out`` has tensors, by these.
+        The tree of ``specs`` with each spec replaced by its result; where ``out`` has tensors, by these. All others are
+        dense and share memory with nothing, so that each can be changed in place and be passed as ``out``.
 
     Raises:
         TypeError, ValueError: For input that has no answer; the message names the argument, the shapes and the remedy.
@@ -105,7 +114,8 @@ def compute(
         return _compiled(model_fn, params, X, y, specs, loss_fn, subsampling, generator, chunk_size, out)
     if torch.is_inference_mode_enabled():  # it forbids graphs; tensors that were made in it are copied out of it
         with torch.inference_mode(False):
-            params, X, y = (optree.tree_map(_out_of_inference, tree) for tree in (params, X, y))
+            params = optree.tree_map(_out_of_inference, params)
+            X, y = (tree_map(_out_of_inference, tree) for tree in (X, y))
             given: dict[str, Any] = {"loss_fn": loss_fn, "generator": generator, "chunk_size": chunk_size, "out": out}
             return compute(model_fn, params, X, y, specs, subsampling=subsampling, **given)
     leaves, tree = optree.tree_flatten(specs, is_leaf=lambda s: isinstance(s, Quantity))
@@ -125,8 +135,9 @@ def _results(
     generator: Generator | None,
     chunk_size: int | None,
     outs: list[Any] | None = None,
+    held: Sequence[Tensor] = (),
 ) -> list[Any]:
-    """One result per spec. With a subset, the specs of the whole batch have a forward pass of their own."""
+    """One result per spec. With a subset, the specs of the whole batch have a forward pass of their own, unless it draws."""
     if isinstance(model_fn, torch.nn.Module):
         raise TypeError(
             f"model_fn is the module {type(model_fn).__name__}; a function of (params, X) is needed: "
@@ -137,24 +148,63 @@ def _results(
             raise TypeError(f"specs must hold quantities such as BatchGrad() or DiagGGN(), got {spec!r}.")
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size must be a positive int or None, got {chunk_size!r}.")
+    check_generator(generator)
     names, leaves, rebuild = flatten_params(params)
     batch = read_batch(X, y, subsampling, may_be_empty=losses.is_sum(loss))
-    differentiable = _will_be_differentiated([*leaves, *optree.tree_leaves(X)])
+    differentiable = _will_be_differentiated([*leaves, *_tensors(X)])
     if outs is not None and (differentiable or _functorch.peek_interpreter_stack() is not None):
         raise ValueError(
             "out= takes results without a graph, and this call is differentiated or under a torch.func transformation. Leave "
             "out away, or detach params and X."
         )
+    if outs is not None:
+        _check_outs(specs, outs, {"X": X, "y": y} | {f"parameter {n!r}": p for n, p in zip(names, leaves, strict=True)})
+    given = (loss, generator, chunk_size, differentiable, params)
+    mixed = batch.index is not None and any(s.whole_batch for s in specs)
     results: list[Any] = [None] * len(specs)
-    for whole in (True, False) if batch.index is not None else (None,):
-        chosen = [i for i, s in enumerate(specs) if whole is None or s.whole_batch == whole]
-        if chosen:
-            samples = batch.whole() if whole else batch
-            buffers = None if outs is None else [outs[i] for i in chosen]
-            run = _Run(model_fn, names, rebuild, samples, loss, generator, chunk_size, differentiable, params, buffers)
-            for i, result in zip(chosen, run.evaluate(leaves, [specs[i] for i in chosen]), strict=True):
-                results[i] = result
-    return results
+    drawn = entangled = False
+    for whole in (True, False) if mixed else (None,):
+        mine = [i for i, s in enumerate(specs) if whole is None or s.whole_batch == whole]
+        if not mine:
+            continue
+        samples = batch.whole() if whole else batch
+        watched = len(mine) < len(specs) or (not whole and batch.has_repeats())
+        buffers = None if outs is None else [outs[i] for i in mine]
+        try:
+            found = _Run(model_fn, names, rebuild, samples, *given, buffers, watched).evaluate(leaves, [specs[i] for i in mine])
+        except (_DrawnError, Entangled) as error:
+            drawn, entangled = True, isinstance(error, Entangled)
+            break
+        for i, result in zip(mine, found, strict=True):
+            results[i] = result
+    if drawn:  # each sample is to have its own draws, and its company: what is of the subset is chosen from one pass
+        samples, places = (batch.whole(), batch.index) if mixed or entangled else batch.distinct()
+        results = _Run(model_fn, names, rebuild, samples, *given, outs, chosen=places).evaluate(leaves, list(specs))
+    return _own(results, outs, [*leaves, *_tensors((X, y, loss.tensors)), *held])
+
+
+class _DrawnError(Exception):
+    """A forward pass drew random numbers, and another one would draw others."""
+
+
+def _check_outs(specs: Sequence[Any], outs: list[Any], others: dict[str, Any]) -> None:
+    """Raise if the caller's memory for a result is that of something else, too."""
+    given = [(f"out for {type(s).__name__}", t) for s, out in zip(specs, outs, strict=True) for t in _tensors(out)]
+    named = [(name, t) for name, tree in others.items() for t in _tensors(tree)]
+    check_apart(given, named)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [t for t in tensors_of(tree) if isinstance(t, Tensor)]
+
+
+def _own(results: list[Any], outs: list[Any] | None, given: list[Any]) -> list[Any]:
+    """The results, but for those in the caller's memory, as tensors that share memory with nothing."""
+    outs = [None] * len(results) if outs is None else outs
+    new: Any = [r if out is None else None for r, out in zip(results, outs, strict=True)]
+    tensors, tree = optree.tree_flatten(new)
+    found: Any = optree.tree_unflatten(tree, own(tensors, [*given, *optree.tree_leaves(outs)]))  # type: ignore[arg-type]
+    return [r if out is None else out for r, out in zip(found, outs, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -171,6 +221,8 @@ class _Run:
     differentiable: bool
     params: Any = None
     buffers: list[Any] | None = None
+    watched: bool = False  # raises if the forward pass draws random numbers
+    chosen: Tensor | None = None  # the samples of the batch that all but the specs of the whole batch are of
 
     def evaluate(self, params: list[Tensor], specs: list[Quantity]) -> list[Any]:
         """The results, with a graph of its own level where torch.func transforms are active."""
@@ -178,7 +230,8 @@ class _Run:
         if _functorch.peek_interpreter_stack() is None:
             with torch.enable_grad():
                 leaves = [p.view_as(p) if p.requires_grad and differentiable else _leaf(p) for p in params]
-                return self._results(leaves, specs, differentiable)[1]
+                results: Any = self._results(leaves, specs, differentiable)[1]
+                return optree.tree_map(apart, results)  # type: ignore[return-value]
 
         def forward(*leaves: Tensor) -> tuple[Tensor, list[Any]]:
             return self._results(list(leaves), specs, differentiable)
@@ -191,11 +244,26 @@ class _Run:
         curves = any(isinstance(s.cotangent, FullHessian) for s in specs)
         averaged = any(isinstance(s.cotangent, AveragedHessian) for s in specs)
         layouts = Layouts(COMPOSITES) if curves else Layouts() if averaged else None
-        sites = bool(self.batch.total) and any(s.contractions not in ((), ("total",)) for s in specs)
-        trace = self._forward(leaves, sites, layouts, faster=layouts is None)
+        sites = any(s.contractions and (self._picks(s) or s.contractions != ("total",)) for s in specs)
+        sites &= bool(self.batch.total)
+        chance = Chance([*leaves, *_tensors(self.batch.X)]) if self.watched or (curves and len(specs) > 1) else None
+        with chance or nullcontext():
+            trace = self._forward(leaves, sites, layouts, faster=layouts is None)
+        drawn = chance is not None and chance.drawn
+        if chance is not None and drawn and self.watched:
+            chance.undo()
+            raise _DrawnError
         if not trace.out.numel():
             return trace.out, self._of_nothing(leaves, specs, trace.out)
         curved = self._curvature(trace, leaves, layouts) if layouts is not None and curves else None
+        if curved is not None and drawn and curved[0] is not trace:
+            if any(not FACTORS.isdisjoint(s.contractions) for s in specs):
+                raise NotImplementedError(
+                    "the diagonal of the Hessian needs a forward pass of its own here, as a parameter is used twice, and this "
+                    "model draws random numbers, which Kronecker factors in the same call would not share. Ask for them in "
+                    "another call, or switch the randomness off: module.eval()."
+                )
+            trace = curved[0]
         device = trace.out.device.type
         full_precision = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
         with nullcontext() if differentiable else torch.no_grad(), full_precision:
@@ -204,39 +272,55 @@ class _Run:
             losses.check(self.loss, whole, self.batch.y)
             parts: dict[tuple[Any, str], list[Any]] = {}
             wanted: dict[Any, dict[str, None]] = {}
-            for s, cotangent in zip(specs, cotangents, strict=True):
+            keys = [(cotangent, self._picks(s)) for s, cotangent in zip(specs, cotangents, strict=True)]
+            for s, key in zip(specs, keys, strict=True):
                 if s.contractions:
-                    wanted.setdefault(cotangent, {}).update(dict.fromkeys(s.contractions))
+                    wanted.setdefault(key, {}).update(dict.fromkeys(s.contractions))
             if curved is not None:  # first, since the graph ends with the last of the others
-                names = wanted.pop(FullHessian())
-                diagonal = self._hessian(*curved, leaves, "sample_squares" in names, differentiable)
-                parts[FullHessian(), "sample_squares"] = diagonal
-                parts[FullHessian(), "squares"] = [d.sum(0) for d in diagonal] if len(names) > 1 else diagonal
+                key = FullHessian(), self.chosen is not None
+                names = wanted.pop(key)
+                batched = "sample_squares" in names or self.chosen is not None
+                diagonal = self._hessian(*curved, leaves, batched, differentiable)
+                if self.chosen is not None:
+                    diagonal = [d[self.chosen.to(d.device)] for d in diagonal]
+                parts[key, "sample_squares"] = diagonal
+                parts[key, "squares"] = [d.sum(0) for d in diagonal] if batched else diagonal
             if layouts is not None and averaged:
-                wanted.pop(AveragedHessian())
+                if self.chosen is not None:
+                    raise NotImplementedError(
+                        "kfra averages over the samples of one forward pass, and this model draws random numbers or lets the "
+                        "data of samples meet, so that the subset cannot have one beside that of the whole batch, or with repeated "
+                        "indices. Ask for KFRA in a call of its own, with each index once, switch the randomness off "
+                        "(module.eval()), or leave subsampling away."
+                    )
+                key = AveragedHessian(), False
+                wanted.pop(key)
                 summed = losses.summed_hessian(self.loss, whole, self.batch.y, self.batch.select)
-                factors = kfra.factors(trace, leaves, self.names, layouts, summed, differentiable)
-                parts[AveragedHessian(), "factors"] = factors
-            backward = BackwardPass(trace, leaves, self.names, self.batch.select, self.chunk_size, differentiable)
-            for i, (cotangent, names) in enumerate(wanted.items()):
-                root = cotangent.root(self.loss, whole, self.batch.y, self.generator)
+                parts[key, "factors"] = kfra.factors(trace, leaves, self.names, layouts, summed, differentiable)
+            columns: dict[Any, losses.Root] = {}
+            prepared = Prepared()
+            for i, (key, names) in enumerate(wanted.items()):
+                cotangent, picks = key
+                if cotangent not in columns:
+                    columns[cotangent] = cotangent.root(self.loss, whole, self.batch.y, self.generator)
                 last = i == len(wanted) - 1
-                outs = self._outs(leaves, specs, cotangents, cotangent, root.num)
-                found = backward.run(root, list(names), retain_graph=not last, outs=outs)
-                parts.update({(cotangent, name): result for name, result in found.items()})
-            results = [self._finish(s, c, out, parts) for s, c in zip(specs, cotangents, strict=True)]
+                outs = self._outs(leaves, specs, keys, key, columns[cotangent].num)
+                given = (self.chunk_size, differentiable, self.chosen if picks else None)
+                backward = BackwardPass(trace, leaves, self.names, self.batch.select, *given, prepared)
+                found = backward.run(columns[cotangent], list(names), retain_graph=not last, outs=outs)
+                parts.update({(key, name): result for name, result in found.items()})
+            results = [self._finish(s, key, out, parts) for s, key in zip(specs, keys, strict=True)]
             if self.buffers is not None:
                 results = [deliver(type(s).__name__, r, b) for s, r, b in zip(specs, results, self.buffers, strict=True)]
         return trace.out, results
 
     def _of_nothing(self, leaves: list[Tensor], specs: list[Quantity], out: Tensor) -> list[Any]:
         """The results where there are no samples, or no entries of their outputs: sums of nothing."""
-        out, samples = out if self.differentiable else out.detach(), self.batch.size
-        losses.check(self.loss, self.batch.spread(out) if samples else out, self.batch.y)
+        out = out if self.differentiable else out.detach()
+        losses.check(self.loss, self.batch.spread(out) if len(out) else out, self.batch.y)
+        entries = out.shape[1:].numel()
         results = [
-            self._finish(s, s.cotangent, out, {})
-            if s.forward
-            else self.rebuild(of_nothing(s, leaves, samples, out.shape[1:].numel()))
+            self._finish(s, None, out, {}) if s.forward else self.rebuild(of_nothing(s, leaves, self._samples(s), entries))
             for s in specs
         ]
         if self.buffers is not None:
@@ -244,12 +328,12 @@ class _Run:
         return results
 
     def _outs(
-        self, leaves: list[Tensor], specs: list[Quantity], cotangents: list[Any], cotangent: Any, columns: int
+        self, leaves: list[Tensor], specs: list[Quantity], keys: list[Any], wanted: Any, columns: int
     ) -> dict[str, list[Tensor]]:
         """The caller's buffers for the parts of large results, by contraction."""
         found = {}
-        for s, c, buffer in zip(specs, cotangents, self.buffers or (), strict=False):
-            if buffer is not None and c == cotangent and (lead := s.lead(columns, self.batch.size)) is not None:
+        for s, key, buffer in zip(specs, keys, self.buffers or (), strict=False):
+            if buffer is not None and key == wanted and (lead := s.lead(columns, self._samples(s))) is not None:
                 own = parameter_buffers(type(s).__name__, self.params, self.names, leaves, buffer, lead)
                 (name,) = s.contractions
                 found[name] = [b[None] for b in own] if name == "per_sample" and len(lead) == 1 else own
@@ -315,13 +399,21 @@ class _Run:
             differentiable=differentiable,
         )
 
-    def _finish(self, spec: Quantity, cotangent: Any, out: Tensor, parts: dict[tuple[Any, str], list[Any]]) -> Any:
-        if spec.forward == "output":
-            return out
+    def _picks(self, spec: Quantity) -> bool:
+        """Whether a spec is of samples chosen from the forward pass."""
+        return self.chosen is not None and not spec.whole_batch
+
+    def _samples(self, spec: Quantity) -> int:
+        """The number of samples that a spec is of."""
+        return len(self.chosen) if self.chosen is not None and not spec.whole_batch else self.batch.size
+
+    def _finish(self, spec: Quantity, key: Any, out: Tensor, parts: dict[tuple[Any, str], list[Any]]) -> Any:
+        if spec.forward == "output":  # a detached one is another tensor than the model's own
+            return out.clone() if self.differentiable and not torch.compiler.is_compiling() else out
         if spec.forward == "loss":
             return self.loss(out, self.batch.y)
-        lists = [parts[cotangent, name] for name in spec.contractions]
-        return self.rebuild([spec.finish(self.batch.size, *p) for p in zip(*lists, strict=True)])
+        lists = [parts[key, name] for name in spec.contractions]
+        return self.rebuild([spec.finish(self._samples(spec), *p) for p in zip(*lists, strict=True)])
 
 
 def of_nothing(spec: Quantity, params: Sequence[Tensor], samples: int, entries: int) -> list[Any]:
@@ -394,6 +486,8 @@ def _compiled(
     keys = tuple([(type(s), s.key()) for s in leaves])
     loss = losses.normalize(loss_fn)
     losses.check_traceable(loss)
+    check_crosses("X", X)
+    check_crosses("y", y)
     state = model_fn.state(params) if isinstance(model_fn, ModelFunction) else {}
     if isinstance(subsampling, Tensor):
         constants, tensors = None, {"subsampling": subsampling}
@@ -425,4 +519,5 @@ def _traced(
     def model(p: Any, x: Any) -> Any:
         return model_fn.apply(p, state, x) if isinstance(model_fn, ModelFunction) else model_fn(p, x)
 
-    return _results(model, params, X, y, specs, loss, tensors.get("subsampling", subsampling), None, chunk_size)
+    index = tensors.get("subsampling", subsampling)
+    return _results(model, params, X, y, specs, loss, index, None, chunk_size, held=tuple(state.values()))

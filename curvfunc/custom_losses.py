@@ -6,9 +6,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from curvfunc.normal_form import Loss, flat, label, tolerance, values_visible
+from curvfunc.samples import tree_map
 
 __all__ = ["autodiff_factor", "autodiff_gradient", "autodiff_hessian", "check_separable"]
 
@@ -129,7 +129,7 @@ def _check_indefinite(loss: Loss, work: Tensor, y: Any) -> None:
 
 def _cast(y: Any, dtype: torch.dtype) -> Any:
     """The floating-point tensors among the targets in this dtype."""
-    return pytree.tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, y)
+    return tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, y)
 
 
 def _check_unmoved(loss: Loss, before: Tensor, after: Tensor, changed: Tensor) -> None:

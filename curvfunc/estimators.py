@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from curvfunc.operators import LinearOperator, scipy_linalg
+from curvfunc.inputs import check_generator
+from curvfunc.operators import as_scipy, scipy_linalg
 
 __all__ = ["Spectrum", "eigsh", "hutchinson_diag", "hutchinson_trace", "hutchpp_trace", "spectral_density", "xdiag"]
 
@@ -188,6 +189,7 @@ def spectral_density(
     """
     steps = min(_positive("spectral_density", num_steps), _size(operator))
     count = _positive("spectral_density", num_vectors)
+    check_generator(generator)
     q = torch.randn(_size(operator), count, generator=generator, dtype=operator.dtype, device=operator.device)
     alphas, betas = _lanczos(operator, q / q.norm(dim=0), steps)
     tridiagonal = torch.diag_embed(alphas) + torch.diag_embed(betas, 1) + torch.diag_embed(betas, -1)
@@ -218,12 +220,12 @@ def _lanczos(operator: Any, q: Tensor, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def eigsh(
-    operator: LinearOperator, k: int = 6, *, which: str = "LM", tol: float = 0.0, generator: Generator | None = None
+    operator: Any, k: int = 6, *, which: str = "LM", tol: float = 0.0, generator: Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """Extremal eigenvalues and their eigenvectors, by scipy's ``eigsh`` (implicitly restarted Lanczos, ARPACK).
 
     Args:
-        operator: Symmetric; a `LinearOperator`.
+        operator: Symmetric, [P, P].
         k: Number of eigenvalues, less than P.
         which: "LM" largest magnitude, "LA" largest, "SA" smallest, "BE" half from each end.
         tol: Relative precision of the eigenvalues; 0 is machine precision.
@@ -239,11 +241,13 @@ def eigsh(
     References:
         Lehoucq, Sorensen, Yang 1998, "ARPACK Users' Guide".
     """
-    if not 0 < k < operator.shape[0]:
-        raise ValueError(f"eigsh: k must be from 1 to P - 1 = {operator.shape[0] - 1}, got {k}.")
+    size = _size(operator)
+    if not 0 < k < size:
+        raise ValueError(f"eigsh: k must be from 1 to P - 1 = {size - 1}, got {k}.")
+    check_generator(generator)
     linalg = scipy_linalg()
-    start = torch.randn(operator.shape[0], generator=generator, dtype=operator.dtype, device=operator.device)
-    values, vectors = linalg.eigsh(operator.to_scipy(), k, which=which, tol=tol, v0=start.cpu().numpy())
+    start = torch.randn(size, generator=generator, dtype=operator.dtype, device=operator.device)
+    values, vectors = linalg.eigsh(as_scipy(operator), k, which=which, tol=tol, v0=start.cpu().numpy())
     order = values.argsort()
     return _tensor(values[order], operator), _tensor(vectors[:, order], operator)
 
@@ -253,18 +257,28 @@ def _times(operator: Any, vectors: Tensor) -> Tensor:
     return result
 
 
-def _tensor(values: Any, operator: LinearOperator) -> Tensor:
+def _tensor(values: Any, operator: Any) -> Tensor:
     return torch.tensor(values, dtype=operator.dtype, device=operator.device)
 
 
 def _signs(operator: Any, count: int, generator: Generator | None) -> Tensor:
     """Random signs, [P, count]."""
+    check_generator(generator)
     shape = (_size(operator), count)
     bits = torch.randint(0, 2, shape, generator=generator, device=operator.device)
     return (2 * bits - 1).to(operator.dtype)
 
 
 def _size(operator: Any) -> int:
+    kinds = {"dtype": torch.dtype, "device": torch.device}
+    if not all(isinstance(getattr(operator, name, None), kind) for name, kind in kinds.items()):
+        raise TypeError(
+            f"the operator is a {type(operator).__name__}; a curvfunc.LinearOperator, a tensor [P, P], or an object with "
+            "shape, dtype and device as tensors have them, and @ on matrices [P, K], is needed. Convert arrays by "
+            "torch.as_tensor."
+        )
+    if len(operator.shape) != 2:
+        raise ValueError(f"the operator has shape {tuple(operator.shape)}; a square one is needed.")
     rows, columns = operator.shape
     if rows != columns:
         raise ValueError(f"the operator has shape {tuple(operator.shape)}; a square one is needed.")

@@ -35,6 +35,7 @@ __all__ = [
     "Rows",
     "Through",
     "arranged",
+    "at_samples",
     "bind",
     "bind_products",
     "block_of",
@@ -245,6 +246,12 @@ def bind_products(form: Outer, cotangent: Tensor, moment: Tensor) -> Bound:
     return Bound(Products(form), g, moment.to(torch.promote_types(g.dtype, moment.dtype)))
 
 
+def at_samples(b: Bound, index: Tensor) -> Bound:
+    """The use at some of the samples, which may repeat."""
+    g = b.g[:, index.to(b.g.device)]
+    return replace(b, g=g, inputs=g if isinstance(b.form, Direct) else b.x[index.to(b.x.device)])
+
+
 def direct(gradient: Tensor) -> Bound:
     """Per-sample gradients [v, n, *shape] as a bound form."""
     return Bound(Direct(lambda g: g, gradient.shape[2:]), gradient, gradient)
@@ -371,8 +378,12 @@ def flat_vectors(g: Tensor) -> Tensor:
 
 def scatter(values: Tensor, rows: Tensor, size: int) -> Tensor:
     """Sums values [..., s, d] into rows [..., s] of [..., size, d]; the row ``size`` is dropped."""
-    zeros = values.new_zeros(*values.shape[:-2], size + 1, values.shape[-1])
-    return zeros.scatter_add(-2, rows.unsqueeze(-1).expand(values.shape), values)[..., :size, :]
+    lead, d = values.shape[:-2], values.shape[-1]
+    first = torch.arange(lead.numel(), device=rows.device).reshape(*lead, 1) * size
+    last = lead.numel() * size  # one row for all that is dropped, so that the others stay together
+    places = torch.where(rows < size, first + rows, last).reshape(-1, 1)
+    sums = values.new_zeros(last + 1, d).scatter_add(0, places.expand(-1, d), values.reshape(-1, d))
+    return sums[:last].reshape(*lead, size, d)
 
 
 def sums_positions(b: Bound) -> bool:

@@ -1,15 +1,26 @@
 """What comes in: parameters, samples and indices, checked once, with errors that name the argument and the remedy."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "check_used", "flatten_params", "forward_errors", "in_order", "not_real", "read_batch"]
+from curvfunc.samples import hidden_tensors, leaves, tree_map
+
+__all__ = [
+    "Batch",
+    "check_generator",
+    "check_used",
+    "flatten_params",
+    "forward_errors",
+    "in_order",
+    "not_real",
+    "read_batch",
+]
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ class Batch:
     def inputs(self) -> Any:
         """The input of the subset."""
         index = self.index
-        return self.X if index is None else optree.tree_map(lambda x: x[index.to(x.device)], self.X)
+        return self.X if index is None else tree_map(lambda x: x[index.to(x.device)], self.X)
 
     def spread(self, out: Tensor) -> Tensor:
         """Outputs of the subset in their places in the whole batch.
@@ -55,8 +66,16 @@ class Batch:
         return out[place]
 
     def has_repeats(self) -> bool:
-        """Whether the subset has a sample twice."""
-        return self.index is not None and len(self.index.unique()) < len(self.index)
+        """Whether the subset has a sample twice; where indices cannot be read, whether it may."""
+        return self.index is not None and (_is_hidden(self.index) or len(self.index.unique()) < len(self.index))
+
+    def distinct(self) -> "tuple[Batch, Tensor]":
+        """A subset with each sample once, all of them where indices cannot be read, and the places of this subset's in it."""
+        assert self.index is not None
+        if _is_hidden(self.index):
+            return self.whole(), self.index
+        index, places = self.index.unique(return_inverse=True)
+        return replace(self, index=index), places
 
     def select(self, columns: Tensor) -> Tensor:
         """Columns [v, N, ...] of the whole batch at the subset."""
@@ -65,6 +84,11 @@ class Batch:
 
 def flatten_params(params: Any) -> tuple[list[str], list[Tensor], Callable[[Sequence[Any]], Any]]:
     """Names, tensors, and the function that puts values in the tensors' places."""
+    if isinstance(params, (Iterator, torch.nn.Module)):
+        raise TypeError(
+            f"params is a {type(params).__name__}, such as module.parameters(); a dictionary by name, or another pytree of "
+            "tensors, is needed: model_fn, params = curvfunc.functionalize(module)."
+        )
     if _is_flat(params):
         names, leaves = list(params), list(params.values())
         rebuild: Callable[[Sequence[Any]], Any] = lambda values: dict(zip(names, values, strict=True))
@@ -73,7 +97,11 @@ def flatten_params(params: Any) -> tuple[list[str], list[Tensor], Callable[[Sequ
         names = [".".join(map(str, path)) for path in paths]
         rebuild = tree.unflatten
     if not leaves:
-        raise ValueError("params is empty; pass at least one parameter, e.g. those of functionalize(module).")
+        raise ValueError(
+            "params is empty; pass at least one parameter, e.g. those of functionalize(module). It takes the parameters with "
+            "requires_grad=True: if all of a module's are frozen, call module.requires_grad_() before, or set requires_grad on "
+            "those that are asked for."
+        )
     for name, p in zip(names, leaves, strict=True):
         if not isinstance(p, Tensor):
             raise TypeError(f"parameter {name!r} is {p!r} of type {type(p).__name__}; a tensor is needed.")
@@ -89,6 +117,11 @@ def flatten_params(params: Any) -> tuple[list[str], list[Tensor], Callable[[Sequ
                 f"parameter {name!r} has dtype {p.dtype}; parameters must be real floating-point tensors. Keep others "
                 "out of params (as buffers of the module, or constants of model_fn)."
             )
+    if all(p.is_meta for p in leaves):
+        raise ValueError(
+            "all parameters are on the meta device, which has shapes and no values. Give them some: call "
+            "module.to_empty(device=...) and load_state_dict, or make the module on a device."
+        )
     return names, leaves, rebuild
 
 
@@ -114,6 +147,15 @@ def not_real(name: str, p: Tensor) -> str:
     )
 
 
+def check_generator(generator: Any) -> None:
+    """Raise unless it is a generator, or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {generator!r} of type {type(generator).__name__}. For a seed "
+            "pass torch.Generator(device).manual_seed(seed)."
+        )
+
+
 def in_order(params: Any, tree: Any) -> list[Any]:
     """The leaves of a tree like ``params``, in the order in which `flatten_params` has the parameters."""
     return [tree[name] for name in params] if _is_flat(params) else optree.tree_leaves(tree)
@@ -128,22 +170,39 @@ def read_batch(X: Any, y: Any, subsampling: Sequence[int] | Tensor | None, *, ma
     total = _samples("X", X)
     targets = _samples("y", y)
     if total != targets:
-        raise ValueError(f"X has {total} samples and y has {targets}; both need the same leading sample axis.")
+        message = f"X has {total} samples and y has {targets}; both need the same leading sample axis."
+        lists = [name for name, tree in (("X", X), ("y", y)) if isinstance(tree, list)]
+        if lists:
+            message += (
+                f" {lists[0]} is a list, and so one input with several tensors, each with all samples. For a list of samples "
+                f"pass torch.stack({lists[0]}), or torch.cat({lists[0]}) if they are batches."
+            )
+        raise ValueError(message)
     if total == 0 and not may_be_empty:
         raise ValueError("X and y have no samples (N = 0); at least one is needed, unless the loss is a sum (reduction='sum').")
     return Batch(X, y, total, None if subsampling is None else _read_index(subsampling, total))
 
 
 def _samples(argument: str, value: Any) -> int:
-    leaves = optree.tree_leaves(value)
-    if not leaves:
+    found = leaves(value)
+    if not found:
         raise ValueError(f"{argument} holds no tensor.")
-    for leaf in leaves:
+    for leaf in found:
         if not isinstance(leaf, Tensor):
-            raise TypeError(f"{argument} must hold tensors, got {type(leaf).__name__}; use torch.as_tensor.")
+            kind = type(leaf).__name__
+            if isinstance(leaf, Mapping) or is_dataclass(leaf):
+                raise TypeError(
+                    f"{argument} holds a {kind} with tensors {hidden_tensors(leaf)} besides its items or fields, of which no "
+                    "subset can be taken. Make them fields, or pass a dictionary of tensors."
+                )
+            raise TypeError(
+                f"{argument} must hold tensors, got {kind}; use torch.as_tensor. Several tensors go into a tuple, a dictionary "
+                "or a dataclass."
+            )
         if leaf.ndim == 0:
-            raise ValueError(f"{argument} holds a tensor without axes; its first axis must be the sample axis.")
-    sizes = [leaf.shape[0] for leaf in leaves]  # in compiled code symbols, which have no hash
+            remedy = f" For a list of samples pass torch.stack({argument})." if isinstance(value, list) else ""
+            raise ValueError(f"{argument} holds a tensor without axes; its first axis must be the sample axis.{remedy}")
+    sizes = [leaf.shape[0] for leaf in found]  # in compiled code symbols, which have no hash
     if any(size != sizes[0] for size in sizes):
         found = sorted(set(map(int, sizes)))
         raise ValueError(f"the tensors in {argument} have {found} samples; all need the same leading sample axis.")
@@ -170,6 +229,10 @@ def _read_index(subsampling: Sequence[int] | Tensor, total: int) -> Tensor:
     return index.long()
 
 
+def _is_hidden(index: Tensor) -> bool:
+    return torch.compiler.is_compiling() or is_traced(index)
+
+
 def is_traced(t: Tensor) -> bool:
     """Whether the values of a tensor cannot be read, because it is traced or batched."""
     return (
@@ -191,13 +254,27 @@ def forward_errors(names: Sequence[str], params: Sequence[Tensor], X: Any) -> It
             ) from error
         raise
     except RuntimeError as error:
-        inputs = [x for x in optree.tree_leaves(X) if x.is_floating_point()]
+        found = leaves(X)
+        inputs = [x for x in found if x.is_floating_point()]
         for kind, mine in (("device", lambda t: t.device), ("dtype", lambda t: t.dtype)):
-            expected = {mine(x) for x in (inputs if kind == "dtype" else optree.tree_leaves(X))}
+            expected = {mine(x) for x in (inputs if kind == "dtype" else found)}
             wrong = [n for n, p in zip(names, params, strict=True) if expected and mine(p) not in expected]
             if wrong:
                 raise ValueError(
                     f"parameter {wrong[0]!r} has {kind} {mine(params[names.index(wrong[0])])} and X has "
                     f"{', '.join(map(str, expected))}, and the model fails: {error} Move both to the same {kind}."
                 ) from error
+        kinds = {x.dtype for x in found if not x.is_complex()}
+        needed = sorted({str(p.dtype) for p in params})
+        if not inputs and kinds and len(needed) == 1 and "dtype" in str(error):
+            raise ValueError(
+                f"X has {', '.join(map(str, kinds))} and the parameters {needed[0]}, and the model fails: {error}. Convert X, "
+                f"for instance X.to({needed[0]})."
+            ) from error
+        named = {"X": found} | {f"parameter {n!r}": [p] for n, p in zip(names, params, strict=True)}
+        empty = [f"{name} of shape {tuple(t.shape)}" for name, tensors in named.items() for t in tensors if t.numel() == 0]
+        if empty:
+            raise ValueError(
+                f"the model fails: {error}. Without entries: {', '.join(empty)}. Leave such tensors out."
+            ) from error
         raise

@@ -15,6 +15,7 @@ per such parameter. All of them give the product with the whole matrix, one of t
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +28,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvfunc import losses
 from curvfunc.batch_axis import mutates
-from curvfunc.capture import check_leaves, check_output, check_subset, nothing_hidden
+from curvfunc.capture import Entangled, check_leaves, check_output, check_subset, nothing_hidden
+from curvfunc.chance import Chance
 from curvfunc.compute import _leaf
 from curvfunc.cotangents import CHUNK_BYTES
 from curvfunc.effects import Attributes
-from curvfunc.inputs import Batch, check_used, flatten_params, forward_errors, read_batch
+from curvfunc.inputs import Batch, check_generator, check_used, flatten_params, forward_errors, read_batch
 from curvfunc.observer import (
     BATCH_NORMS,
     BATCH_STATISTICS,
@@ -42,7 +44,10 @@ from curvfunc.observer import (
     tensors_in,
     without_fallback_warnings,
 )
+from curvfunc.ownership import own
 from curvfunc.rules.kernels import INSTEAD, Instead, standardized
+from curvfunc.samples import leaves as tensors_of
+from curvfunc.samples import tree_map
 
 __all__ = [
     "EmpiricalFisher",
@@ -87,19 +92,38 @@ class Problem:
     differentiable: bool = False
 
     def forward(self, leaves: Sequence[Tensor]) -> Tensor:
-        """The output of the subset, [B, ...]."""
+        """The output of the subset, [B, ...].
+
+        A sample that is in it twice has one output, also if the model draws; where samples cannot run without the others,
+        the whole batch runs.
+        """
+        with Chance([*leaves, *tensors_of(self.batch.X)]) if self.batch.has_repeats() else nullcontext() as chance:
+            try:
+                out = self._visible(leaves, self.batch)
+            except Entangled:
+                out = self._visible(leaves, self.batch.whole())
+                assert self.batch.index is not None
+                return out[self.batch.index.to(out.device)]
+        if chance is None or not chance.drawn:
+            return out
+        chance.undo()
+        batch, places = self.batch.distinct()
+        out = self._visible(leaves, batch)
+        return out[places.to(out.device)]
+
+    def _visible(self, leaves: Sequence[Tensor], batch: Batch) -> Tensor:
         try:
-            return self._forward(leaves)
+            return self._forward(leaves, batch)
         except Opaque:  # checkpoints and compiled parts, which have no second derivatives
             with nothing_hidden():
-                return self._forward(leaves)
+                return self._forward(leaves, batch)
 
-    def _forward(self, leaves: Sequence[Tensor]) -> Tensor:
-        X, size, instead = self.batch.inputs(), self.batch.size, INSTEAD[3 if self.differentiable else 2]
-        subset = None if self.batch.index is None else Observer(dict(enumerate(leaves)), None, size, None, instead)
+    def _forward(self, leaves: Sequence[Tensor], batch: Batch) -> Tensor:
+        X, size, instead = batch.inputs(), batch.size, INSTEAD[3 if self.differentiable else 2]
+        subset = None if batch.index is None else Observer(dict(enumerate(leaves)), None, size, None, instead)
         if subset is not None:
             subset.effects = None
-        given = X if subset is None else optree.tree_map(subset.marked, X)
+        given = X if subset is None else tree_map(subset.marked, X)
         attributes = Attributes.of(self.model_fn)
         # the fused kernels of attention have no second derivative
         mode = _NoBatchStatistics(instead, leaves) if subset is None else subset
@@ -111,7 +135,7 @@ class Problem:
         check_used(out, bool(found.params))
         check_leaves(self.model_fn, found.leaves, leaves)
         if subset is not None:
-            check_subset(self.model_fn, leaves, self.rebuild, self.batch, subset, out)
+            check_subset(self.model_fn, leaves, self.rebuild, batch, subset, out)
         return out
 
     def gradient(self, out: Tensor) -> Tensor:
@@ -284,6 +308,7 @@ def linearize(
         )
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size must be a positive int or None, got {chunk_size!r}.")
+    check_generator(generator)
     names, tensors, rebuild = flatten_params(params)
     loss = losses.normalize(loss_fn)
     batch = read_batch(X, y, subsampling, may_be_empty=losses.is_sum(loss))
@@ -313,7 +338,7 @@ def batched(
         widest = max(leaves[i].numel() for i in which) * leaves[0].element_size()
         chunk_size = max(1, CHUNK_BYTES.get(v[0].device.type, 1 << 28) // max(1, widest))
     parts = [_together(product, which, [t[i : i + chunk_size] for t in v]) for i in range(0, num, chunk_size)]
-    return parts[0] if len(parts) == 1 else [torch.cat(columns) for columns in zip(*parts, strict=True)]
+    return own(parts[0], v) if len(parts) == 1 else [torch.cat(columns) for columns in zip(*parts, strict=True)]
 
 
 def _together(product: Product, which: Sequence[int], v: Sequence[Tensor]) -> list[Tensor]:

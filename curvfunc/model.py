@@ -1,6 +1,6 @@
 """Modules as pure functions of their parameters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-__all__ = ["ModelFunction", "functionalize"]
+__all__ = ["ModelFunction", "call", "functionalize"]
 
 
 class ModelFunction:
@@ -29,10 +29,15 @@ class ModelFunction:
         """Note where the module holds its tensors."""
         self._parameters, self._buffers = _holders(self.module, "_parameters"), _holders(self.module, "_buffers")
         self._places = _places(self.module)
-        self._submodules = [(m._modules, key, child) for m in self.module.modules() for key, child in m._modules.items()]
+        self.scripted = [name for name, m in self.module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+        changeable = [m for m in self.module.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self._submodules = [(m._modules, key, child) for m in changeable for key, child in m._modules.items()]
 
     def __call__(self, params: dict[str, Tensor], X: Any) -> Tensor:
-        """Evaluate the module at ``params``: ``module(X)``, ``module(*X)`` for a tuple, ``module(**X)`` for a dict."""
+        """Evaluate the module at ``params``: ``module(X)``, ``module(*X)`` for a tuple, ``module(**X)`` for a mapping.
+
+        A namedtuple or a dataclass is one argument. Mappings are dictionaries, and what tokenizers return.
+        """
         return self.apply(params, {}, X)
 
     def apply(self, params: dict[str, Tensor], state: dict[str, Tensor], X: Any) -> Tensor:
@@ -40,27 +45,14 @@ class ModelFunction:
         self._check(params)
         if not state and not self._parameters.keys() <= params.keys():
             state = self.frozen(params)
-        args, kwargs = (X, {}) if isinstance(X, tuple) else ((), X) if isinstance(X, dict) else ((X,), {})
+        args, kwargs = _arguments(X)
         values = state | params if state else params
-        if torch.compiler.is_compiling() or isinstance(self.module, torch.jit.ScriptModule):
+        if torch.compiler.is_compiling() and not self.scripted:
             named = {place: t for name, t in values.items() for place, *_ in self._places[name]}
             out = functional_call(self.module, named, args, kwargs, tie_weights=False)
         else:
-            out = self._call(values, args, kwargs)
+            out = _call(self.module, self._places, values, args, kwargs)
         return out if self.output_fn is None else self.output_fn(out)
-
-    def _call(self, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """As ``functional_call``, without what it looks up at each call."""
-        before: list[tuple[dict[str, Any], str, Any]] = []
-        try:
-            for name, t in values.items():
-                for _, held, key in self._places[name]:
-                    before.append((held, key, held[key]))
-                    held[key] = t
-            return self.module(*args, **kwargs)
-        finally:
-            for held, key, t in before:
-                held[key] = t
 
     def frozen(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """The module's parameters that ``params`` does not name, without gradient."""
@@ -68,11 +60,19 @@ class ModelFunction:
 
     def state(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """All tensors besides ``params`` that the output depends on: frozen parameters and buffers."""
+        if self.scripted and torch.compiler.is_compiling():
+            raise NotImplementedError(
+                f"torch.compile cannot look into scripted modules, and {type(self.module).__name__} has {self.scripted}. Use "
+                "the Python modules that they were made of, or call curvfunc outside of compiled code."
+            )
         return self.frozen(params) | {name: held[key] for name, (held, key) in self._buffers.items()}
 
     def _check(self, params: dict[str, Tensor]) -> None:
         if not isinstance(params, dict):
-            raise TypeError(f"params of a functionalized module is a dict by parameter name, got {type(params).__name__}.")
+            raise TypeError(
+                f"params of a functionalized module is a dict by parameter name, got {type(params).__name__}. Take it from "
+                "functionalize(module)."
+            )
         if any(held.get(key) is not child for held, key, child in self._submodules):  # one was replaced since
             self._read()
         if not params.keys() <= self._places.keys():
@@ -100,7 +100,58 @@ class ModelFunction:
         return f"ModelFunction({type(self.module).__name__}, {len(self._parameters)} parameters)"
 
 
-Holders = dict[str, tuple[dict[str, Any], str]]
+def _call(module: nn.Module, places: "Places", values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """As ``functional_call``, without what it looks up at each call, and also for scripted parts."""
+    before: list[tuple[Any, str, Any]] = []
+    optimized = torch._C._get_graph_executor_optimize(False)  # what scripted parts specialize on, transformations change
+    try:
+        for name, t in values.items():
+            for _, held, key in places[name]:
+                before.append((held, key, held[key]))
+                held[key] = t
+        return module(*args, **kwargs)
+    finally:
+        torch._C._get_graph_executor_optimize(optimized)
+        for held, key, t in before:
+            held[key] = t
+
+
+def call(module: nn.Module, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The module's result with these tensors in place of its own; ``functional_call``, also for scripted parts."""
+    if any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
+        return _call(module, _places(module), values, args, kwargs)
+    return functional_call(module, values, args, kwargs)
+
+
+def _arguments(X: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a module is called with: a tuple is several arguments, but a namedtuple is one; a mapping has keywords."""
+    if isinstance(X, tuple) and not hasattr(X, "_fields"):
+        return X, {}
+    return ((), dict(X)) if isinstance(X, Mapping) else ((X,), {})
+
+
+class _Slots:
+    """Tensors of a scripted module, which are no entries of a dictionary, as if they were."""
+
+    def __init__(self, module: Any) -> None:
+        self._slots = module._c
+
+    def __getitem__(self, key: str) -> Any:
+        return self._slots.getattr(key)
+
+    def __setitem__(self, key: str, t: Tensor) -> None:
+        self._slots.setattr(key, t)
+
+
+def _held(module: nn.Module, kind: str) -> tuple[Any, list[tuple[str, Tensor]]]:
+    """Where a submodule itself holds its parameters or buffers, and these."""
+    held = getattr(module, kind)
+    found = [(key, t) for key, t in held.items() if t is not None]
+    return _Slots(module) if isinstance(module, torch.jit.ScriptModule) else held, found
+
+
+Holders = dict[str, tuple[Any, str]]
+Places = dict[str, tuple[tuple[str, Any, str], ...]]
 
 
 def _holders(module: nn.Module, kind: str) -> Holders:
@@ -108,27 +159,25 @@ def _holders(module: nn.Module, kind: str) -> Holders:
 
     Reading from there sees replaced tensors and, unlike a walk over the modules, can be traced for all of them.
     """
-    found: dict[int, tuple[str, dict[str, Any], str]] = {}
+    found: dict[int, tuple[str, Any, str]] = {}
     for prefix, submodule in module.named_modules():
-        held = getattr(submodule, kind)
-        for key, t in held.items():
-            if t is not None:
-                found.setdefault(id(t), (f"{prefix}.{key}" if prefix else key, held, key))
+        held, tensors = _held(submodule, kind)
+        for key, t in tensors:
+            found.setdefault(id(t), (f"{prefix}.{key}" if prefix else key, held, key))
     return {name: (held, key) for name, held, key in found.values()}
 
 
-def _places(module: nn.Module) -> dict[str, tuple[tuple[str, dict[str, Any], str], ...]]:
+def _places(module: nn.Module) -> Places:
     """For each name of a tensor all places that hold it, each once: name, a submodule's dictionary, and the key.
 
     ``functional_call`` would find shared tensors by itself, but where a submodule has two names it fills the same place
     twice, and then cannot put back what was there.
     """
-    places: dict[int, list[tuple[str, dict[str, Any], str]]] = {}
+    places: dict[int, list[tuple[str, Any, str]]] = {}
     for prefix, submodule in module.named_modules():  # each submodule under one name
-        for held in (submodule._parameters, submodule._buffers):
-            for key, t in held.items():
-                if t is not None:
-                    places.setdefault(id(t), []).append((f"{prefix}.{key}" if prefix else key, held, key))
+        for held, tensors in (_held(submodule, "_parameters"), _held(submodule, "_buffers")):
+            for key, t in tensors:
+                places.setdefault(id(t), []).append((f"{prefix}.{key}" if prefix else key, held, key))
     names = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return {name: tuple(places[id(t)]) for name, t in names}
 
@@ -145,7 +194,8 @@ def functionalize(
         module: Any module. Its parameters are not changed; its mode (train or eval), buffers and frozen parameters are read
             at each call. Buffers and other attributes that its forward pass updates (running statistics in training mode, a
             counter) are updated once per call, as when the module itself is called; tensors made from ``params`` that it keeps
-            are taken back. A parameter shared by several submodules appears once.
+            are taken back. A parameter shared by several submodules appears once. Scripted and traced parts run sample by
+            sample, or under vmap over samples, since their operations cannot be seen.
         output_fn: Chooses the output tensor where the module returns more, e.g. ``lambda out: out.logits``.
 
     Returns:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from curvfunc.samples import leaves
+
 __all__ = [
     "Loss",
     "Root",
@@ -106,6 +108,10 @@ def normalize(loss_fn: Callable[..., Tensor]) -> Loss:
     """
     if isinstance(loss_fn, Loss):
         return loss_fn
+    if isinstance(loss_fn, type) or not callable(loss_fn):
+        what = f"the class {loss_fn.__name__}" if isinstance(loss_fn, type) else repr(loss_fn)
+        example = f"{loss_fn.__name__}()" if isinstance(loss_fn, type) else "nn.CrossEntropyLoss() or F.cross_entropy"
+        raise TypeError(f"loss_fn is {what}; a function (output, y) -> scalar is needed, such as {example}.")
     fn: Any = loss_fn
     keywords: dict[str, Any] = {}
     while isinstance(fn, functools.partial) and not fn.args:
@@ -162,7 +168,8 @@ def check_traceable(loss: Loss) -> None:
 
 def values_visible(*tensors: Any) -> bool:
     """Whether Python may look at the values of these tensors: none is traced, and none is batched by ``vmap``."""
-    return not torch.compiler.is_compiling() and all(_has_value(t) for t in tensors if isinstance(t, Tensor))
+    found = [t for tree in tensors for t in leaves(tree)]
+    return not torch.compiler.is_compiling() and all(_has_value(t) for t in found if isinstance(t, Tensor))
 
 
 def check(loss: Loss, out: Tensor, y: Any) -> None:
@@ -230,6 +237,12 @@ def _check_classes(loss: Loss, out: Tensor, y: Tensor) -> None:
         if dict(loss.options)["ignore_index"] >= 0:
             raise ValueError(f"{what}: class probabilities have no ignore_index. Leave it out, or pass class indices.")
         return
+    if y.shape == out.shape[:-1] and y.shape != indices and not y.is_floating_point():
+        swap = "output.transpose(1, 2)" if out.ndim == 3 else "output.movedim(-1, 1)"
+        raise ValueError(
+            f"{what}: {_shapes(out, y)}; it looks as if the classes were on the last axis, and they have to be on axis 1. Pass "
+            f"{swap}: in output_fn, at the end of model_fn, or in a loss_fn of your own."
+        )
     if y.shape != indices or y.dtype not in (torch.int64, torch.uint8):
         raise ValueError(
             f"{what}: {_shapes(out, y)}; the target must hold class indices of shape {tuple(indices)} and dtype int64 "

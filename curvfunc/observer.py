@@ -83,7 +83,7 @@ class Observer(TorchFunctionMode):
         if (what := ESCAPES.get(func)) is not None:
             if what == "set":  # autograd itself sets attributes, while it holds what a look at the graph would wait for
                 return func(*args, **kwargs)
-            self._escapes(what, func, tensors)
+            self._escapes(what, func, args, kwargs, tensors)
         if self.effects is not None and (mutates(func) or func in HIDDEN_WRITES):
             self.effects.before(func, args, kwargs, self._is_made)
         used = [p for t in tensors if (p := self.index.get(id(t))) is not None]
@@ -385,10 +385,10 @@ class Observer(TorchFunctionMode):
             return MIXED if found is None else found
         return CONSTANT if constant_with_grad else None
 
-    def _escapes(self, what: str, func: Any, tensors: list[Tensor]) -> None:
+    def _escapes(self, what: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> None:
         """Note what the model asks of tensors that the sample axis cannot tell."""
         if what == "random":
-            self.random = True
+            self.random |= func not in DROPS or DROPS[func](args, kwargs)
         elif any(self.axis_of(t) not in (None, CONSTANT) for t in tensors):
             if what == "shape":
                 self.counts = True
@@ -511,7 +511,22 @@ def _escape_table() -> dict[Any, str]:
     return table
 
 
-ESCAPES = _escape_table()
+def _is_on(name: str, place: int, default: Any) -> Callable[[Sequence[Any], dict[str, Any]], bool]:
+    return lambda args, kwargs: bool(args[place] if len(args) > place else kwargs.get(name, default))
+
+
+def _drop_table() -> dict[Any, Callable[[Sequence[Any], dict[str, Any]], bool]]:
+    """Functions that draw at random only where an argument has them do so."""
+    table = {F.scaled_dot_product_attention: _is_on("dropout_p", 4, 0.0)}
+    table[F.multi_head_attention_forward] = _is_on("training", 14, True)
+    for name in ("rrelu", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"):
+        table[getattr(F, name)] = _is_on("training", 3 if name == "rrelu" else 2, name not in ("rrelu", "alpha_dropout"))
+    for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        table[getattr(torch, name)] = lambda args, kwargs: len(args) < 7 or bool(args[5] and args[6])
+    return table
+
+
+ESCAPES, DROPS = _escape_table(), _drop_table()
 
 BATCH_NORMS = {F.batch_norm, torch.batch_norm, torch.native_batch_norm}
 

@@ -22,6 +22,7 @@ from curvfunc.linearization import (
     linearize,
     read_vector,
 )
+from curvfunc.ownership import own
 from curvfunc.products import _mc, fisher_matrix
 
 __all__ = ["LinearOperator", "fisher_operator", "ggn_operator", "hessian_operator"]
@@ -55,6 +56,7 @@ class LinearOperator:
     _rebuild: Callable[[Sequence[Any]], Any] = field(repr=False)
     _product: Product = field(repr=False)
     _chunk_size: int | None = field(repr=False)
+    __array_ufunc__ = None  # so that numpy leaves products to this class
 
     def __matmul__(self, v: Any) -> Any:
         """The product with v.
@@ -77,6 +79,10 @@ class LinearOperator:
         result = _rows(self._multiply(vectors))
         return result.mT if v.ndim == 2 else result[0]
 
+    def __rmatmul__(self, v: Any) -> Any:
+        """Refused: the operator is on the left."""
+        raise TypeError(f"{type(v).__name__} @ operator is not defined. The matrix is symmetric: use operator @ v.")
+
     def flatten(self, v: Any) -> Tensor:
         """A pytree like ``params`` as a vector [P], or with leading axes [K, *shape] as a matrix [P, K]."""
         values = self._read(v)
@@ -89,7 +95,8 @@ class LinearOperator:
         if v.ndim not in (1, 2) or v.shape[0] != self.shape[1]:
             raise ValueError(f"v has shape {tuple(v.shape)}; [P] or [P, K] with P = {self.shape[1]} is needed.")
         split = torch.split(v.mT if v.ndim == 2 else v, [p.numel() for p in self._leaves], dim=-1)
-        return self._rebuild([t.reshape((*v.shape[1:], *p.shape)) for t, p in zip(split, self._leaves, strict=True)])
+        parts = [t.reshape((*v.shape[1:], *p.shape)) for t, p in zip(split, self._leaves, strict=True)]
+        return self._rebuild(own(parts, [v]))
 
     def dense(self) -> Tensor:
         """The matrix itself, [P, P]: P products, for small problems."""
@@ -102,25 +109,17 @@ class LinearOperator:
         Raises:
             ImportError: If scipy is not installed.
         """
-        linalg = scipy_linalg()
-
-        def product(v: Any) -> Any:
-            return (self @ torch.tensor(v, dtype=self.dtype, device=self.device)).cpu().numpy()
-
-        def vector_product(v: Any) -> Any:  # scipy passes [P] or [P, 1]
-            return product(v.reshape(-1))
-
-        return linalg.LinearOperator(
-            self.shape,
-            matvec=vector_product,
-            rmatvec=vector_product,
-            matmat=product,
-            rmatmat=product,
-            dtype=torch.empty(0, dtype=self.dtype).numpy().dtype,
-        )
+        return as_scipy(self)
 
     def _read(self, v: Any) -> list[Tensor]:
-        leaves = optree.tree_leaves(v)
+        if isinstance(v, LinearOperator):
+            raise TypeError("operator @ operator is not formed. Multiply one after the other: A @ (B @ v).")
+        leaves: list[Any] = optree.tree_leaves(v)
+        if wrong := [type(t).__name__ for t in leaves if not isinstance(t, Tensor)]:
+            raise TypeError(
+                f"v must be a tensor [P] or [P, K], or a pytree of tensors like params, got {wrong[0]}. Convert it by "
+                "torch.as_tensor(v), or use operator.to_scipy() for numpy arrays."
+            )
         extra = sum(t.ndim for t in leaves if isinstance(t, Tensor)) > sum(p.ndim for p in self._leaves)
         return read_vector("v", v, self.names, self._leaves, batched=extra)
 
@@ -131,6 +130,26 @@ class LinearOperator:
 def _rows(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors [K, *shape] side by side, [K, P]; a parameter without axes has one entry."""
     return torch.cat([t.reshape(len(t), t.shape[1:].numel()) for t in tensors], dim=1)
+
+
+def as_scipy(operator: Any) -> Any:
+    """Any symmetric operator as scipy's: what has ``shape``, ``dtype``, ``device`` and ``@`` on [P, K]."""
+    linalg = scipy_linalg()
+
+    def product(v: Any) -> Any:
+        return (operator @ torch.tensor(v, dtype=operator.dtype, device=operator.device)).cpu().numpy()
+
+    def vector_product(v: Any) -> Any:  # scipy passes [P] or [P, 1]
+        return product(v.reshape(-1, 1)).reshape(-1)
+
+    return linalg.LinearOperator(
+        tuple(operator.shape),
+        matvec=vector_product,
+        rmatvec=vector_product,
+        matmat=product,
+        rmatmat=product,
+        dtype=torch.empty(0, dtype=operator.dtype).numpy().dtype,
+    )
 
 
 def scipy_linalg() -> Any:

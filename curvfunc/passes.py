@@ -1,5 +1,6 @@
 """One backward pass, contracted: columns go back to the sites in chunks, and each chunk is contracted for each parameter."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -54,8 +55,9 @@ OF_PRODUCTS = frozenset({"output_factor", "input_factor", "output_factor_expand"
 # Where the cotangents of all sites are smaller than this, they may as well be kept until the backward pass is over.
 STREAMED_BYTES = 1 << 20
 
-# A block larger than this many rows is refused: 2**15 rows take 4 GiB in float32.
+# A block larger than this many rows is refused: 2**15 rows take 4 GiB in float32. From the lower number on there is a warning.
 LARGEST_BLOCK = 1 << 15
+LARGE_BLOCK = 1 << 12
 
 
 class Prepared:
@@ -108,6 +110,7 @@ class BackwardPass:
         select: Takes columns [v, n, ...] of the whole batch to the samples that ``trace`` is of.
         chunk_size: Number of columns that are backpropagated together; by default chosen by memory.
         differentiable: Whether the results will be differentiated.
+        chosen: Samples of ``trace`` that the results are of, [B], where they may repeat; None for all.
     """
 
     trace: Trace
@@ -116,6 +119,7 @@ class BackwardPass:
     select: Callable[[Tensor], Tensor]
     chunk_size: int | None
     differentiable: bool
+    chosen: Tensor | None = None
     prepared: Prepared = field(default_factory=Prepared)
 
     def run(
@@ -136,7 +140,8 @@ class BackwardPass:
                 uses[i].append((site, form))
         per_site = [n for n in names if n != "total"]
         # where gradients of samples are formed anyway, their sum is at hand; else autograd's is faster
-        summed = {i for i, mine in enumerate(uses) if "total" in names and per_site and _forms_gradients(mine)}
+        some = self.chosen is not None
+        summed = {i for i, mine in enumerate(uses) if "total" in names and (some or (per_site and _forms_gradients(mine)))}
         others = [i for i in range(len(leaves)) if "total" in names and i not in summed]
         found: dict[str, list[list[Any]]] = {n: [[] for _ in leaves] for n in names}
         factors: dict[int, dict[Any, Tensor]] = {}  # by chunk
@@ -146,7 +151,8 @@ class BackwardPass:
                 bound = forms.merge(bounds)
             else:
                 zero = leaves[i].new_zeros((), dtype=wide(leaves[i].dtype))
-                bound = direct(zero.expand(stop - start, len(trace.out), *leaves[i].shape))
+                samples = len(trace.out) if self.chosen is None else len(self.chosen)
+                bound = direct(zero.expand(stop - start, samples, *leaves[i].shape))
             wanted = [*per_site, "total"] if i in summed else per_site
             buffers = {n: buffer[i][start:stop] if n == "per_sample" else buffer[i] for n, buffer in outs.items()}
             check_block(wanted, bound, f"parameter {self.names[i]!r}")
@@ -156,7 +162,8 @@ class BackwardPass:
 
         derived = any(isinstance(form, Through) for mine in uses for _, form in mine)  # have a pullback to come
         retain_graph |= self.differentiable or derived
-        if per_site and root.num == 1 and self._is_large():
+        at_sites = bool(per_site) or bool(summed)
+        if at_sites and root.num == 1 and self._is_large():
             column = self._columns(root, 0, 1)[0]
             totals = self._stream(column, uses, [leaves[i] for i in others], contract, per_site, retain_graph)
             for i, t in zip(others, totals, strict=True):
@@ -169,14 +176,14 @@ class BackwardPass:
                     trace,
                     self._columns(root, start, stop),
                     [leaves[i] for i in others],
-                    sites=bool(per_site),
+                    sites=at_sites,
                     create_graph=self.differentiable,
                     retain_graph=retain_graph or stop < root.num,
                 )
                 for i, t in zip(others, totals, strict=True):
                     found["total"][i].append(t)
-                at = dict(zip(trace.sites, gs, strict=True)) if per_site else {}
-                for i, mine in enumerate(uses) if per_site else ():
+                at = dict(zip(trace.sites, gs, strict=True)) if at_sites else {}
+                for i, mine in enumerate(uses) if at_sites else ():
                     alone = len(mine) == 1
                     bounds = [self._bind(site, form, at[site], per_site, alone) for site, form in mine]
                     contract(i, bounds, start, stop)
@@ -184,7 +191,8 @@ class BackwardPass:
         results = {n: [combine(n, f, outs[n][i] if n in outs else None) for i, f in enumerate(found[n])] for n in names}
         for n in ("per_sample", "total"):  # in low precision, sums of squares stay in single precision
             if n in results:
-                results[n] = [r.to(p.dtype) for r, p in zip(results[n], leaves, strict=True)]
+                dense = [r if r.layout is torch.strided else r.to_dense() for r in results[n]]  # of embeddings with sparse ones
+                results[n] = [r.to(p.dtype) for r, p in zip(dense, leaves, strict=True)]
         return results
 
     def _columns(self, root: losses.Root, start: int, stop: int) -> Tensor:
@@ -233,7 +241,9 @@ class BackwardPass:
     def _bind(self, site: Site, form: Form, g: Tensor, names: Sequence[str], alone: bool) -> Bound:
         """A use with its tensors; inputs are prepared once for all chunks."""
         check_unchanged(site)
-        return self.prepared.bind(form, g, names, alone)
+        if self.chosen is None:
+            return self.prepared.bind(form, g, names, alone)
+        return forms.at_samples(self.prepared.bind(form, g, names, alone=False), self.chosen)
 
 
 def contracted(
@@ -322,13 +332,21 @@ def sums_of_nothing(name: str, p: Tensor, columns: int, samples: int) -> Any:
 
 
 def check_block(names: Sequence[str], bound: Bound, parameter: str) -> None:
-    """Raise if a parameter without Kronecker structure is so large that nobody can want its exact block."""
+    """Raise if a parameter without Kronecker structure is so large that nobody can want its exact block; warn before that."""
     if not isinstance(bound.form, Direct) or not any(n.startswith("output_factor") for n in names):
         return
     if (rows := bound.form.shape.numel()) > LARGEST_BLOCK:
         raise NotImplementedError(
             f"{parameter} of shape {tuple(bound.form.shape)} has no Kronecker structure here, and its exact block would have "
             f"{rows} rows. Leave it out of params (in modules, freeze it), or use a diagonal such as diag_ggn."
+        )
+    if rows >= LARGE_BLOCK:
+        size = rows**2 * bound.g.element_size() / 2**20
+        warnings.warn(
+            f"{parameter} of shape {tuple(bound.form.shape)} has no Kronecker structure here (as position embeddings have "
+            f"none): its one factor is its exact block, {rows} x {rows}, of {size:.0f} MiB. If that is not wanted, leave it "
+            "out of params (in modules, freeze it).",
+            stacklevel=2,
         )
 
 

@@ -30,7 +30,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, Literal
 
-import optree
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
@@ -38,7 +37,7 @@ from torch._C import _functorch
 
 from curvfunc import losses
 from curvfunc.compute import _leaf, _Static, _will_be_differentiated
-from curvfunc.inputs import flatten_params, read_batch
+from curvfunc.inputs import check_generator, flatten_params, read_batch
 from curvfunc.linearization import (
     EmpiricalFisher,
     GaussNewton,
@@ -54,7 +53,10 @@ from curvfunc.linearization import (
     read_vector,
 )
 from curvfunc.model import ModelFunction
+from curvfunc.ownership import apart, own
 from curvfunc.positive_curvature import PositiveCurvature
+from curvfunc.samples import check_crosses
+from curvfunc.samples import leaves as tensors_of
 
 __all__ = ["fisher_vp", "ggn_vp", "ggnmp", "hessian_vp", "hmp", "jvp", "pchmp", "vjp"]
 
@@ -361,6 +363,7 @@ def _product(
     generator: Generator | None,
 ) -> Any:
     loss = losses.Loss(None, _no_loss) if loss_fn is None else losses.normalize(loss_fn)
+    check_generator(generator)
     if torch.compiler.is_compiling():
         return _compiled(matrix, model_fn, params, X, y, v, loss, subsampling, generator)
     return _evaluate(matrix, model_fn, params, X, y, v, loss, subsampling, generator)
@@ -386,7 +389,7 @@ def _evaluate(
     batch = read_batch(X, X if y is None else y, subsampling, may_be_empty=losses.is_sum(loss))
     transposed = isinstance(matrix, str)
     vector = [v] if transposed else read_vector("v", v, names, tensors, batched=False)
-    create_graph = _will_be_differentiated([*tensors, *optree.tree_leaves(batch.X), *vector])
+    create_graph = _will_be_differentiated([*tensors, *tensors_of(batch.X), *vector])
     problem = Problem(model_fn, names, rebuild, batch, loss, generator, create_graph)
 
     def forward(*leaves: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -403,6 +406,8 @@ def _evaluate(
             result = forward(*leaves)[1]
     else:
         result = torch.func.vjp(forward, *tensors, has_aux=True)[2]  # type: ignore[misc]
+    result = [apart(t) for t in result]
+    result = own(result, [*tensors, *vector, *tensors_of((X, y, loss.tensors))])
     return result[0] if isinstance(matrix, Jacobian) else rebuild(result)
 
 
@@ -423,6 +428,9 @@ def _compiled(
             "a torch.Generator cannot enter torch.compile: draws inside compiled code come from the default generator "
             "(torch.manual_seed), fresh at each call. Pass generator=None."
         )
+    check_crosses("X", X)
+    if y is not None:
+        check_crosses("y", y)
     state = model_fn.state(params) if isinstance(model_fn, ModelFunction) else {}
     chosen = {"subsampling": subsampling} if isinstance(subsampling, Tensor) else {}
     constants = None if subsampling is None or chosen else tuple(subsampling)

@@ -43,7 +43,7 @@ def _gram_of_positions(b: Bound) -> Tensor:
         inner = x[:, j : j + m].flatten(1, 2) @ inputs.mT  # [q, m s, n s]
         product = outer.view(q, v, m, s, v, n, s) * inner.view(q, 1, m, s, 1, n, s)
         rows.append(product.sum((0, 3, 6)))
-    return torch.cat(rows, dim=1)
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
 
 def _gram_of_gradients(b: Bound) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["ALONE", "MIXES", "Outcome", "differ", "holds", "outcome", "require", "same_chance"]
+__all__ = ["ALONE", "MIXES", "Outcome", "base", "differ", "holds", "outcome", "require", "same_chance"]
 
 ALONE = (
     "the model mixes the samples of a batch, or cannot run on one sample: they cannot be followed through it ({why}), and for "
@@ -74,7 +74,7 @@ def differ(whole: Outcome, apart: Outcome) -> Tensor:
         found += [_exceeds(a, b, eps, noise) for a, b in pairs if a.numel()]
         if not found:
             return torch.zeros((), dtype=torch.bool, device=whole.out.device)
-        return torch.stack([_base(t).any() for t in found]).any()
+        return torch.stack([base(t).any() for t in found]).any()
 
 
 def _exceeds(a: Tensor, b: Tensor, eps: float, least: Tensor | float) -> Tensor:
@@ -86,7 +86,7 @@ def _largest(t: Tensor) -> Tensor:
     return t.abs().nan_to_num(0.0, 0.0, 0.0).max()
 
 
-def _base(t: Tensor) -> Tensor:
+def base(t: Tensor) -> Tensor:
     """The values below all levels of torch.func."""
     while _functorch.is_functorch_wrapped_tensor(t):
         t = _functorch.get_unwrapped(t)

@@ -36,7 +36,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {
     "gelu": (lambda: elementwise(nn.GELU()), (6,), False),
     "softsign": (lambda: elementwise(nn.Softsign()), (6,), False),
     "hardsigmoid": (lambda: elementwise(nn.Hardsigmoid()), (6,), False),
-    "hardsigmoid and norm": (lambda: nn.Sequential(elementwise(nn.Hardsigmoid()), nn.LayerNorm(3)), (6,), True),
+    "hardsigmoid and norm": (lambda: nn.Sequential(elementwise(nn.Hardsigmoid()), nn.LayerNorm(3)), (6,), False),
     "convolution": (
         lambda: nn.Sequential(nn.Conv1d(5, 4, 3), nn.SiLU(), nn.AvgPool1d(2), nn.Flatten(), nn.Linear(8, 3)),
         SEQUENCE,

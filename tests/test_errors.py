@@ -2,7 +2,9 @@
 
 import functools
 import re
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -550,3 +552,199 @@ def test_stacked_parameters_without_vmap() -> None:
     _, _, X, y = problem()
     with pytest.raises((RuntimeError, ValueError)):
         curvfunc.batch_grad(model_fn, {k: v.detach() for k, v in params.items()}, X, y)
+
+
+# --- what is easily mistaken --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [curvfunc.batch_grad, curvfunc.ggn_operator, curvfunc.hmp])
+def test_parameters_that_are_a_generator_or_a_module(function: Any) -> None:
+    model_fn, _, X, y = problem()
+    net = nn.Linear(5, C)
+    for params in (net.parameters(), net.named_parameters(), net):
+        with refused(TypeError, "params is a", "module.parameters()", "functionalize(module)"):
+            function(model_fn, params, X, y)
+    with refused(TypeError, "params is a generator", "functionalize(module)"):
+        curvfunc.jvp(model_fn, net.parameters(), X, {})
+
+
+def test_samples_in_a_list() -> None:
+    model_fn, params, X, y = problem()
+    for samples in (list(X), list(X[:, None])):
+        with refused(ValueError, "y has 4", "X is a list", "torch.stack(X)", "torch.cat(X)"):
+            curvfunc.batch_grad(model_fn, params, samples, y)
+    with refused(ValueError, "y holds a tensor without axes", "torch.stack(y)"):
+        curvfunc.batch_grad(model_fn, params, X, list(y))
+    pair = lambda p, x: model_fn(p, x[0] + x[1])  # a list of inputs
+    got = curvfunc.batch_grad(pair, params, [X, X], y)
+    assert torch.equal(got["2.bias"], curvfunc.batch_grad(model_fn, params, 2 * X, y)["2.bias"])
+
+
+@pytest.mark.parametrize(("loss_fn", "fragments"), [
+    (nn.CrossEntropyLoss, ("the class CrossEntropyLoss", "CrossEntropyLoss()")),
+    (nn.MSELoss, ("the class MSELoss", "MSELoss()")),
+    ("cross_entropy", ("'cross_entropy'", "F.cross_entropy")),
+    (None, ("None", "nn.CrossEntropyLoss()")),
+])  # fmt: skip
+def test_losses_that_are_no_functions(loss_fn: Any, fragments: tuple[str, ...]) -> None:
+    model_fn, params, X, y = problem()
+    with refused(TypeError, "loss_fn is", *fragments):
+        curvfunc.batch_grad(model_fn, params, X, y, loss_fn=loss_fn)
+    with refused(TypeError, "loss_fn is", *fragments):
+        curvfunc.ggn_operator(model_fn, params, X, y, loss_fn=loss_fn)
+
+
+def test_integers_into_a_linear_layer() -> None:
+    model_fn, params, X, y = problem()
+    v = {k: torch.randn_like(p) for k, p in params.items()}
+    for call in (curvfunc.batch_grad, curvfunc.ggn_operator, lambda *args: curvfunc.ggn_vp(*args, v)):
+        with refused(ValueError, "X has torch.int64", "torch.float32", "X.to(torch.float32)"):
+            call(model_fn, params, X.long(), y)
+
+
+def test_everything_on_the_meta_device() -> None:
+    model_fn, params, X, y = problem()
+    meta = lambda t: t.to("meta")
+    for function in (curvfunc.batch_grad, curvfunc.diag_ggn, curvfunc.ggn_operator):
+        with refused(ValueError, "meta device", "no values", "to_empty"):
+            function(model_fn, {k: meta(p) for k, p in params.items()}, meta(X), meta(y))
+
+
+def test_generators_that_are_seeds() -> None:
+    model_fn, params, X, y = problem()
+    v = {k: torch.randn_like(p) for k, p in params.items()}
+    operator = curvfunc.ggn_operator(model_fn, params, X, y)
+    for call in (
+        lambda g: curvfunc.kfac(model_fn, params, X, y, generator=g),
+        lambda g: curvfunc.batch_grad(model_fn, params, X, y) and compute(model_fn, params, X, y, Loss(), generator=g),
+        lambda g: curvfunc.ggn_vp(model_fn, params, X, y, v, mc_samples=1, generator=g),
+        lambda g: curvfunc.ggn_operator(model_fn, params, X, y, mc_samples=1, generator=g),
+        lambda g: curvfunc.hutchinson_trace(operator, 3, generator=g),
+        lambda g: curvfunc.hutchpp_trace(operator, 3, generator=g),
+        lambda g: curvfunc.hutchinson_diag(operator, 3, generator=g),
+        lambda g: curvfunc.xdiag(operator, 4, generator=g),
+        lambda g: curvfunc.spectral_density(operator, generator=g),
+        lambda g: curvfunc.eigsh(operator, 2, generator=g),
+    ):
+        with refused(TypeError, "generator", "got 0 of type int", "manual_seed(seed)"):
+            call(0)
+
+
+def test_frozen_modules() -> None:
+    model_fn, params = functionalize(nn.Linear(5, C).requires_grad_(False))
+    _, _, X, y = problem()
+    with refused(ValueError, "params is empty", "requires_grad=True", "module.requires_grad_()"):
+        curvfunc.batch_grad(model_fn, params, X, y)
+
+
+@pytest.mark.parametrize(("other", "fragments"), [
+    (np.zeros(35), ("got ndarray", "torch.as_tensor(v)", "to_scipy()")),
+    ([1.0, 2.0], ("got float", "torch.as_tensor(v)")),
+    (2, ("got int", "torch.as_tensor(v)")),
+    ("operator", ("operator @ operator", "A @ (B @ v)")),
+])  # fmt: skip
+def test_products_of_operators_with_what_is_no_tensor(other: Any, fragments: tuple[str, ...]) -> None:
+    operator = curvfunc.ggn_operator(*problem())
+    with refused(TypeError, *fragments):
+        operator @ (operator if isinstance(other, str) else other)
+
+
+@pytest.mark.parametrize("other", [np.zeros(35), torch.zeros(35), [1.0]])
+def test_operators_on_the_right(other: Any) -> None:
+    with refused(TypeError, type(other).__name__, "@ operator", "symmetric", "operator @ v"):
+        other @ curvfunc.ggn_operator(*problem())
+
+
+@pytest.mark.parametrize(("shape", "remedy"), [((6, 7), "output.transpose(1, 2)"), ((2, 3, 7), "output.movedim(-1, 1)")])
+def test_classes_on_the_last_axis(shape: tuple[int, ...], remedy: str) -> None:
+    params, X, y = {"w": torch.randn(shape[-1], 5)}, torch.randn(N, *shape[:-1], 5), torch.zeros(N, *shape[:-1]).long()
+    model_fn = lambda p, x: F.linear(x, p["w"])
+    for spec in (BatchGrad(), DiagGGN(), Loss()):
+        with refused(ValueError, "cross_entropy", f"{(N, *shape)}", "last axis", "axis 1", remedy, "output_fn"):
+            compute(model_fn, params, X, y, spec)
+    compute(lambda p, x: model_fn(p, x).movedim(-1, 1), params, X, y, BatchGrad())
+
+
+class Diagonal:
+    """An operator of one's own."""
+
+    shape, dtype, device = (5, 5), torch.float64, torch.device("cpu")
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return torch.arange(1.0, 6.0, dtype=torch.float64)[:, None] * v
+
+
+def test_eigenvalues_of_operators_of_ones_own_and_of_tensors() -> None:
+    for operator in (Diagonal(), torch.diag(torch.arange(1.0, 6.0))):
+        values, vectors = curvfunc.eigsh(operator, 2)
+        torch.testing.assert_close(values, torch.tensor([4.0, 5.0], dtype=operator.dtype))
+        assert vectors.shape == (5, 2)
+    for estimate in (lambda a: curvfunc.eigsh(a, 2), lambda a: curvfunc.hutchinson_trace(a, 2), curvfunc.spectral_density):
+        for wrong in (np.eye(5), [[1.0]], 3.0):
+            with refused(TypeError, type(wrong).__name__, "curvfunc.LinearOperator", "torch.as_tensor"):
+                estimate(wrong)
+        with refused(ValueError, "(5,)", "square"):
+            estimate(torch.ones(5))
+
+
+@pytest.mark.parametrize("spec", [KFAC(), KFLR()])
+def test_blocks_of_position_parameters(spec: Any) -> None:
+    params, X, y = {"position": torch.randn(64, 64), "w": torch.randn(2, 64)}, torch.randn(2, 64), torch.tensor([0, 1])
+    model_fn = lambda p, x: F.linear(torch.tanh(x.unsqueeze(1) + p["position"]).sum(1), p["w"])
+    with pytest.warns(UserWarning, match=r"'position' of shape \(64, 64\).*4096 x 4096, of 64 MiB.*freeze it"):
+        compute(model_fn, params, X, y, spec)
+    compute(model_fn, params | {"position": params["position"][:63]}, X, y, spec)
+
+
+@pytest.mark.parametrize(("X", "w", "fragments"), [
+    (torch.randn(N, 0), torch.randn(C, 5), ("X of shape (4, 0)", "Leave such tensors out")),
+    (torch.randn(N, 5), torch.randn(C, 0), ("parameter 'w' of shape (3, 0)", "Leave such tensors out")),
+    (torch.randn(N, 5), torch.randn(0, 5), ("output has shape (4, 0)", "no entries")),
+])  # fmt: skip
+def test_tensors_without_entries(X: Tensor, w: Tensor, fragments: tuple[str, ...]) -> None:
+    with refused(ValueError, *fragments):
+        curvfunc.batch_grad(lambda p, x: F.linear(x, p["w"]), {"w": w}, X, torch.zeros(N, dtype=torch.long))
+
+
+# --- names --------------------------------------------------------------------------------------------------------------
+
+
+def test_version() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", curvfunc.__version__)
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["hatch"]["version"]["path"] == "curvfunc/__init__.py"
+
+
+def test_quantities_have_a_public_base() -> None:
+    assert callable(curvfunc.compute)
+    assert issubclass(BatchGrad, curvfunc.Quantity)
+    assert "Quantity" in curvfunc.__all__
+    documents = Path(__file__).parent.parent.joinpath("docs").glob("*.md")
+    for name in {name for text in documents for name in re.findall(r"`curvfunc\.([\w.]+)`", text.read_text(encoding="utf-8"))}:
+        found: Any = curvfunc
+        for part in name.split("."):
+            found = getattr(found, part)
+
+
+# --- explain ------------------------------------------------------------------------------------------------------------
+
+
+def test_reasons_end_with_a_remedy_and_do_not_widen_the_table() -> None:
+    params = {"w": torch.randn(5, C), "b": torch.randn(C), "c": torch.randn(C)}
+    X = torch.randn(N, 5)
+    cases: list[tuple[Callable[..., Tensor], str]] = [
+        (lambda p, x: torch.fmax(x @ p["w"], p["b"]) + p["c"], "curvfunc.rule"),
+        (lambda p, x: (x @ p["w"]).flip(0).flip(0) * p["b"] + p["c"], "samples on an axis"),
+        (lambda p, x: torch.fmax(x @ p["w"], p["b"]) * (1 if x.sum().item() else 2) + p["c"], ".item()"),
+    ]
+    for model_fn, remedy in cases:
+        explanation = curvfunc.explain(model_fn, params, X)
+        reasons = {row.why for row in explanation.rows if row.why}
+        assert reasons
+        assert all("; " in why for why in reasons)
+        assert any(remedy in why for why in reasons)
+        lines = str(explanation).splitlines()
+        assert max(map(len, lines)) <= 120
+        words = " ".join(lines).split()
+        assert all(word in words for why in reasons for word in why.split())

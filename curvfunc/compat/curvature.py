@@ -224,7 +224,7 @@ def _rerun(call: LossCall, graph: Upstream, exts: list[BackpropExtension], curre
                 found = products.blocks(name, ext.matrix(), model_fn, data, region.inputs.X, call.y, call.loss)
                 results[ext.savefield] = {k: blocks.FunctionProduct(params[k], f) for k, f in found.items()}
     for out in model_fn.outputs:
-        if not torch._C._functorch.is_functorch_wrapped_tensor(out):
+        if not torch._C._functorch.is_functorch_wrapped_tensor(out) and len(out) == len(call.out):  # not of single samples
             check_repeated(region, out, call.out.detach(), call.out._version)
     model_fn.outputs.clear()
     for ext in exts:

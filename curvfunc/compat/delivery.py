@@ -15,7 +15,6 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from curvfunc.compat.memory import earlier
 from curvfunc.compat.notes import LossCall, ModuleUse, Region, RegionOutput, nodes, notes
 from curvfunc.compute import Quantity, of_nothing
 from curvfunc.cotangents import pull
-from curvfunc.forms import Bound, Direct, bind, direct, inputs_of, merge
+from curvfunc.forms import Bound, Direct, at_samples, bind, direct, inputs_of, merge
 from curvfunc.passes import contracted
 from curvfunc.sites import Trace
 
@@ -420,10 +419,7 @@ def check_repeated(region: Region, out: Tensor, value: Tensor, version: int) -> 
 
 def select(b: Bound, subsampling: Sequence[int] | None) -> Bound:
     """The samples of a subset."""
-    if subsampling is None:
-        return b
-    g = b.g[:, list(subsampling)]
-    return replace(b, g=g, inputs=g if isinstance(b.form, Direct) else b.x[list(subsampling)])
+    return b if subsampling is None else at_samples(b, torch.as_tensor(list(subsampling)))
 
 
 def first_order(spec: Quantity, b: Bound, memory: dict[str, Tensor] | None = None) -> Any:

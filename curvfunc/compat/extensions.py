@@ -57,7 +57,7 @@ WRITE_A_RULE = (
 )
 WRITE_A_QUANTITY = (
     "A new quantity is a function of curvfunc's results: curvfunc.compute(model_fn, params, X, y, specs), or a subclass "
-    "of curvfunc.compute.Quantity with the names of its contractions."
+    "of curvfunc.Quantity with the names of its contractions."
 )
 
 

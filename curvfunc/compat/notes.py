@@ -4,19 +4,18 @@ A note refers only to what comes before its node in the graph, so that it goes w
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
-from torch.func import functional_call
 
 from curvfunc import losses
 from curvfunc.compat.context import paused
+from curvfunc.model import call
 from curvfunc.rules.nonlinear import COMPOSITES
 from curvfunc.sites import Layouts, Site
 
@@ -133,14 +132,14 @@ class Call:
     Attributes:
         module: The module.
         leaves: All arguments, flattened.
-        tree: Their structure.
+        rebuild: Makes (args, kwargs) of them.
         sampled: Which of them have the samples on axis 0.
         random_state: Of the random number generators before the call, in training mode.
     """
 
     module: "weakref.ref[nn.Module]"
     leaves: list[Any]
-    tree: Any
+    rebuild: Callable[[Sequence[Any]], Any]
     sampled: list[int]
     random_state: list[Tensor] | None
 
@@ -158,12 +157,11 @@ class Call:
         leaves = list(self.leaves)
         for i, x in zip(self.sampled, X, strict=True):
             leaves[i] = x
-        called: Any = optree.tree_unflatten(self.tree, leaves)
-        args, kwargs = called
+        args, kwargs = self.rebuild(leaves)
         module = self.module()
         assert module is not None
         with paused(), _random_state(self.random_state):
-            return functional_call(module, params, args, kwargs)
+            return call(module, params, args, kwargs)
 
 
 @dataclass(eq=False)

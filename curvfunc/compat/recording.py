@@ -19,7 +19,6 @@ from functools import partial
 from types import MethodType
 from typing import Any
 
-import optree
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,6 +36,7 @@ from curvfunc.compat.notes import Call, LossCall, ModuleUse, NodeLayouts, Region
 from curvfunc.inputs import not_real
 from curvfunc.observer import BATCH_NORMS, Observer, Opaque, reached, takes_batch_statistics
 from curvfunc.rules.kernels import INSTEAD
+from curvfunc.samples import flatten
 
 __all__ = ["extend", "memory_cleanup"]
 
@@ -189,7 +189,11 @@ def extend(module: nn.Module, debug: bool = False, use_converter: bool = False) 
             f"extend takes a torch.nn.Module, got {type(module).__name__}. Use the loss's module, e.g. "
             "nn.CrossEntropyLoss() for F.cross_entropy, or curvfunc's functions, which take any loss function."
         )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError("extend cannot record a scripted module. Extend a module that contains it, or the one it was made of.")
     for m in module.modules():
+        if isinstance(m, torch.jit.ScriptModule):  # recorded as a part of what contains it
+            continue
         if debug:
             print("[DEBUG] Extending", m)
         forward = m.__dict__.get("forward")
@@ -216,13 +220,13 @@ def _record_loss(module: nn.Module, forward: Callable[..., Any], args: tuple[Any
 
 def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     called: Any = (args, kwargs)
-    leaves, tree = optree.tree_flatten(called, none_is_leaf=True)
+    leaves, rebuild = flatten(called)
     first = next((t for t in leaves if isinstance(t, Tensor) and t.ndim), None)
     params = _parameters(module)
     if first is None or not (params or first.requires_grad) or delivery.is_replayed([p for _, p, _ in params]):
         return forward(*args, **kwargs)
     sampled = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.ndim and len(t) == len(first)]
-    call = Call(weakref.ref(module), list(leaves), tree, sampled, _generators() if module.training else None)
+    call = Call(weakref.ref(module), list(leaves), rebuild, sampled, _generators() if module.training else None)
     names, tensors, owners = [name for name, _, _ in params], [p for _, p, _ in params], [owner for *_, owner in params]
     before = [t.grad_fn for t in leaves if isinstance(t, Tensor) and t.grad_fn is not None]
     versions = [p._version for p in tensors]
@@ -231,8 +235,7 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
     mode = _Recording(dict(enumerate(tensors)), None, len(first), NodeLayouts(), INSTEAD[3 if twice else 1])
     for i in sampled:
         leaves[i] = mode.marked(leaves[i])
-    called = optree.tree_unflatten(tree, leaves)
-    args, kwargs = called
+    args, kwargs = rebuild(leaves)
     _LOCAL.region = region
     if not module._modules:
         region.calls.append(call.module)
