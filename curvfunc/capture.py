@@ -407,7 +407,7 @@ def check_subset(
             again = other(batch.inputs(), batch.size)
         chance.undo()
         # draws that come out the same depend on their place in the batch, as after a seed
-        whole = chance.drawn and torch.equal(base(again), base(out.detach()))
+        whole = torch.equal(base(again), base(out.detach()))
         if not (whole or found.counts or (apart and batch.size == 1)):
             return
     why = (
@@ -422,8 +422,7 @@ def check_subset(
     except (RuntimeError, IndexError, ValueError) as error:
         raise Entangled(why) from error
     finally:
-        if chance.drawn:
-            chance.undo()
+        chance.undo()
 
 
 class Entangled(ValueError):

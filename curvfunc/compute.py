@@ -289,8 +289,8 @@ class _Run:
                 if self.chosen is not None:
                     raise NotImplementedError(
                         "kfra averages over the samples of one forward pass, and this model draws random numbers or lets the "
-                        "data of samples meet, so that the subset cannot have one beside that of the whole batch, or with repeated "
-                        "indices. Ask for KFRA in a call of its own, with each index once, switch the randomness off "
+                        "data of samples meet, so that the subset cannot have one beside that of the whole batch, or with "
+                        "repeated indices. Ask for KFRA in a call of its own, with each index once, switch the randomness off "
                         "(module.eval()), or leave subsampling away."
                     )
                 key = AveragedHessian(), False

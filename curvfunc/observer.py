@@ -517,7 +517,8 @@ def _is_on(name: str, place: int, default: Any) -> Callable[[Sequence[Any], dict
 
 def _drop_table() -> dict[Any, Callable[[Sequence[Any], dict[str, Any]], bool]]:
     """Functions that draw at random only where an argument has them do so."""
-    table = {F.scaled_dot_product_attention: _is_on("dropout_p", 4, 0.0)}
+    table: dict[Any, Callable[[Sequence[Any], dict[str, Any]], bool]] = {}
+    table[F.scaled_dot_product_attention] = _is_on("dropout_p", 4, 0.0)
     table[F.multi_head_attention_forward] = _is_on("training", 14, True)
     for name in ("rrelu", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"):
         table[getattr(F, name)] = _is_on("training", 3 if name == "rrelu" else 2, name not in ("rrelu", "alpha_dropout"))

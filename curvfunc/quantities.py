@@ -5,7 +5,7 @@ become the result (``finish``). Each public function asks `curvfunc.compute` for
 
 What a sample's gradient is: with f the outputs of the whole batch, gₙ = R ∂ℓₙ(fₙ)/∂θ, everything else held as it is. Other
 samples may enter fₙ as data, or detached; where the gradient of fₙ would flow to other samples (normalization over the
-batch), the model is refused, as is a subset of a batch whose samples cannot run without the others.
+batch), the model is refused. Of a batch whose samples need the others as data, a subset costs as much as the whole.
 
 Shared by all functions below:
 

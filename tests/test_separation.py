@@ -155,26 +155,46 @@ def test_other_samples_as_data(name: str) -> None:
         torch.vmap(lambda p: curvfunc.batch_grad(model, p, X, y))(several) if name != "python" else want,
         {k: t[None] for k, t in want.items()} if name != "python" else want,
     )
-    if name == "largest":  # a subset that has the largest entry
-        sample = int(X.amax(1).argmax())
-        assert_close(curvfunc.batch_grad(model, params, X, y, subsampling=[sample]), {k: t[[sample]] for k, t in want.items()})
-        subsets = [[n] for n in range(N) if n != sample]
-    else:
-        subsets = [[0], [1, 1], [3, 0]]
-    for subset in subsets:
-        for call in (curvfunc.batch_grad, curvfunc.ggn_operator, lambda *args, **kw: curvfunc.hessian_vp(*args, params, **kw)):
-            with pytest.raises(ValueError, match="subsampling: the output for a sample depends on which others"):
-                call(model, params, X, y, subsampling=subset)
+    dense = curvfunc.ggn_operator(model, params, X, y).dense()
+    for subset in ([0], [1, 1], [3, 0], [1, 0, 3, 2]):
+        chosen = {k: t[subset] for k, t in want.items()}
+        assert_close(curvfunc.batch_grad(model, params, X, y, subsampling=subset), chosen)
+        assert_close(
+            curvfunc.sum_grad_squared(model, params, X, y, subsampling=subset), {k: (t**2).sum(0) for k, t in chosen.items()}
+        )
+        if sorted(subset) == [*range(N)]:
+            assert_close(curvfunc.ggn_operator(model, params, X, y, subsampling=subset).dense(), dense)
+    v = {k: torch.randn_like(p) for k, p in params.items()}
+    each = [curvfunc.hessian_vp(model, params, X, y, v, subsampling=[n]) for n in range(N)]
+    summed = {k: sum(h[k] for h in each) for k in params}
+    assert_close(summed, curvfunc.hessian_vp(model, params, X, y, v))
 
 
 def test_a_constant_row_for_each_sample() -> None:
     (X, y), params, rows = batch(), weights(), torch.randn(N, D)
     model = lambda p, x: x @ p["w"] + rows
-    assert_close(curvfunc.batch_grad(model, params, X, y), one_by_one(model, params, X, y))
-    with pytest.raises(ValueError, match="depends on which others"):
-        curvfunc.batch_grad(model, params, X, y, subsampling=[1, 0, 3, 2])
+    want = one_by_one(model, params, X, y)
+    assert_close(curvfunc.batch_grad(model, params, X, y), want)
+    found = curvfunc.batch_grad(model, params, X, y, subsampling=[1, 0, 3, 2])
+    assert_close(found, {k: t[[1, 0, 3, 2]] for k, t in want.items()})
+    compiled = torch.compile(lambda p: curvfunc.batch_grad(model, p, X, y, subsampling=[1, 0, 3, 2]), backend="aot_eager")
     with pytest.raises(RuntimeError, match="depends on which others"):
-        torch.compile(lambda p: curvfunc.batch_grad(model, p, X, y, subsampling=[1, 0, 3, 2]), backend="aot_eager")(params)
+        compiled(params)
+    with pytest.raises(NotImplementedError, match="lets the data of samples meet"):
+        curvfunc.kfra(model, params, X, y, subsampling=[1, 0, 3, 2])
+
+
+def test_a_seed_in_the_forward_pass() -> None:
+    """Draws that are the same each time belong to the place in the batch."""
+
+    def model(p: Any, x: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return F.dropout(x @ p["w"])
+
+    (X, y), params = batch(), {"w": torch.randn(D, D)}
+    want = one_by_one(model, params, X, y)
+    assert_close(curvfunc.batch_grad(model, params, X, y), want)
+    assert_close(curvfunc.batch_grad(model, params, X, y, subsampling=[2, 0]), {"w": want["w"][[2, 0]]})
 
 
 # -- what the mode cannot see
