@@ -200,8 +200,8 @@ def check(loss: Loss, out: Tensor, y: Any) -> None:
         return
     if out.numel() == 0 and not is_sum(loss):
         raise ValueError(
-            f"{what}: the output has shape {tuple(out.shape)}, and so no entries, which have no mean. Use reduction='sum', which "
-            "is zero then."
+            f"{what}: the output has shape {tuple(out.shape)}, and so no entries, which have no mean. Use reduction='sum', "
+            "which is zero then."
         )
     if not isinstance(y, Tensor):
         raise TypeError(f"{what} needs a tensor of targets and got {type(y).__name__}. Pass y as a tensor.")
