@@ -36,7 +36,7 @@ from curvfunc.samples import flatten, tree_map
 from curvfunc.separation import ALONE, SEEDED, Outcome, base, differ, holds, outcome, require, same_chance
 from curvfunc.sites import Layouts, Site, Trace
 
-__all__ = ["Entangled", "Stale", "capture", "check_leaves", "check_output", "check_subset", "nothing_hidden"]
+__all__ = ["Entangled", "capture", "check_leaves", "check_output", "check_subset", "nothing_hidden"]
 
 CHANGING = "the forward pass changes parameters in place"
 
@@ -447,14 +447,6 @@ class Entangled(ValueError):
     """Samples of a subset have other outputs by themselves than in the whole batch."""
 
 
-class Stale(ValueError):
-    """The output depends on a parameter that is not this call's, ``leaf``."""
-
-    def __init__(self, leaf: Tensor, message: str) -> None:
-        super().__init__(message)
-        self.leaf = leaf
-
-
 def check_leaves(model_fn: Any, others: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
     """Raise if the output's graph ends in a parameter that is not this call's."""
     if not others:
@@ -464,11 +456,10 @@ def check_leaves(model_fn: Any, others: Sequence[Tensor], leaves: Sequence[Tenso
     for t in others:
         if getattr(t, "_curvfunc_leaf", False) or id(t) in replaced or any(t is p or shares_memory(t, p) for p in leaves):
             where = _holder(model_fn, t)
-            raise Stale(
-                t,
+            raise ValueError(
                 f"the output depends on a tensor{where} that was made from parameters in an earlier call, and that the model "
                 "kept: its values are old, and its gradient is lost. Clear it before the call (modules that keep it in eval "
-                "mode often do so in module.train(), followed by module.eval()), or compute it anew in each forward pass.",
+                "mode often do so in module.train(), followed by module.eval()), or compute it anew in each forward pass."
             )
 
 
@@ -514,7 +505,5 @@ def check_output(out: Any, samples: int) -> None:
             f"the model's output has shape {tuple(out.shape)} for {samples} sample(s); its first axis must be the "
             "sample axis. Permute it in model_fn or output_fn."
         )
-    if out.numel() == 0 and out.shape[0]:
-        raise ValueError(f"the model's output has shape {tuple(out.shape)}, and so no entries to take derivatives of.")
     if not out.is_floating_point():
         raise TypeError(f"the model's output has dtype {out.dtype}; a real floating-point tensor is needed.")

@@ -23,7 +23,7 @@ from curvfunc.effects import Attributes
 from curvfunc.inputs import Batch, check_generator, flatten_params, forward_errors, read_batch
 from curvfunc.model import ModelFunction, without_recomputation
 from curvfunc.ownership import apart, check_apart, own
-from curvfunc.passes import FACTORS, BackwardPass, Prepared, check_unchanged
+from curvfunc.passes import FACTORS, BackwardPass, Prepared, check_unchanged, sums_of_nothing
 from curvfunc.residuals import Curvature, curvature
 from curvfunc.rules.kernels import INSTEAD, Instead
 from curvfunc.rules.nonlinear import COMPOSITES
@@ -31,7 +31,7 @@ from curvfunc.samples import check_crosses, tree_map
 from curvfunc.samples import leaves as tensors_of
 from curvfunc.sites import Layouts, Trace
 
-__all__ = ["Quantity", "compute"]
+__all__ = ["Quantity", "compute", "of_nothing"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Quantity:
     contractions: ClassVar[tuple[str, ...]] = ()
     forward: ClassVar[str | None] = None
     whole_batch: ClassVar[bool] = False
+    averages: ClassVar[bool] = False  # over samples, so that there has to be one
 
     @property
     def cotangent(self) -> LossGradient | LossRoot | FullHessian | AveragedHessian:
@@ -149,7 +150,7 @@ def _results(
         raise ValueError(f"chunk_size must be a positive int or None, got {chunk_size!r}.")
     check_generator(generator)
     names, leaves, rebuild = flatten_params(params)
-    batch = read_batch(X, y, subsampling)
+    batch = read_batch(X, y, subsampling, may_be_empty=losses.is_sum(loss))
     differentiable = _will_be_differentiated([*leaves, *_tensors(X)])
     if outs is not None and (differentiable or _functorch.peek_interpreter_stack() is not None):
         raise ValueError(
@@ -253,6 +254,7 @@ class _Run:
         averaged = any(isinstance(s.cotangent, AveragedHessian) for s in specs)
         layouts = Layouts(COMPOSITES) if curves else Layouts() if averaged else None
         sites = any(s.contractions and (self._picks(s) or s.contractions != ("total",)) for s in specs)
+        sites &= bool(self.batch.total)
         chance = Chance([*leaves, *_tensors(self.batch.X)]) if self.watched or (curves and len(specs) > 1) else None
         with chance or nullcontext():
             trace = self._forward(leaves, sites, layouts, faster=layouts is None)
@@ -260,6 +262,8 @@ class _Run:
         if chance is not None and drawn and self.watched:
             chance.undo()
             raise _DrawnError
+        if not trace.out.numel():
+            return trace.out, self._of_nothing(leaves, specs, trace.out)
         curved = self._curvature(trace, leaves, layouts) if layouts is not None and curves else None
         if curved is not None and drawn and curved[0] is not trace:
             if any(not FACTORS.isdisjoint(s.contractions) for s in specs):
@@ -318,6 +322,19 @@ class _Run:
             if self.buffers is not None:
                 results = [deliver(type(s).__name__, r, b) for s, r, b in zip(specs, results, self.buffers, strict=True)]
         return trace.out, results
+
+    def _of_nothing(self, leaves: list[Tensor], specs: list[Quantity], out: Tensor) -> list[Any]:
+        """The results where there are no samples, or no entries of their outputs: sums of nothing."""
+        out = out if self.differentiable else out.detach()
+        losses.check(self.loss, self.batch.spread(out) if len(out) else out, self.batch.y)
+        entries = out.shape[1:].numel()
+        results = [
+            self._finish(s, None, out, {}) if s.forward else self.rebuild(of_nothing(s, leaves, self._samples(s), entries))
+            for s in specs
+        ]
+        if self.buffers is not None:
+            results = [deliver(type(s).__name__, r, b) for s, r, b in zip(specs, results, self.buffers, strict=True)]
+        return results
 
     def _outs(
         self, leaves: list[Tensor], specs: list[Quantity], keys: list[Any], wanted: Any, columns: int
@@ -410,6 +427,24 @@ class _Run:
         # autograd may return what a backward pass of the model's own keeps
         total = spec.contractions == ("total",)
         return self.rebuild([apart(t) if isinstance(t, Tensor) and (total or t._base is not None) else t for t in values])
+
+
+def of_nothing(spec: Quantity, params: Sequence[Tensor], samples: int, entries: int) -> list[Any]:
+    """The results per parameter where the output has no entries: sums of nothing.
+
+    Args:
+        spec: The quantity.
+        params: The parameters.
+        samples: Number of samples, which may be none.
+        entries: Number of entries of one sample's output, which may be none.
+
+    Raises:
+        ValueError: If it is a mean over samples, and there are none.
+    """
+    if samples == 0 and spec.averages:
+        raise ValueError(f"{type(spec).__name__} takes a mean over samples, and there are none (N = 0). Leave it out.")
+    columns = spec.cotangent.mc_samples or entries if isinstance(spec.cotangent, LossRoot) else 1
+    return [spec.finish(samples, *[sums_of_nothing(name, p, columns, samples) for name in spec.contractions]) for p in params]
 
 
 def trace(model_fn: Callable[..., Any], params: Any, X: Any) -> tuple[list[str], Trace]:

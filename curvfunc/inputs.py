@@ -165,8 +165,8 @@ def _is_flat(params: Any) -> bool:
     return type(params) is dict and all(type(k) is str and isinstance(v, Tensor) for k, v in params.items())
 
 
-def read_batch(X: Any, y: Any, subsampling: Sequence[int] | Tensor | None) -> Batch:
-    """Check that all of X and y have the same samples, and read the indices."""
+def read_batch(X: Any, y: Any, subsampling: Sequence[int] | Tensor | None, *, may_be_empty: bool = False) -> Batch:
+    """Check that all of X and y have the same samples, at least one unless there may be none, and read the indices."""
     total = _samples("X", X)
     targets = _samples("y", y)
     if total != targets:
@@ -178,8 +178,8 @@ def read_batch(X: Any, y: Any, subsampling: Sequence[int] | Tensor | None) -> Ba
                 f"pass torch.stack({lists[0]}), or torch.cat({lists[0]}) if they are batches."
             )
         raise ValueError(message)
-    if total == 0:
-        raise ValueError("X and y have no samples (N = 0); at least one is needed.")
+    if total == 0 and not may_be_empty:
+        raise ValueError("X and y have no samples (N = 0); at least one is needed, unless the loss is a sum (reduction='sum').")
     return Batch(X, y, total, None if subsampling is None else _read_index(subsampling, total))
 
 

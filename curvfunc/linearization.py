@@ -61,6 +61,7 @@ __all__ = [
     "check_vector",
     "differentiate",
     "linearize",
+    "linearized",
     "pullback_graph",
     "read_vector",
 ]
@@ -309,11 +310,21 @@ def linearize(
         raise ValueError(f"chunk_size must be a positive int or None, got {chunk_size!r}.")
     check_generator(generator)
     names, tensors, rebuild = flatten_params(params)
-    batch, loss = read_batch(X, y, subsampling), losses.normalize(loss_fn)
+    loss = losses.normalize(loss_fn)
+    batch = read_batch(X, y, subsampling, may_be_empty=losses.is_sum(loss))
     problem = Problem(model_fn, names, rebuild, batch, loss, generator)
     with torch.enable_grad():
         leaves = [_leaf(p) for p in tensors]
-        return names, leaves, rebuild, matrix.linearize(problem, leaves, problem.forward(leaves))
+        return names, leaves, rebuild, linearized(matrix, problem, leaves, problem.forward(leaves))
+
+
+def linearized(matrix: Any, problem: Problem, leaves: Sequence[Tensor], out: Tensor) -> Product:
+    """The product; with zeros where the output has no entries."""
+    if out.numel() or isinstance(matrix, Jacobian):
+        product: Product = matrix.linearize(problem, leaves, out)
+        return product
+    losses.check(problem.loss, problem.batch.spread(out) if len(out) else out, problem.batch.y)
+    return lambda which, v, create_graph: [torch.zeros_like(t) for t in v]
 
 
 def batched(

@@ -19,6 +19,7 @@ __all__ = [
     "check",
     "check_traceable",
     "flat",
+    "is_sum",
     "label",
     "normalize",
     "rebuild",
@@ -150,6 +151,11 @@ def rebuild(name: str | None, fn: Callable[..., Tensor], options: Constants, ten
     return Loss(name, fn, options, tensors)
 
 
+def is_sum(loss: Loss) -> bool:
+    """Whether a loss is known to be a sum over samples, which is zero where there are none."""
+    return loss.name is not None and dict(loss.options)["reduction"] == "sum"
+
+
 def check_traceable(loss: Loss) -> None:
     """Refuse what ``torch.compile`` cannot take for a constant: a custom loss that is a module or another object."""
     if isinstance(loss.fn, types.FunctionType | types.BuiltinFunctionType):
@@ -185,13 +191,18 @@ def check(loss: Loss, out: Tensor, y: Any) -> None:
     what = label(loss)
     if not isinstance(out, Tensor):
         raise TypeError(f"{what} needs one output tensor and got {type(out).__name__}. Select it with output_fn.")
-    if not out.is_floating_point() or out.ndim == 0 or out.shape[0] == 0:
+    if not out.is_floating_point() or out.ndim == 0 or (out.shape[0] == 0 and not is_sum(loss)):
         raise ValueError(
             f"{what}: the output has shape {tuple(out.shape)} and dtype {out.dtype}; it must be floating point with "
             "a leading axis of at least one sample. Select such an output with output_fn."
         )
     if loss.name is None:
         return
+    if out.numel() == 0 and not is_sum(loss):
+        raise ValueError(
+            f"{what}: the output has shape {tuple(out.shape)}, and so no entries, which have no mean. Use reduction='sum', "
+            "which is zero then."
+        )
     if not isinstance(y, Tensor):
         raise TypeError(f"{what} needs a tensor of targets and got {type(y).__name__}. Pass y as a tensor.")
     if loss.name == "cross_entropy":

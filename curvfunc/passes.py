@@ -24,6 +24,7 @@ __all__ = [
     "combine",
     "contracted",
     "keep",
+    "sums_of_nothing",
 ]
 
 # Each contraction, and how its parts from several chunks of columns become one.
@@ -309,6 +310,25 @@ def combine(name: str, parts: list[Any], buffer: Tensor | None = None) -> Any:
     if buffer is not None and all(_is_part(part, buffer) for part in parts):
         return buffer
     return torch.cat(parts)
+
+
+def sums_of_nothing(name: str, p: Tensor, columns: int, samples: int) -> Any:
+    """The part of a contraction for one parameter where no entry of the output contributes to anything."""
+    lead: dict[str, tuple[int, ...]] = {
+        "per_sample": (columns, samples),
+        "sample_squares": (samples,),
+        "sample_norms": (samples,),
+        "gram": (columns, samples, columns, samples),
+    }
+    if name.startswith("input_factor"):
+        return None
+    dtype = p.dtype if name in ("total", "per_sample") else wide(p.dtype)
+    if name == "factors" or name.startswith("output_factor"):
+        check_block(["output_factor"], direct(p.new_zeros(()).expand(1, samples, *p.shape)), "a parameter")
+        block = p.new_zeros(p.numel(), p.numel(), dtype=dtype)
+        return (block,) if name == "factors" else block
+    own = torch.Size(()) if name in ("sample_norms", "gram") else p.shape
+    return p.new_zeros(torch.Size(lead.get(name, ())) + own, dtype=dtype)
 
 
 def check_block(names: Sequence[str], bound: Bound, parameter: str) -> None:

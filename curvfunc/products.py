@@ -49,6 +49,7 @@ from curvfunc.linearization import (
     check_vector,
     differentiate,
     linearize,
+    linearized,
     read_vector,
 )
 from curvfunc.model import ModelFunction
@@ -385,7 +386,7 @@ def _evaluate(
 ) -> Any:
     """One product, with a graph of its own level where torch.func transforms are active."""
     names, tensors, rebuild = flatten_params(params)
-    batch = read_batch(X, X if y is None else y, subsampling)
+    batch = read_batch(X, X if y is None else y, subsampling, may_be_empty=losses.is_sum(loss))
     transposed = isinstance(matrix, str)
     vector = [v] if transposed else read_vector("v", v, names, tensors, batched=False)
     create_graph = _will_be_differentiated([*tensors, *tensors_of(batch.X), *vector])
@@ -396,7 +397,7 @@ def _evaluate(
         if transposed:
             check_vector("u", v, out, batched=False)
             return out, differentiate([out], leaves, [v], create_graph=create_graph)
-        product = matrix.linearize(problem, leaves, out)
+        product = linearized(matrix, problem, leaves, out)
         return out, product(range(len(leaves)), vector, create_graph)
 
     if _functorch.peek_interpreter_stack() is None:

@@ -150,6 +150,7 @@ class Variance(Quantity):
     """(1/N) Σₙ gₙ² − ((1/N) Σₙ gₙ)², [*shape]."""
 
     contractions = ("squares", "total")
+    averages = True
 
     def finish(self, samples: int, *parts: Tensor) -> Tensor:
         """Second moment minus squared mean."""
@@ -214,6 +215,8 @@ class KFAC(_Curvature):
     mc_samples: int = 1
     kfac_approx: str | None = None
 
+    averages = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_approximation(self.kfac_approx)
@@ -242,6 +245,7 @@ class KFLR(Quantity):
         _check_approximation(self.kfac_approx)
 
     contractions = KFAC.contractions
+    averages = True
     finish = KFAC.finish
 
 
@@ -250,6 +254,7 @@ class KFRA(Quantity):
     """Kronecker factors from the loss Hessian, averaged over samples at each step back, a tuple; see `kfra`."""
 
     contractions = ("factors",)
+    averages = True
     cotangent = AveragedHessian()
 
 

@@ -233,3 +233,23 @@ def test_nothing_but_the_loss_is_extended(extension: str) -> None:
         with library.backpack(ext):
             library.extend(nn.CrossEntropyLoss())(model(X), y).backward()
         assert not any(hasattr(p, ext.savefield) for p in model.parameters())
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_batch_statistics_without_parameters(frozen: bool) -> None:
+    """A norm that has none, or none that require grad, mixes samples all the same, as a module that is called by itself."""
+    torch.manual_seed(0)
+    a, norm, b = nn.Linear(4, 5), nn.BatchNorm1d(5, affine=frozen).requires_grad_(False), nn.Linear(5, C)
+    X, y = torch.randn(N, 4), torch.arange(N) % C
+    for m in (a, norm, b):
+        compat.extend(m)
+
+    def loss(weight: Tensor) -> Tensor:
+        return F.cross_entropy(b(F.batch_norm(F.linear(X, weight, a.bias), None, None, training=True)), y)
+
+    with compat.backpack(HMP()):
+        compat.extend(nn.CrossEntropyLoss())(b(norm(a(X))), y).backward()
+    unit = torch.eye(a.weight.numel()).reshape(-1, *a.weight.shape)
+    assert_close(a.weight.hmp(unit).flatten(1), hessian(loss)(a.weight.detach()).reshape(20, 20), rtol=1e-9)
+    with compat.backpack(DiagGGNExact()), pytest.raises(ValueError, match="samples of the batch are mixed"):
+        compat.extend(nn.CrossEntropyLoss())(b(norm(a(X))), y).backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,12 +12,12 @@ from torch import Tensor
 from curvfunc import hessian, losses, products
 from curvfunc.compat import blocks, graphs
 from curvfunc.compat.context import paused
-from curvfunc.compat.delivery import FREED, Pass, check_fresh, check_repeated, forget, select
+from curvfunc.compat.delivery import FREED, Pass, check_repeated, forget, select
 from curvfunc.compat.extensions import HMP, PCHMP, BackpropExtension, MatrixProduct
 from curvfunc.compat.memory import earlier
-from curvfunc.compat.notes import LossCall, nodes, notes
+from curvfunc.compat.notes import Call, LossCall, Repeated, nodes, notes
 from curvfunc.compat.upstream import Curved, Upstream, whole_model
-from curvfunc.compute import Quantity, compute
+from curvfunc.compute import Quantity, compute, of_nothing
 from curvfunc.cotangents import AveragedHessian, FullHessian, LossRoot, chunks, common
 from curvfunc.forms import Form, merge
 from curvfunc.kfra import factors
@@ -47,6 +48,9 @@ def _evaluate(call: LossCall, current: Pass) -> None:
     with paused():
         graph = Upstream.of(call, create_graph)
         if not graph.params:
+            return
+        if not call.out.numel():
+            _of_nothing(call, graph, current)
             return
         specs = [(ext, ext.quantity()) for ext in exts if not isinstance(ext, MatrixProduct)]
         apart = graph.keeps_samples_apart(call)
@@ -83,6 +87,18 @@ def _evaluate(call: LossCall, current: Pass) -> None:
             asked = []
         if others or asked:
             _rerun(call, graph, [*others, *asked], current)
+
+
+def _of_nothing(call: LossCall, graph: Upstream, current: Pass) -> None:
+    """Where the output has no entries."""
+    params, samples, entries = list(graph.params.values()), len(call.out), call.out.shape[1:].numel()
+    for ext in current.second_order:
+        if isinstance(ext, MatrixProduct):
+            found: list[Any] = [blocks.FunctionProduct(p, torch.zeros_like) for p in params]
+        else:
+            found = of_nothing(ext.quantity(), params, samples, entries)
+        for p, result in zip(params, found, strict=True):
+            current.put_curved(p, ext, result)
 
 
 # -- on the graph of the forward pass
@@ -170,6 +186,19 @@ def _diagonals(call: LossCall, curved: Curved, exts: list[BackpropExtension], cu
 # -- by the functions, with a forward pass of their own
 
 
+class _Watched(Repeated):
+    """Keeps the outputs, to compare them."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self.outputs: list[Tensor] = []
+
+    def __call__(self, params: dict[str, Tensor], X: Sequence[Tensor]) -> Any:
+        """Run it."""
+        self.outputs.append(super().__call__(params, X))
+        return self.outputs[-1]
+
+
 def _rerun(call: LossCall, graph: Upstream, exts: list[BackpropExtension], current: Pass) -> None:
     """Run the functions that bear the extensions' names on the module whose output went into the loss."""
     region = whole_model(call, graph.params)
@@ -185,27 +214,19 @@ def _rerun(call: LossCall, graph: Upstream, exts: list[BackpropExtension], curre
         raise RuntimeError(FREED)
     params = dict(zip(region.names, region.params, strict=True))
     data = params if torch.is_grad_enabled() else {k: p.detach() for k, p in params.items()}
-    inputs, outputs = region.inputs, []
-
-    def model_fn(values: dict[str, Tensor], X: list[Tensor]) -> Any:
-        out = inputs.model_fn(values, X)
-        if not torch._C._functorch.is_functorch_wrapped_tensor(out):
-            check_fresh(region, inputs, out, [*values.values(), *X])
-            outputs.append(out)
-        return out
-
+    model_fn = _Watched(region.inputs)
     specs = {e.savefield: e.quantity() for e in exts if not isinstance(e, MatrixProduct)}
-    results = compute(model_fn, data, inputs.X, call.y, specs, loss_fn=call.loss) if specs else {}
+    results = compute(model_fn, data, region.inputs.X, call.y, specs, loss_fn=call.loss) if specs else {}
     for ext in exts:
         if isinstance(ext, MatrixProduct):
             with torch.enable_grad():
                 name = type(ext).__name__
-                found = products.blocks(name, ext.matrix(), model_fn, data, inputs.X, call.y, call.loss)
+                found = products.blocks(name, ext.matrix(), model_fn, data, region.inputs.X, call.y, call.loss)
                 results[ext.savefield] = {k: blocks.FunctionProduct(params[k], f) for k, f in found.items()}
-    for out in outputs:
+    for out in model_fn.outputs:
         if not torch._C._functorch.is_functorch_wrapped_tensor(out) and len(out) == len(call.out):  # not of single samples
             check_repeated(region, out, call.out.detach(), call.out._version)
-    outputs.clear()
+    model_fn.outputs.clear()
     for ext in exts:
         for name, p in params.items():
             current.put_curved(p, ext, results[ext.savefield][name])

@@ -20,17 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.autograd.graph import Node, get_gradient_edge
 
-from curvfunc.capture import Stale, capture
+from curvfunc.capture import capture
 from curvfunc.compat.context import LOCK, State, no_op, retained, state
 from curvfunc.compat.extensions import BackpropExtension
 from curvfunc.compat.memory import earlier
-from curvfunc.compat.notes import Call, LossCall, ModuleUse, Region, RegionOutput, nodes, notes
-from curvfunc.compute import Quantity
+from curvfunc.compat.notes import LossCall, ModuleUse, Region, RegionOutput, nodes, notes
+from curvfunc.compute import Quantity, of_nothing
 from curvfunc.cotangents import pull
-from curvfunc.forms import Bound, Direct, at_samples, bind, inputs_of, merge
-from curvfunc.observer import tensors_in
+from curvfunc.forms import Bound, Direct, at_samples, bind, direct, inputs_of, merge
 from curvfunc.passes import contracted
 from curvfunc.sites import Trace
 
@@ -201,7 +199,10 @@ class Pass:
         self.reached = True
         region = output.region
         self.replayed.update(map(id, region.params))
-        if self.first_order:
+        if self.first_order and not cotangent.numel():
+            for i, p in enumerate(region.params):
+                self._take(region, i, direct(p.new_zeros(torch.Size((1, region.samples)) + p.shape)))
+        elif self.first_order:
             trace, _ = repeat(output, self.create_graph)
             gs, _ = pull(trace, cotangent[None], create_graph=self.create_graph, retain_graph=True)
             for site, g in zip(trace.sites, gs, strict=True):
@@ -314,8 +315,10 @@ class Pass:
         for ext, spec in self.first_order:
             self.say("Running extension", ext, "on a parameter of shape", tuple(p.shape))
             selected = select(bound, ext.get_subsampling())
-            memory = earlier(p, ext.savefield, spec, 1, selected.g.shape[1])
-            self.put(p, ext, first_order(spec, selected, memory))
+            samples = selected.g.shape[1]
+            memory = earlier(p, ext.savefield, spec, 1, samples)
+            nothing = not selected.g.numel()
+            self.put(p, ext, of_nothing(spec, [p], samples, 0)[0] if nothing else first_order(spec, selected, memory))
 
     def _call_hook(self, region: Region, owner: int) -> None:
         """The extension hook on a module, after those without parameters that were called later."""
@@ -385,7 +388,7 @@ def repeat(output: RegionOutput, create_graph: bool) -> tuple[Trace, list[Tensor
         raise NotImplementedError(region.refusal)
     if region.inputs is None or output.value is None:
         raise RuntimeError(FREED)
-    names, X, model_fn = region.names, region.inputs.X, region.inputs.model_fn
+    names, X, model_fn = region.names, region.inputs.X, region.inputs.function()
     for name, p, version in zip(names, region.params, region.versions, strict=True):
         if p._version != version:
             raise RuntimeError(
@@ -396,64 +399,9 @@ def repeat(output: RegionOutput, create_graph: bool) -> tuple[Trace, list[Tensor
         X = [x.detach().requires_grad_(x.requires_grad) for x in X]  # reentrant checkpoints look at it
     with torch.enable_grad():
         leaves = [p.view_as(p) if create_graph else p.detach().requires_grad_() for p in region.params]
-        try:
-            trace = capture(model_fn, leaves, lambda values: dict(zip(names, values, strict=True)), X, region.samples)
-        except Stale as error:
-            check_fresh(region, region.inputs, error.leaf, [])
-            raise
+        trace = capture(model_fn, leaves, lambda values: dict(zip(names, values, strict=True)), X, region.samples)
     check_repeated(region, trace.out, output.value, output.version)
-    found = {i for site in trace.sites for i in site.forms}
-    lost = _end(trace.out, {_node(leaf): names[i] for i, leaf in enumerate(leaves) if i not in found}, set())
-    if lost is not None:
-        raise RuntimeError(
-            f"parameter {lost!r} of {region.name} is used where calls cannot be seen (in an autograd.Function, or with torch "
-            "functions disabled), and the result is changed in place. Use the out-of-place operation instead."
-        )
-    check_fresh(region, region.inputs, trace.out, [*leaves, *X])
     return trace, leaves
-
-
-def check_fresh(region: Region, call: Call, out: Tensor, inputs: Sequence[Tensor]) -> None:
-    """Raise if the output of a second run depends on tensors that the module keeps, made of parameters in another run."""
-    ends = {_node(p): name for p, name in zip(region.params, region.names, strict=True)}
-    taken = {_node(t) for t in (*inputs, *call.leaves) if isinstance(t, Tensor) and t.requires_grad}
-    if (lost := _end(out, ends, taken)) is None:
-        return
-    module = call.module()
-    kept = next(
-        (
-            f"{prefix}.{attribute}".lstrip(".")
-            for prefix, m in (module.named_modules() if module is not None else ())
-            for attribute, value in (*m.__dict__.items(), *m._buffers.items())
-            if attribute not in ("_parameters", "_buffers", "_modules")
-            for t in tensors_in([*value.values()] if isinstance(value, dict) else [value], {})
-            if _end(t, ends, set()) is not None
-        ),
-        "a tensor",
-    )
-    raise RuntimeError(
-        f"{region.name} keeps {kept}, which was made of parameter {lost!r}, from one call to the next, so its gradient is lost "
-        f"where {region.name} has to run a second time ({region.reason}). Make it anew in each call."
-    )
-
-
-def _node(t: Tensor) -> Node:
-    node: Node = get_gradient_edge(t).node
-    return node
-
-
-def _end(t: Tensor, ends: dict[Node, str], stop: set[Node]) -> str | None:
-    """One of ``ends`` that lies in the graph of a tensor, not looking before the nodes in ``stop``."""
-    seen = set(stop)
-    stack = [_node(t)] if ends and t.requires_grad else []
-    while stack:
-        node = stack.pop()
-        if node in ends:
-            return ends[node]
-        if node not in seen:
-            seen.add(node)
-            stack.extend(n for n, _ in node.next_functions if n is not None)
-    return None
 
 
 def check_repeated(region: Region, out: Tensor, value: Tensor, version: int) -> None:

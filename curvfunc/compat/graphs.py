@@ -20,7 +20,7 @@ from curvfunc.compat.extensions import GGNMP, HMP, MatrixProduct
 from curvfunc.compat.notes import LossCall
 from curvfunc.compat.upstream import Upstream
 from curvfunc.inputs import read_batch
-from curvfunc.linearization import Problem, Product
+from curvfunc.linearization import Problem, Product, linearized
 from curvfunc.products import block
 
 __all__ = ["GraphProduct", "put_products"]
@@ -77,7 +77,7 @@ def put_products(call: LossCall, graph: Upstream, exts: Sequence[MatrixProduct],
     problem = Problem(_gone, names, list, read_batch(call.out.detach(), call.y, None), call.loss)
     for ext in exts:
         with torch.enable_grad():
-            product = ext.matrix().linearize(problem, leaves, call.out)
+            product = linearized(ext.matrix(), problem, leaves, call.out)
         shared = _Shared(module, (product, leaves))
         for i, p in enumerate(leaves):
             current.put_curved(p, ext, GraphProduct(p, shared, i, names[i]))

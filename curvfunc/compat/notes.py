@@ -148,7 +148,11 @@ class Call:
         """The inputs that have a sample axis."""
         return [self.leaves[i] for i in self.sampled]
 
-    def model_fn(self, params: dict[str, Tensor], X: Sequence[Tensor]) -> Any:
+    def function(self) -> "Repeated":
+        """The call as a function."""
+        return Repeated(self)
+
+    def again(self, params: dict[str, Tensor], X: Sequence[Tensor]) -> Any:
         """The call again, with the same draws of dropout."""
         leaves = list(self.leaves)
         for i, x in zip(self.sampled, X, strict=True):
@@ -158,6 +162,22 @@ class Call:
         assert module is not None
         with paused(), _random_state(self.random_state):
             return call(module, params, args, kwargs)
+
+
+@dataclass(eq=False)
+class Repeated:
+    """A call as a function of parameters by name and of the inputs that have a sample axis; it does not hold the module."""
+
+    call: Call
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module, for what looks into it."""
+        return self.call.module()
+
+    def __call__(self, params: dict[str, Tensor], X: Sequence[Tensor]) -> Any:
+        """Run it."""
+        return self.call.again(params, X)
 
 
 class NodeLayouts(Layouts):

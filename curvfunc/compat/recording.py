@@ -77,11 +77,12 @@ class _Recording(Observer):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        statistics = func in BATCH_NORMS and takes_batch_statistics(args, kwargs)
-        if statistics and (func is not F.batch_norm or self.normalizes_samples(args, kwargs)):
-            self.refusal = BATCH_NORM
-            return func(*args, **kwargs)
-        if func in TABLES:
+        if func in BATCH_NORMS:
+            statistics = takes_batch_statistics(args, kwargs)
+            if statistics and (func is not F.batch_norm or not self.index or self.normalizes_samples(args, kwargs)):
+                self.refusal = BATCH_NORM
+                return func(*args, **kwargs)
+        elif func in TABLES:
             args, kwargs = _renormalized(args, kwargs)
         elif not torch.is_grad_enabled() and mutates(func) and id(next(iter((*args, *kwargs.values())))) in self.index:
             return func(*args, **kwargs)  # the parameter has a new value, and no gradient knows of it
@@ -301,7 +302,7 @@ def _judge(region: Region, mode: _Recording, outputs: list[Tensor]) -> None:
         return
 
 
-def _attach(region: Region, mode: Observer, outputs: list[Tensor]) -> None:
+def _attach(region: Region, mode: _Recording, outputs: list[Tensor]) -> None:
     """Hang notes and hooks on the graph."""
     plain = region.refusal is None and region.reason is None
     if not region.params:
@@ -319,7 +320,7 @@ def _attach(region: Region, mode: Observer, outputs: list[Tensor]) -> None:
         node.register_prehook(partial(delivery.on_use, use))
     for t in outputs:
         node, output, *_ = get_gradient_edge(t)
-        result = RegionOutput(region, output, mode.axis_of(t) or 0, t.shape, None if plain else t.detach(), t._version)
+        result = RegionOutput(region, output, mode.axis_or_none(t) or 0, t.shape, None if plain else t.detach(), t._version)
         note(node, result)
         if not plain:
             region.pending += 1
