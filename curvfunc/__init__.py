@@ -1,6 +1,7 @@
 """Per-sample gradients, curvature and Kronecker factors as pure functions of a model and its parameters."""
 
 from curvfunc import reference
+from curvfunc.checking import Comparison, Report, check
 from curvfunc.compute import compute
 from curvfunc.estimators import (
     Spectrum,
@@ -57,6 +58,7 @@ __all__ = [
     "BatchDot",
     "BatchGrad",
     "BatchL2",
+    "Comparison",
     "DiagGGN",
     "DiagHessian",
     "Direct",
@@ -68,6 +70,7 @@ __all__ = [
     "ModelFunction",
     "Outer",
     "Output",
+    "Report",
     "Rows",
     "Spectrum",
     "SqrtGGN",
@@ -79,6 +82,7 @@ __all__ = [
     "batch_dot_total",
     "batch_grad",
     "batch_l2",
+    "check",
     "compute",
     "diag_ggn",
     "diag_hessian",
