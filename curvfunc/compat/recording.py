@@ -203,7 +203,7 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
     called = optree.tree_unflatten(tree, leaves)
     args, kwargs = called
     twice = CTX.is_extension_active(DiagHessian, BatchDiagHessian, MatrixProduct)
-    mode = _Recording(dict(enumerate(tensors)), None, len(first), NodeLayouts(), INSTEAD[3 if twice else 1])
+    mode = _Recording(dict(enumerate(tensors)), None, len(first), NodeLayouts(), INSTEAD[2 if twice else 1])
     _LOCAL.region = region
     if not module._modules:
         region.calls.append(call.module)
