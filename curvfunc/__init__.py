@@ -1,6 +1,7 @@
 """Per-sample gradients, curvature and Kronecker factors as pure functions of a model and its parameters."""
 
 from curvfunc import reference
+from curvfunc.checking import Comparison, Report, check
 from curvfunc.compute import Quantity, compute
 from curvfunc.estimators import (
     Spectrum,
@@ -60,6 +61,7 @@ __all__ = [
     "BatchDot",
     "BatchGrad",
     "BatchL2",
+    "Comparison",
     "DiagGGN",
     "DiagHessian",
     "Direct",
@@ -72,6 +74,7 @@ __all__ = [
     "Outer",
     "Output",
     "Quantity",
+    "Report",
     "Rows",
     "RuleReport",
     "Spectrum",
@@ -84,6 +87,7 @@ __all__ = [
     "batch_dot_total",
     "batch_grad",
     "batch_l2",
+    "check",
     "check_rule",
     "compute",
     "diag_ggn",

@@ -437,6 +437,14 @@ for name in ["cat", "stack", "hstack", "column_stack", "dstack"]:
         (2, 3),
         broadcasts=False,
     )
+add(
+    "as_strided_scatter",
+    lambda a, b: torch.as_strided_scatter(a * 1.0, b, (len(a), 2), (4, 1), 1),
+    (4,),
+    (2,),
+    truth=lambda a, b: torch.slice_scatter(a, b, 1, 1, 3),
+    broadcasts=False,
+)
 add("select_scatter", lambda a, b: torch.select_scatter(a, b, 1, 1), (2, 3), (3,), broadcasts=False)
 add("select_scatter last", lambda a, b: a.select_scatter(b, -1, 0), (2, 3), (2,), broadcasts=False)
 add("slice_scatter", lambda a, b: torch.slice_scatter(a, b, 2, 1, 3), (2, 3), (2, 2), broadcasts=False)

@@ -293,15 +293,17 @@ def test_compiled() -> None:
     assert_close(step(params, X, y), want, 1e-9)
 
 
-def test_shim() -> None:
+@pytest.mark.parametrize("outside", [False, True])
+def test_shim(outside: bool) -> None:
     X, y = torch.randn(5, 2), torch.tensor([0, 1, 2, 3, 0])
     found = []
     for written_out in (False, True):
         model, loss = compat.extend(Mixed(written_out)), compat.extend(nn.CrossEntropyLoss())
         names = compat.extensions
         extensions = (names.BatchGrad(), names.DiagGGNExact(), names.DiagHessian(), names.HMP())
+        value = loss(model(X), y) if outside else None  # without knowing that a Hessian is wanted
         with compat.backpack(*extensions):
-            loss(model(X), y).backward()
+            (loss(model(X), y) if value is None else value).backward()
         found.append(
             {k: (p.grad_batch, p.diag_ggn_exact, p.diag_h, p.hmp(p.detach()[None])) for k, p in model.named_parameters()}
         )

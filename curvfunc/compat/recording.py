@@ -232,7 +232,7 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
     versions = [p._version for p in tensors]
     region = Region(type(module).__name__, tensors, names, owners, len(first), call, before, versions)
     twice = CTX.is_extension_active(DiagHessian, BatchDiagHessian, MatrixProduct)
-    mode = _Recording(dict(enumerate(tensors)), None, len(first), NodeLayouts(), INSTEAD[3 if twice else 1])
+    mode = _Recording(dict(enumerate(tensors)), None, len(first), NodeLayouts(), INSTEAD[2 if twice else 1])
     for i in sampled:
         leaves[i] = mode.marked(leaves[i])
     args, kwargs = rebuild(leaves)

@@ -116,6 +116,19 @@ def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
     return torch.slice_scatter(input, src.unsqueeze(dim), dim, start, start + 1)
 
 
+def _as_strided_scatter(
+    input: Tensor, src: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
+) -> Tensor:
+    """Its backward pass is wrong, everywhere."""
+    if not input.is_contiguous() or (storage_offset is None and input.storage_offset()):
+        raise NotImplementedError(
+            "as_strided_scatter has a wrong gradient in torch, and curvfunc can do without its kernel only where the input is "
+            "contiguous and storage_offset is given. Use scatter, slice_scatter or index_put."
+        )
+    places = torch.arange(input.numel(), device=input.device).as_strided(size, stride, storage_offset or 0)
+    return input.reshape(-1).scatter(0, places.reshape(-1), src.expand(size).reshape(-1)).view(input.shape)
+
+
 def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
     """Under vmap the row of padding gets a gradient."""
     if padding_idx is None or _levels() == 0:
@@ -472,6 +485,7 @@ _FIRST: Functions = {
     **_functions(
         cdist=_cdist,
         select_scatter=_select_scatter,
+        as_strided_scatter=_as_strided_scatter,
         roll=_roll,
         index_fill=_index_fill,
         det=_unary(_det),

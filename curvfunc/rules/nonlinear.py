@@ -70,6 +70,7 @@ _DIAGONAL = """
     Relu Threshold LeakyRelu RreluWithNoise Hardtanh Hardsigmoid Hardshrink Softshrink Abs Clamp Where MaskedFill
     PreluKernel"""
 
+_ONCE = {"Hardsigmoid", "WeightNormInterface", "Logcumsumexp", "Sinc", "EmbeddingBag", "Cdist"}
 _RESHAPES = {"Clone", "Alias", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze"}
 _PRODUCTS = {"Mm", "Bmm", "Addmm", "Linear", "Convolution"}
 _BY_DATA = {*_PRODUCTS, "Gather", "Index", "IndexSelect"}
@@ -131,9 +132,9 @@ def takes_data(node: Node) -> bool:
 
 
 def is_once_differentiable(node: Node) -> bool:
-    """Whether the operation's backward pass has no derivative, although a substitute, or other kernels, would have one."""
+    """Whether the operation's backward pass has no derivative or a wrong one, although what runs in its place has one."""
     name = operation(node)
-    return name == "Hardsigmoid" or name.startswith("ScaledDotProduct")
+    return name in _ONCE or name.startswith("ScaledDotProduct")
 
 
 def operation(node: Node) -> str:
