@@ -136,7 +136,14 @@ def _attempt(run: "_Runs", generic: Sequence[int], layouts: Layouts | None, fast
         if whole is None or not holds(differ(whole, outcome(trace.out, leaves, retain_graph=True)), compiling):
             if whole is not None and mode.random and run.repeats(whole.out):
                 raise ValueError(SEEDED)
-            run.compare(trace.mode, compiling)
+            tried = compiling or whole is None or mode.random or trace.mode == "loop"
+            slow = None if tried or whole is None else run.like(whole)
+            if slow is None:
+                run.compare(trace.mode, compiling)
+            else:
+                trace = slow
+                if layouts is not None:
+                    layouts.clear()
     finally:
         effects.undo()
         attributes.restore()
@@ -285,6 +292,14 @@ class _Runs:
             check_leaves(self.model_fn, reached([out], [], {}, own).leaves, [*self.leaves, *generic.values()])
             outs.append(out)
         return Trace(torch.cat(outs), _generic_sites(generic, self.leaves), "loop", dict.fromkeys(generic, why))
+
+    def like(self, whole: Outcome) -> Trace | None:
+        """Sample by sample, if that gives what the batch does: then it is vmap that is wrong."""
+        try:
+            trace = self.one_by_one("under vmap the model has other values or gradients; curvfunc.check finds the operation")
+        except (RuntimeError, NotImplementedError, IndexError, ValueError):
+            return None
+        return trace if holds(differ(whole, outcome(trace.out, self.leaves, retain_graph=True)), False) else None
 
     def repeats(self, out: Tensor) -> bool:
         """Whether the batch has the same output again, although something is drawn at random."""
