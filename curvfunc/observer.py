@@ -95,7 +95,7 @@ class Observer(TorchFunctionMode):
             tensors = tensors_in(args, kwargs)
         # before the call, which may move on from these nodes in place
         data = [self._raw(t) for t in tensors if id(t) not in self.index] if used else []
-        before = [edge_of(t).node for t in data if t.requires_grad]
+        before = [edge_of(t).node for t in data if t.requires_grad] if data and torch.is_grad_enabled() else []
         run = self.instead.get(func, func)
         if self.level is not None:
             run = UNDER_VMAP.get(func, run)
@@ -128,6 +128,8 @@ class Observer(TorchFunctionMode):
         """Keep what is made of parameters and constants alone, as a parameter of its own."""
         if any(map(self._sampled, tensors)) or mutates(func):
             return False
+        if not torch.is_grad_enabled():  # views may look as if they had a gradient
+            return True
         if (made := self._expanded(func, out, used[0])) is not None:
             self.sites.append(made)
             self.mark(out, made.axis)
@@ -325,7 +327,7 @@ class Observer(TorchFunctionMode):
             axis = self.axis_or_none(t) if self.level is None else _functorch.maybe_get_bdim(t) if raw is not t else None
             if axis is not None:
                 sampled.add(id(t))
-            if t.requires_grad:
+            if t.requires_grad and torch.is_grad_enabled():
                 if axis is not None:
                     layouts.note(edge_of(raw), axis, raw.shape)
                 if source is None and func in layouts.functions:
