@@ -16,7 +16,7 @@ per such parameter. All of them give the product with the whole matrix, one of t
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import optree
 import torch
@@ -47,6 +47,8 @@ __all__ = [
     "pullback_graph",
     "read_vector",
 ]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 Product = Callable[[Sequence[int], Sequence[Tensor], bool], list[Tensor]]
 
@@ -215,6 +217,14 @@ def _outer_products(columns: Tensor) -> Callable[[Tensor, bool], Tensor]:
     return middle
 
 
+def _eager(function: Function) -> Function:
+    """Where dynamo cannot follow autograd's graph, it would compile the engine piece by piece."""
+    reason = "operators and functions of products keep a graph. Use hessian_vp, ggn_vp or fisher_vp"
+    disabled: Function = torch.compiler.disable(function, reason=reason)
+    return disabled
+
+
+@_eager
 def linearize(
     caller: str,
     matrix: Any,
@@ -243,6 +253,7 @@ def linearize(
         return names, leaves, rebuild, matrix.linearize(problem, leaves, problem.forward(leaves))
 
 
+@_eager
 def batched(
     product: Product, leaves: Sequence[Tensor], which: Sequence[int], v: Sequence[Tensor], chunk_size: int | None
 ) -> list[Tensor]:
