@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-__all__ = ["ModelFunction", "functionalize"]
+__all__ = ["ModelFunction", "check_function", "functionalize"]
 
 
 class ModelFunction:
@@ -16,7 +16,7 @@ class ModelFunction:
 
     ``params`` maps parameter names to tensors. Names that it lacks stay fixed at the module's own values, as do the
     buffers. Two model functions are equal when they wrap the same module in the same way, so that ``torch.compile``
-    treats one as a constant and does not compile anew from step to step.
+    does not compile anew from step to step.
     """
 
     def __init__(self, module: nn.Module, output_fn: Callable[[Any], Tensor] | None = None) -> None:
@@ -29,7 +29,14 @@ class ModelFunction:
         """Note where the module holds its tensors."""
         self._parameters, self._buffers = _holders(self.module, "_parameters"), _holders(self.module, "_buffers")
         self._places = _places(self.module)
+        self._recurrent = [m for m in self.module.modules() if isinstance(m, nn.RNNBase)]
         self._submodules = [(m._modules, key, child) for m in self.module.modules() for key, child in m._modules.items()]
+
+    def refresh(self) -> list[tuple[dict[str, Any], str, Any]]:
+        """Note it again if a submodule was replaced since; returns where each is held, by which key, and itself."""
+        if any(held.get(key) is not child for held, key, child in self._submodules):
+            self._read()
+        return self._submodules
 
     def __call__(self, params: dict[str, Tensor], X: Any) -> Tensor:
         """Evaluate the module at ``params``: ``module(X)``, ``module(*X)`` for a tuple, ``module(**X)`` for a dict."""
@@ -40,13 +47,30 @@ class ModelFunction:
         self._check(params)
         if not state and not self._parameters.keys() <= params.keys():
             state = self.frozen(params)
-        args, kwargs = (X, {}) if isinstance(X, tuple) else ((), X) if isinstance(X, dict) else ((X,), {})
+        args, kwargs = _arguments(X)
         values = state | params if state else params
-        if torch.compiler.is_compiling() or isinstance(self.module, torch.jit.ScriptModule):
-            named = {place: t for name, t in values.items() for place, *_ in self._places[name]}
-            out = functional_call(self.module, named, args, kwargs, tie_weights=False)
-        else:
-            out = self._call(values, args, kwargs)
+        lists = [(m, m._flat_weights, m._flat_weight_refs) for m in self._recurrent]  # where they keep what they ran with
+        try:
+            if torch.compiler.is_compiling() or isinstance(self.module, torch.jit.ScriptModule):
+                named = {place: t for name, t in values.items() for place, *_ in self._places[name]}
+                out = functional_call(self.module, named, args, kwargs, tie_weights=False)
+            else:
+                out = self._call(values, args, kwargs)
+        finally:
+            for m, weights, refs in lists:
+                m._flat_weights, m._flat_weight_refs = weights, refs
+        return out if self.output_fn is None else self.output_fn(out)
+
+    def trace(self, params: dict[str, Tensor], state: dict[str, Tensor], X: Any) -> Tensor:
+        """As :meth:`apply` for dynamo to see what is read, at the module's own tensors where these are alike."""
+        self._check(params)
+        for name, t in params.items():
+            _, held, key = self._places[name][0]
+            own = held[key]
+            if t.shape != own.shape or t.dtype != own.dtype or t.device != own.device:
+                return self.apply(params, state, X)
+        args, kwargs = _arguments(X)
+        out = self.module(*args, **kwargs)
         return out if self.output_fn is None else self.output_fn(out)
 
     def _call(self, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -70,11 +94,15 @@ class ModelFunction:
         """All tensors besides ``params`` that the output depends on: frozen parameters and buffers."""
         return self.frozen(params) | {name: held[key] for name, (held, key) in self._buffers.items()}
 
+    def holds(self, t: Tensor) -> bool:
+        """Whether a call puts another tensor in the place of this one."""
+        return any(held[key] is t for places in self._places.values() for _, held, key in places)
+
     def _check(self, params: dict[str, Tensor]) -> None:
         if not isinstance(params, dict):
             raise TypeError(f"params of a functionalized module is a dict by parameter name, got {type(params).__name__}.")
-        if any(held.get(key) is not child for held, key, child in self._submodules):  # one was replaced since
-            self._read()
+        if not torch.compiler.is_dynamo_compiling():  # it guards on the submodules, see `curvfunc.compiled`
+            self.refresh()
         if not params.keys() <= self._places.keys():
             unknown = sorted(params.keys() - self._places.keys())
             raise ValueError(
@@ -98,6 +126,10 @@ class ModelFunction:
     def __repr__(self) -> str:
         """The wrapped class and its number of parameters."""
         return f"ModelFunction({type(self.module).__name__}, {len(self._parameters)} parameters)"
+
+
+def _arguments(X: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (X, {}) if isinstance(X, tuple) else ((), X) if isinstance(X, dict) else ((X,), {})
 
 
 Holders = dict[str, tuple[dict[str, Any], str]]
@@ -163,6 +195,15 @@ def functionalize(
         )
     params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     return ModelFunction(module, output_fn), params
+
+
+def check_function(model_fn: Any) -> None:
+    """Refuse a module in place of a function of ``(params, X)``."""
+    if isinstance(model_fn, nn.Module):
+        raise TypeError(
+            f"model_fn is the module {type(model_fn).__name__}; a function of (params, X) is needed: "
+            "model_fn, params = curvfunc.functionalize(module)."
+        )
 
 
 _ = torch  # the doctest's namespace

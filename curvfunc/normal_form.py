@@ -15,7 +15,6 @@ __all__ = [
     "Loss",
     "Root",
     "check",
-    "check_traceable",
     "flat",
     "label",
     "normalize",
@@ -142,16 +141,6 @@ def rebuild(name: str | None, fn: Callable[..., Tensor], options: Constants, ten
     Across a compile boundary the first three travel as constants and the last as tensors.
     """
     return Loss(name, fn, options, tensors)
-
-
-def check_traceable(loss: Loss) -> None:
-    """Refuse what ``torch.compile`` cannot take for a constant: a custom loss that is a module or another object."""
-    if isinstance(loss.fn, types.FunctionType | types.BuiltinFunctionType):
-        return
-    raise TypeError(
-        f"the loss {label(loss)} cannot enter torch.compile: a loss of one's own must be a function there. Outside of "
-        "the compiled code define one that calls it, and pass tensors it needs by functools.partial(function, name=tensor)."
-    )
 
 
 def values_visible(*tensors: Any) -> bool:
