@@ -14,14 +14,14 @@ from torch._C import _functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from curvfunc import hessian, kfra, losses, scripted
+from curvfunc import compiled, hessian, kfra, losses, scripted
 from curvfunc.buffers import copied, deliver, parameter_buffers, read_buffers
 from curvfunc.capture import Entangled, capture, check_output, check_subset
 from curvfunc.chance import Chance
 from curvfunc.cotangents import AveragedHessian, FullHessian, LossGradient, LossRoot, common
 from curvfunc.effects import Attributes
 from curvfunc.inputs import Batch, check_generator, flatten_params, forward_errors, read_batch
-from curvfunc.model import ModelFunction, without_recomputation
+from curvfunc.model import check_function, without_recomputation
 from curvfunc.ownership import apart, check_apart, own
 from curvfunc.passes import FACTORS, BackwardPass, Prepared, check_unchanged, sums_of_nothing
 from curvfunc.residuals import Curvature, curvature
@@ -138,11 +138,7 @@ def _results(
     held: Sequence[Tensor] = (),
 ) -> list[Any]:
     """One result per spec. With a subset, the specs of the whole batch have a forward pass of their own, unless it draws."""
-    if isinstance(model_fn, torch.nn.Module):
-        raise TypeError(
-            f"model_fn is the module {type(model_fn).__name__}; a function of (params, X) is needed: "
-            "model_fn, params = curvfunc.functionalize(module)."
-        )
+    check_function(model_fn)
     for spec in specs:
         if not isinstance(spec, Quantity):
             raise TypeError(f"specs must hold quantities such as BatchGrad() or DiagGGN(), got {spec!r}.")
@@ -476,39 +472,20 @@ def _will_be_differentiated(tensors: list[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-# -- torch.compile: dynamo does not look into the engine, it calls it while tracing. What is not a tensor crosses the
-# boundary as a constant, in the context of a pytree node.
-
-
-class _Static:
-    def __init__(self, *items: Any) -> None:
-        self.items = items
-
-
-pytree.register_pytree_node(_Static, lambda s: ([], s.items), lambda _, items: _Static(*items))
+# -- torch.compile
 
 
 def _compiled(
     model_fn: Any, params: Any, X: Any, y: Any, specs: Any, loss_fn: Any, subsampling: Any, generator: Any, chunk: Any, out: Any
 ) -> Any:
-    if generator is not None:
-        raise ValueError(
-            "a torch.Generator cannot enter torch.compile: draws inside compiled code come from the default generator "
-            "(torch.manual_seed), fresh at each call. Pass generator=None."
-        )
     leaves, tree = pytree.tree_flatten(specs, is_leaf=lambda s: isinstance(s, Quantity))
     keys = tuple([(type(s), s.key()) for s in leaves])
+    tensors = {"subsampling": subsampling} if isinstance(subsampling, Tensor) else {}
+    constants = (keys, None if subsampling is None or tensors else tuple(subsampling), chunk)
     loss = losses.normalize(loss_fn)
-    losses.check_traceable(loss)
     check_crosses("X", X)
     check_crosses("y", y)
-    state = model_fn.state(params) if isinstance(model_fn, ModelFunction) else {}
-    if isinstance(subsampling, Tensor):
-        constants, tensors = None, {"subsampling": subsampling}
-    else:
-        constants, tensors = None if subsampling is None else tuple(subsampling), {}
-    static = _Static(model_fn, keys, loss.name, loss.fn, loss.options, constants, chunk)
-    results = _traced(static, params, state, X, y, loss.tensors, tensors)
+    results = compiled.call(_of_constants, model_fn, params, X, y, loss, constants, tensors, generator)
     if out is not None:
         for i, (spec, buffer) in enumerate(zip(leaves, tree.flatten_up_to(out), strict=True)):
             if buffer is not None:
@@ -516,22 +493,17 @@ def _compiled(
     return pytree.tree_unflatten(results, tree)
 
 
-@torch._dynamo.nonstrict_trace
-def _traced(
-    static: _Static,
+def _of_constants(
+    model_fn: Callable[..., Any],
     params: Any,
-    state: dict[str, Tensor],
     X: Any,
     y: Any,
-    loss_tensors: dict[str, Tensor],
-    tensors: dict[str, Tensor],
+    loss: losses.Loss,
+    keys: tuple[Any, ...],
+    indices: tuple[int, ...] | None,
+    chunk_size: int | None,
+    subsampling: Tensor | None = None,
 ) -> list[Any]:
-    model_fn, keys, name, fn, options, subsampling, chunk_size = static.items
     specs = [cls(*key) for cls, key in keys]
-    loss = losses.rebuild(name, fn, options, loss_tensors)
-
-    def model(p: Any, x: Any) -> Any:
-        return model_fn.apply(p, state, x) if isinstance(model_fn, ModelFunction) else model_fn(p, x)
-
-    index = tensors.get("subsampling", subsampling)
-    return _results(model, params, X, y, specs, loss, index, None, chunk_size, held=tuple(state.values()))
+    index, held = indices if subsampling is None else subsampling, getattr(model_fn, "held", ())
+    return _results(model_fn, params, X, y, specs, loss, index, None, chunk_size, held=held)

@@ -17,7 +17,7 @@ per such parameter. All of them give the product with the whole matrix, one of t
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import optree
 import torch
@@ -66,6 +66,8 @@ __all__ = [
     "pullback_graph",
     "read_vector",
 ]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 Product = Callable[[Sequence[int], Sequence[Tensor], bool], list[Tensor]]
 
@@ -292,6 +294,14 @@ def _outer_products(columns: Tensor) -> Callable[[Tensor, bool], Tensor]:
     return middle
 
 
+def _eager(function: Function) -> Function:
+    """Where dynamo cannot follow autograd's graph, it would compile the engine piece by piece."""
+    reason = "operators and functions of products keep a graph. Use hessian_vp, ggn_vp or fisher_vp"
+    disabled: Function = torch.compiler.disable(function, reason=reason)
+    return disabled
+
+
+@_eager
 def linearize(
     caller: str,
     matrix: Any,
@@ -331,6 +341,7 @@ def linearized(matrix: Any, problem: Problem, leaves: Sequence[Tensor], out: Ten
     return lambda which, v, create_graph: [torch.zeros_like(t) for t in v]
 
 
+@_eager
 def batched(
     product: Product, leaves: Sequence[Tensor], which: Sequence[int], v: Sequence[Tensor], chunk_size: int | None
 ) -> list[Tensor]:

@@ -37,7 +37,7 @@ from curvfunc.closed_forms import (
     squared_error_mass,
 )
 from curvfunc.custom_losses import autodiff_factor, autodiff_gradient, autodiff_hessian, check_separable
-from curvfunc.normal_form import Loss, Root, check, check_traceable, flat, is_sum, normalize, rebuild, values_visible
+from curvfunc.normal_form import Loss, Root, check, flat, is_sum, normalize, rebuild, values_visible
 from curvfunc.precision import at_least_float32
 
 __all__ = [
@@ -45,7 +45,6 @@ __all__ = [
     "Root",
     "check",
     "check_separable",
-    "check_traceable",
     "draw_bits",
     "draw_categories",
     "draw_normal",

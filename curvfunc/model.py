@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from curvfunc.effects import shares_memory
 
-__all__ = ["ModelFunction", "call", "functionalize", "without_recomputation"]
+__all__ = ["ModelFunction", "call", "check_function", "functionalize", "without_recomputation"]
 
 
 class ModelFunction:
@@ -21,7 +21,7 @@ class ModelFunction:
 
     ``params`` maps parameter names to tensors. Names that it lacks stay fixed at the module's own values, as do the
     buffers. Two model functions are equal when they wrap the same module in the same way, so that ``torch.compile``
-    treats one as a constant and does not compile anew from step to step.
+    does not compile anew from step to step.
     """
 
     def __init__(self, module: nn.Module, output_fn: Callable[[Any], Tensor] | None = None) -> None:
@@ -37,7 +37,14 @@ class ModelFunction:
         scripted = [name for name, m in self.module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
         self.scripted = [name for name in scripted if not name or name.rpartition(".")[0] not in scripted]  # the outermost
         changeable = [m for m in self.module.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self._recurrent = [m for m in changeable if isinstance(m, nn.RNNBase)]
         self._submodules = [(m._modules, key, child) for m in changeable for key, child in m._modules.items()]
+
+    def refresh(self) -> list[tuple[dict[str, Any], str, Any]]:
+        """Note it again if a submodule was replaced since; returns where each is held, by which key, and itself."""
+        if any(held.get(key) is not child for held, key, child in self._submodules):
+            self._read()
+        return self._submodules
 
     def __call__(self, params: dict[str, Tensor], X: Any) -> Tensor:
         """Evaluate the module at ``params``: ``module(X)``, ``module(*X)`` for a tuple, ``module(**X)`` for a mapping.
@@ -53,12 +60,29 @@ class ModelFunction:
             state = self.frozen(params)
         args, kwargs = _arguments(X)
         values = state | params if state else params
-        with nullcontext() if self._are_own(values) else without_recomputation():
-            if torch.compiler.is_compiling() and not self.scripted:
-                named = {place: t for name, t in values.items() for place, *_ in self._places[name]}
-                out = functional_call(self.module, named, args, kwargs, tie_weights=False)
-            else:
-                out = _call(self.module, self._places, values, args, kwargs)
+        lists = [(m, m._flat_weights, m._flat_weight_refs) for m in self._recurrent]  # where they keep what they ran with
+        try:
+            with nullcontext() if self._are_own(values) else without_recomputation():
+                if torch.compiler.is_compiling() and not self.scripted:
+                    named = {place: t for name, t in values.items() for place, *_ in self._places[name]}
+                    out = functional_call(self.module, named, args, kwargs, tie_weights=False)
+                else:
+                    out = _call(self.module, self._places, values, args, kwargs)
+        finally:
+            for m, weights, refs in lists:
+                m._flat_weights, m._flat_weight_refs = weights, refs
+        return out if self.output_fn is None else self.output_fn(out)
+
+    def trace(self, params: dict[str, Tensor], state: dict[str, Tensor], X: Any) -> Tensor:
+        """As :meth:`apply` for dynamo to see what is read, at the module's own tensors where these are alike."""
+        self._check(params)
+        for name, t in params.items():
+            _, held, key = self._places[name][0]
+            own = held[key]
+            if t.shape != own.shape or t.dtype != own.dtype or t.device != own.device:
+                return self.apply(params, state, X)
+        args, kwargs = _arguments(X)
+        out = self.module(*args, **kwargs)
         return out if self.output_fn is None else self.output_fn(out)
 
     def _are_own(self, values: dict[str, Tensor]) -> bool:
@@ -83,14 +107,18 @@ class ModelFunction:
             )
         return self.frozen(params) | {name: held[key] for name, (held, key) in self._buffers.items()}
 
+    def holds(self, t: Tensor) -> bool:
+        """Whether a call puts another tensor in the place of this one."""
+        return any(held[key] is t for places in self._places.values() for _, held, key in places)
+
     def _check(self, params: dict[str, Tensor]) -> None:
         if not isinstance(params, dict):
             raise TypeError(
                 f"params of a functionalized module is a dict by parameter name, got {type(params).__name__}. Take it from "
                 "functionalize(module)."
             )
-        if any(held.get(key) is not child for held, key, child in self._submodules):  # one was replaced since
-            self._read()
+        if not torch.compiler.is_dynamo_compiling():  # it guards on the submodules, see `curvfunc.compiled`
+            self.refresh()
         if not params.keys() <= self._places.keys():
             unknown = sorted(params.keys() - self._places.keys())
             raise ValueError(
@@ -266,6 +294,15 @@ def functionalize(
         )
     params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     return ModelFunction(module, output_fn), params
+
+
+def check_function(model_fn: Any) -> None:
+    """Refuse a module in place of a function of ``(params, X)``."""
+    if isinstance(model_fn, nn.Module):
+        raise TypeError(
+            f"model_fn is the module {type(model_fn).__name__}; a function of (params, X) is needed: "
+            "model_fn, params = curvfunc.functionalize(module)."
+        )
 
 
 _ = torch  # the doctest's namespace

@@ -17,7 +17,6 @@ __all__ = [
     "Loss",
     "Root",
     "check",
-    "check_traceable",
     "flat",
     "is_sum",
     "label",
@@ -154,16 +153,6 @@ def rebuild(name: str | None, fn: Callable[..., Tensor], options: Constants, ten
 def is_sum(loss: Loss) -> bool:
     """Whether a loss is known to be a sum over samples, which is zero where there are none."""
     return loss.name is not None and dict(loss.options)["reduction"] == "sum"
-
-
-def check_traceable(loss: Loss) -> None:
-    """Refuse what ``torch.compile`` cannot take for a constant: a custom loss that is a module or another object."""
-    if isinstance(loss.fn, types.FunctionType | types.BuiltinFunctionType):
-        return
-    raise TypeError(
-        f"the loss {label(loss)} cannot enter torch.compile: a loss of one's own must be a function there. Outside of "
-        "the compiled code define one that calls it, and pass tensors it needs by functools.partial(function, name=tensor)."
-    )
 
 
 def values_visible(*tensors: Any) -> bool:

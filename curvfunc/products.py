@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch._C import _functorch
 
-from curvfunc import losses, scripted
-from curvfunc.compute import _leaf, _Static, _will_be_differentiated
+from curvfunc import compiled, losses, scripted
+from curvfunc.compute import _leaf, _will_be_differentiated
 from curvfunc.inputs import check_generator, flatten_params, read_batch
 from curvfunc.linearization import (
     EmpiricalFisher,
@@ -53,7 +53,6 @@ from curvfunc.linearization import (
     linearized,
     read_vector,
 )
-from curvfunc.model import ModelFunction
 from curvfunc.ownership import apart, own
 from curvfunc.positive_curvature import PositiveCurvature
 from curvfunc.samples import check_crosses
@@ -363,7 +362,7 @@ def _product(
     subsampling: Indices | None,
     generator: Generator | None,
 ) -> Any:
-    loss = losses.Loss(None, _no_loss) if loss_fn is None else losses.normalize(loss_fn)
+    loss = losses.Loss("", _no_loss) if loss_fn is None else losses.normalize(loss_fn)
     check_generator(generator)
     if torch.compiler.is_compiling():
         return _compiled(matrix, model_fn, params, X, y, v, loss, subsampling, generator)
@@ -424,38 +423,26 @@ def _compiled(
     subsampling: Indices | None,
     generator: Generator | None,
 ) -> Any:
-    """The call as dynamo sees it: tensors as arguments, everything else a constant."""
-    if generator is not None:
-        raise ValueError(
-            "a torch.Generator cannot enter torch.compile: draws inside compiled code come from the default generator "
-            "(torch.manual_seed), fresh at each call. Pass generator=None."
-        )
     check_crosses("X", X)
     if y is not None:
         check_crosses("y", y)
-    state = model_fn.state(params) if isinstance(model_fn, ModelFunction) else {}
-    chosen = {"subsampling": subsampling} if isinstance(subsampling, Tensor) else {}
-    constants = None if subsampling is None or chosen else tuple(subsampling)
-    matrix_args = (matrix,) if isinstance(matrix, str) else tuple([getattr(matrix, f.name) for f in fields(matrix)])
-    static = _Static(type(matrix), matrix_args, model_fn, loss.name, loss.fn, loss.options, constants)
-    return _traced(static, params, state, X, X if y is None else y, v, loss.tensors, chosen)  # None cannot cross
+    tensors = {"v": v} | ({"subsampling": subsampling} if isinstance(subsampling, Tensor) else {})
+    indices = None if subsampling is None or "subsampling" in tensors else tuple(subsampling)
+    options = (matrix,) if isinstance(matrix, str) else tuple([getattr(matrix, f.name) for f in fields(matrix)])
+    y = X if y is None else y  # None cannot cross
+    return compiled.call(_of_constants, model_fn, params, X, y, loss, (type(matrix), options, indices), tensors, generator)
 
 
-@torch._dynamo.nonstrict_trace
-def _traced(
-    static: _Static,
+def _of_constants(
+    model_fn: Model,
     params: Any,
-    state: dict[str, Tensor],
     X: Any,
     y: Any,
+    loss: losses.Loss,
+    cls: type,
+    options: tuple[Any, ...],
+    indices: tuple[int, ...] | None,
     v: Any,
-    loss_tensors: dict[str, Tensor],
-    chosen: dict[str, Tensor],
+    subsampling: Tensor | None = None,
 ) -> Any:
-    cls, matrix_args, model_fn, name, fn, options, constants = static.items
-    loss = losses.rebuild(name, fn, options, loss_tensors)
-
-    def model(p: Any, x: Any) -> Any:
-        return model_fn.apply(p, state, x) if isinstance(model_fn, ModelFunction) else model_fn(p, x)
-
-    return _evaluate(cls(*matrix_args), model, params, X, y, v, loss, chosen.get("subsampling", constants), None)
+    return _evaluate(cls(*options), model_fn, params, X, y, v, loss, indices if subsampling is None else subsampling, None)
