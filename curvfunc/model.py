@@ -62,7 +62,8 @@ class ModelFunction:
         values = state | params if state else params
         lists = [(m, m._flat_weights, m._flat_weight_refs) for m in self._recurrent]  # where they keep what they ran with
         try:
-            with nullcontext() if self._are_own(values) else without_recomputation():
+            own = torch.compiler.is_dynamo_compiling() or self._are_own(values)
+            with nullcontext() if own else without_recomputation():
                 if torch.compiler.is_compiling() and not self.scripted:
                     named = {place: t for name, t in values.items() for place, *_ in self._places[name]}
                     out = functional_call(self.module, named, args, kwargs, tie_weights=False)

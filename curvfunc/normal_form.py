@@ -152,7 +152,7 @@ def rebuild(name: str | None, fn: Callable[..., Tensor], options: Constants, ten
 
 def is_sum(loss: Loss) -> bool:
     """Whether a loss is known to be a sum over samples, which is zero where there are none."""
-    return loss.name is not None and dict(loss.options)["reduction"] == "sum"
+    return bool(loss.name) and dict(loss.options)["reduction"] == "sum"
 
 
 def values_visible(*tensors: Any) -> bool:

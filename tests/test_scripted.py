@@ -145,13 +145,17 @@ def test_transformations(way: str, calls: int) -> None:
     stacked = {k: torch.stack([p, 2 * p]) for k, p in params.items()}
     specs = [Output(), BatchGrad(), DiagGGN()]
     total = lambda f, p: sum(t.square().sum() for t in optree.tree_leaves(compute(f, p, X, y, specs)))
+    got, want = (torch.vmap(lambda p, f=f: compute(f, p, X, y, specs))(stacked) for f in functions)
+    assert_close(got, want)
+    scripted = functions[0]
     for call in (
-        lambda f: torch.vmap(lambda p: compute(f, p, X, y, specs))(stacked),
-        lambda f: torch.func.grad(lambda p: total(f, p))(params),
-        lambda f: torch.func.jvp(lambda p: total(f, p), (params,), (params,)),
+        lambda: torch.func.grad(lambda p: total(scripted, p))(params),
+        lambda: torch.func.jvp(lambda p: total(scripted, p), (params,), (params,)),
+        lambda: torch.func.grad(lambda p: curvfunc.hessian_vp(scripted, p, X, y, p)[next(iter(p))].sum())(params),
     ):
-        got, want = map(call, functions)
-        assert_close(got, want)
+        with pytest.raises(ValueError, match="scripted or traced code"):
+            call()
+    assert torch._C.ScriptMethod.__call__.__name__ != "watched"
 
 
 def test_parameters_that_are_shared_with_scripted_parts() -> None:
