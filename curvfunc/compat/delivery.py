@@ -392,8 +392,8 @@ def repeat(output: RegionOutput, create_graph: bool) -> tuple[Trace, list[Tensor
     for name, p, version in zip(names, region.params, region.versions, strict=True):
         if p._version != version:
             raise RuntimeError(
-                f"parameter {name!r} of {region.name} was changed in place in its forward pass or after it, and {region.name} "
-                f"has to run a second time ({region.reason}). Change it before the call, or after the backward pass."
+                f"parameter {name!r} of {region.name} was changed in place after its forward pass, and {region.name} has to run "
+                f"a second time ({region.reason}). Change it before the call, or after the backward pass."
             )
     if not create_graph:
         X = [x.detach().requires_grad_(x.requires_grad) for x in X]  # reentrant checkpoints look at it
@@ -412,7 +412,7 @@ def check_repeated(region: Region, out: Tensor, value: Tensor, version: int) -> 
     if out.shape != value.shape or not bool((out.detach() - value).abs().max() <= scale):
         raise RuntimeError(
             f"{region.name} has to run a second time ({region.reason or 'for a quantity of this kind'}), and then its output "
-            "differs: it depends on random numbers, or on state that the first run changed, or its first tensor argument does "
+            "differs: it depends on random numbers, or on what the first run changed, or its first tensor argument does "
             "not have the samples on axis 0. Use curvfunc's functions on curvfunc.functionalize(module) instead."
         )
 
