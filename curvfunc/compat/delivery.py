@@ -392,8 +392,8 @@ def repeat(output: RegionOutput, create_graph: bool) -> tuple[Trace, list[Tensor
     for name, p, version in zip(names, region.params, region.versions, strict=True):
         if p._version != version:
             raise RuntimeError(
-                f"parameter {name!r} of {region.name} was changed in place after its forward pass, and {region.name} has to run "
-                f"a second time ({region.reason}). Change it before the call, or after the backward pass."
+                f"parameter {name!r} of {region.name} was changed in place after its forward pass, and {region.name} has to "
+                f"run a second time ({region.reason}). Change it before the call, or after the backward pass."
             )
     if not create_graph:
         X = [x.detach().requires_grad_(x.requires_grad) for x in X]  # reentrant checkpoints look at it
