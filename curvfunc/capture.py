@@ -413,7 +413,7 @@ def check_subset(
         mode = Observer({}, None, samples)  # for what it writes
         try:
             with torch.no_grad(), mode:
-                result: Tensor = model_fn(rebuild(leaves), X)
+                result: Tensor = model_fn(rebuild([p.clone() for p in leaves]), X)
             check_output(result, samples)
         finally:
             mode.undo()

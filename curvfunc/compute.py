@@ -14,7 +14,7 @@ from torch._C import _functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from curvfunc import hessian, kfra, losses
+from curvfunc import hessian, kfra, losses, scripted
 from curvfunc.buffers import copied, deliver, parameter_buffers, read_buffers
 from curvfunc.capture import Entangled, capture, check_output, check_subset
 from curvfunc.chance import Chance
@@ -245,7 +245,8 @@ class _Run:
         def forward(*leaves: Tensor) -> tuple[Tensor, list[Any]]:
             return self._results(list(leaves), specs, differentiable)
 
-        found: tuple[Any, ...] = torch.func.vjp(forward, *params, has_aux=True)
+        with scripted.refused() if differentiable else nullcontext():
+            found: tuple[Any, ...] = torch.func.vjp(forward, *params, has_aux=True)
         return found[-1]
 
     def _results(self, leaves: list[Tensor], specs: list[Quantity], differentiable: bool) -> tuple[Tensor, list[Any]]:

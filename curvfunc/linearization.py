@@ -34,6 +34,7 @@ from curvfunc.compute import _leaf
 from curvfunc.cotangents import CHUNK_BYTES
 from curvfunc.effects import Attributes
 from curvfunc.inputs import Batch, check_generator, check_used, flatten_params, forward_errors, read_batch
+from curvfunc.model import without_recomputation
 from curvfunc.observer import (
     BATCH_NORMS,
     BATCH_STATISTICS,
@@ -113,8 +114,9 @@ class Problem:
 
     def _visible(self, leaves: Sequence[Tensor], batch: Batch) -> Tensor:
         try:
-            return self._forward(leaves, batch)
-        except Opaque:  # checkpoints and compiled parts, which have no second derivatives
+            with without_recomputation():  # in the derivatives of backward passes
+                return self._forward(leaves, batch)
+        except Opaque:  # compiled parts, which have no second derivatives
             with nothing_hidden():
                 return self._forward(leaves, batch)
 
@@ -135,6 +137,8 @@ class Problem:
         check_used(out, bool(found.params))
         check_leaves(self.model_fn, found.leaves, leaves)
         if subset is not None:
+            if None in subset.reasons or subset.axis_of(out) != 0:  # not followed, so that derivatives may mix
+                raise Entangled("the samples could not be followed to the output")
             check_subset(self.model_fn, leaves, self.rebuild, batch, subset, out)
         return out
 

@@ -429,7 +429,9 @@ class Observer(TorchFunctionMode):
         return found[1] if found is not None and found[0]() is t else None
 
     def _is_made(self, t: Tensor) -> bool:
-        """Whether a tensor is known to be made in this forward pass."""
+        """Whether a tensor is known to be made in this forward pass; those of a transformation do not outlive it."""
+        if _functorch.is_functorch_wrapped_tensor(t):
+            return True
         if (base := t._base) is not None:
             t = base
         found = self._marks.get(id(t))

@@ -27,6 +27,7 @@ Attention runs by its mathematical definition (``SDPBackend.MATH``), since the f
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -35,7 +36,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch._C import _functorch
 
-from curvfunc import losses
+from curvfunc import losses, scripted
 from curvfunc.compute import _leaf, _Static, _will_be_differentiated
 from curvfunc.inputs import check_generator, flatten_params, read_batch
 from curvfunc.linearization import (
@@ -405,7 +406,8 @@ def _evaluate(
             leaves = [p.view_as(p) if p.requires_grad and create_graph else _leaf(p) for p in tensors]
             result = forward(*leaves)[1]
     else:
-        result = torch.func.vjp(forward, *tensors, has_aux=True)[2]  # type: ignore[misc]
+        with scripted.refused() if create_graph else nullcontext():
+            result = torch.func.vjp(forward, *tensors, has_aux=True)[2]  # type: ignore[misc]
     result = [apart(t) for t in result]
     result = own(result, lambda: [*tensors, *vector, *tensors_of(X), *tensors_of(y), *loss.tensors.values()])
     return result[0] if isinstance(matrix, Jacobian) else rebuild(result)
