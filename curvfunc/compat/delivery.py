@@ -88,7 +88,7 @@ def on_loss(held: list[LossCall], grads: Grads) -> None:
         current = Pass.current(now)
         current.losses.append(held[0])
         if current.second_order:
-            if (g := grads[0]) is not None and not bool((g == 1).all()):
+            if (g := grads[0]) is not None and g.numel() == 1 and g.item() != 1:
                 warnings.warn(CHANGED.format(type(held[0].module).__name__), stacklevel=2)
             curvature.evaluate(held[0], current)
         current.say("Running extension hook on", held[0].module)
@@ -300,13 +300,14 @@ class Pass:
         """A tensor with memory that no other result has, and with room for all of its entries."""
         if not torch.is_grad_enabled():
             t = t.detach()  # no view, so that it is the only one to hold its memory
-        storage = t.untyped_storage()
         if not t.numel():
             return t
-        other = self.memory.get(storage.data_ptr())
-        if (other is not None and other() is not None) or storage.nbytes() < t.numel() * t.element_size():
+        storage = t.untyped_storage()
+        other = self.memory.get(place := storage.data_ptr())
+        if (other is not None and other() is not None) or storage.nbytes() < t.nbytes:
             t = t.clone(memory_format=torch.contiguous_format)
-        self.memory[t.untyped_storage().data_ptr()] = weakref.ref(t)
+            place = t.untyped_storage().data_ptr()
+        self.memory[place] = weakref.ref(t)
         return t
 
     def _store(self, p: Tensor, bounds: list[Bound]) -> None:
