@@ -188,6 +188,12 @@ def scaled_and_unseen(self: Net, x: Tensor) -> Tensor:
     return Product.apply(x, self.w) + self.b
 
 
+def halved(self: Net, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        self.w.mul_(0.5)
+    return Product.apply(x, self.w) + self.b
+
+
 @pytest.mark.parametrize("function", [scaled, replaced])
 def test_parameters_that_the_forward_pass_changes(function: Any) -> None:
     X, y = batch()
@@ -201,12 +207,27 @@ def test_parameters_that_the_forward_pass_changes(function: Any) -> None:
 def test_parameters_that_are_changed_and_not_seen() -> None:
     X, y = batch()
     model = extend(Net(scaled_and_unseen))
-    with pytest.raises(RuntimeError, match="parameter 'w' of Net was changed in place in its forward pass"):
+    run(model, X, y, DiagGGNExact())
+    assert_close(got(model), one_by_one(model, X, y))
+
+
+def test_parameters_that_change_more_each_time() -> None:
+    X, y = batch()
+    model = extend(Net(halved))
+    with pytest.raises(RuntimeError, match="Net has to run a second time .* what the first run changed"):
         run(model, X, y)
+    assert got(model) == {}
+
+
+def test_parameters_that_are_changed_before_the_backward_pass() -> None:
+    X, y = batch()
     loss = F.cross_entropy(extend(model := Net(UNSEEN["function"]))(X), y)
     with torch.no_grad():
         model.b.add_(1)
-    with backpack(BatchGrad()), pytest.raises(RuntimeError, match="parameter 'b' of Net was changed in place .* or after it"):
+    with (
+        backpack(BatchGrad()),
+        pytest.raises(RuntimeError, match="parameter 'b' of Net was changed in place after its forward"),
+    ):
         loss.backward()
 
 

@@ -88,7 +88,7 @@ def on_loss(held: list[LossCall], grads: Grads) -> None:
         current = Pass.current(now)
         current.losses.append(held[0])
         if current.second_order:
-            if (g := grads[0]) is not None and not bool((g == 1).all()):
+            if (g := grads[0]) is not None and g.numel() == 1 and g.item() != 1:
                 warnings.warn(CHANGED.format(type(held[0].module).__name__), stacklevel=2)
             curvature.evaluate(held[0], current)
         current.say("Running extension hook on", held[0].module)
@@ -300,13 +300,14 @@ class Pass:
         """A tensor with memory that no other result has, and with room for all of its entries."""
         if not torch.is_grad_enabled():
             t = t.detach()  # no view, so that it is the only one to hold its memory
-        storage = t.untyped_storage()
         if not t.numel():
             return t
-        other = self.memory.get(storage.data_ptr())
-        if (other is not None and other() is not None) or storage.nbytes() < t.numel() * t.element_size():
+        storage = t.untyped_storage()
+        other = self.memory.get(place := storage.data_ptr())
+        if (other is not None and other() is not None) or storage.nbytes() < t.nbytes:
             t = t.clone(memory_format=torch.contiguous_format)
-        self.memory[t.untyped_storage().data_ptr()] = weakref.ref(t)
+            place = t.untyped_storage().data_ptr()
+        self.memory[place] = weakref.ref(t)
         return t
 
     def _store(self, p: Tensor, bounds: list[Bound]) -> None:
@@ -392,8 +393,8 @@ def repeat(output: RegionOutput, create_graph: bool) -> tuple[Trace, list[Tensor
     for name, p, version in zip(names, region.params, region.versions, strict=True):
         if p._version != version:
             raise RuntimeError(
-                f"parameter {name!r} of {region.name} was changed in place in its forward pass or after it, and {region.name} "
-                f"has to run a second time ({region.reason}). Change it before the call, or after the backward pass."
+                f"parameter {name!r} of {region.name} was changed in place after its forward pass, and {region.name} has to "
+                f"run a second time ({region.reason}). Change it before the call, or after the backward pass."
             )
     if not create_graph:
         X = [x.detach().requires_grad_(x.requires_grad) for x in X]  # reentrant checkpoints look at it
@@ -412,7 +413,7 @@ def check_repeated(region: Region, out: Tensor, value: Tensor, version: int) -> 
     if out.shape != value.shape or not bool((out.detach() - value).abs().max() <= scale):
         raise RuntimeError(
             f"{region.name} has to run a second time ({region.reason or 'for a quantity of this kind'}), and then its output "
-            "differs: it depends on random numbers, or on state that the first run changed, or its first tensor argument does "
+            "differs: it depends on random numbers, or on what the first run changed, or its first tensor argument does "
             "not have the samples on axis 0. Use curvfunc's functions on curvfunc.functionalize(module) instead."
         )
 

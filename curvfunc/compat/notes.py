@@ -43,7 +43,7 @@ class Region:
         samples: Number of samples.
         inputs: The call itself, to be able to repeat it; None once the graph was freed.
         before: The nodes that made its inputs.
-        versions: The parameters' version counters before the call.
+        versions: The parameters' version counters after the call.
         uses: How often each parameter is used, by index.
         calls: Modules without submodules, in the order of their calls.
         refusal: Why no quantity is defined.
@@ -58,7 +58,7 @@ class Region:
     samples: int
     inputs: "Call | None"
     before: list[Node]
-    versions: list[int]
+    versions: list[int] = field(default_factory=list)
     uses: dict[int, int] = field(default_factory=dict)
     calls: list["weakref.ref[nn.Module]"] = field(default_factory=list)
     refusal: str | None = None

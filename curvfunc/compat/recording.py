@@ -229,8 +229,7 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
     call = Call(weakref.ref(module), list(leaves), rebuild, sampled, _generators() if module.training else None)
     names, tensors, owners = [name for name, _, _ in params], [p for _, p, _ in params], [owner for *_, owner in params]
     before = [t.grad_fn for t in leaves if isinstance(t, Tensor) and t.grad_fn is not None]
-    versions = [p._version for p in tensors]
-    region = Region(type(module).__name__, tensors, names, owners, len(first), call, before, versions)
+    region = Region(type(module).__name__, tensors, names, owners, len(first), call, before)
     twice = CTX.is_extension_active(DiagHessian, BatchDiagHessian, MatrixProduct)
     mode = _Recording(dict(enumerate(tensors)), None, len(first), NodeLayouts(), INSTEAD[2 if twice else 1])
     for i in sampled:
@@ -248,6 +247,7 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
     outputs = [t for t in _tensors_in(out) if t.grad_fn is not None]
     if params and not outputs and state().active_exts and any(t.is_floating_point() for t in _tensors_in(out)):
         warnings.warn(delivery.NOTHING_USED.format(region.name, "its output has no graph"), stacklevel=2)
+    region.versions = [p._version for p in tensors]
     _judge(region, mode, outputs)
     _attach(region, mode, outputs)
     return out
