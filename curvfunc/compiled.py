@@ -71,7 +71,10 @@ def call(
     tensors: dict[str, Any],
     generator: Generator | None,
 ) -> Any:
-    """``evaluate(model_fn, params, X, y, loss, *constants, **tensors)`` as dynamo sees it, which traces this function."""
+    """``evaluate(model_fn, params, X, y, loss, held, *constants, **tensors)`` as dynamo sees it, which traces this function.
+
+    ``held`` are the tensors that model and loss read besides their arguments.
+    """
     if generator is not None:
         raise ValueError(
             "a torch.Generator cannot enter torch.compile: draws inside compiled code come from the default generator "
@@ -89,7 +92,7 @@ def call(
         with torch.enable_grad():  # as the engine, so that backward functions are looked into
             p = pytree.tree_map_only(Tensor, lambda t: t + DIFFERENTIABLE, params)
             out = model_fn.trace(p, state, X) if isinstance(model_fn, ModelFunction) else model_fn(p, X)
-            if name is None:
+            if name is None and loss_fn is not losses.no_loss:
                 loss_fn(out, y, **dict(options), **loss.tensors)
 
     def engine(read: Any, captured: Any) -> Any:
@@ -113,7 +116,7 @@ def _eagerly(
     constants: tuple[Any, ...],
     tensors: dict[str, Any],
 ) -> Any:
-    return evaluate(model_fn, params, X, y, loss, *constants, **tensors)
+    return evaluate(model_fn, params, X, y, loss, (), *constants, **tensors)
 
 
 class _Constant:
@@ -146,8 +149,6 @@ def _traced(
             out = model_fn.apply(p, state, x) if isinstance(model_fn, ModelFunction) else model_fn(p, x)
         return _replaced(out, given)
 
-    model.held = tuple(state.values())  # type: ignore[attr-defined]  # no result is to share memory with it
-
     def custom(*args: Any, **kwargs: Any) -> Any:
         with _Arguments(given):
             return loss_fn(*args, **kwargs)
@@ -156,7 +157,8 @@ def _traced(
     loss = losses.rebuild(what.loss_name, custom if what.loss_name is None else loss_fn, what.options, loss_tensors)
     try:
         with _no_constants():
-            return what.evaluate(model, params, X, y, loss, *what.constants, **tensors)
+            held = (*state.values(), *captured)
+            return what.evaluate(model, params, X, y, loss, held, *what.constants, **tensors)
     except Exception as error:
         what.errors.append(error)
         raise

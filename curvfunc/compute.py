@@ -14,13 +14,13 @@ from torch._C import _functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from curvfunc import compiled, hessian, kfra, losses, scripted
+from curvfunc import hessian, kfra, losses, scripted
 from curvfunc.buffers import copied, deliver, parameter_buffers, read_buffers
 from curvfunc.capture import Entangled, capture, check_output, check_subset
 from curvfunc.chance import Chance
 from curvfunc.cotangents import AveragedHessian, FullHessian, LossGradient, LossRoot, common
 from curvfunc.effects import Attributes
-from curvfunc.inputs import Batch, check_generator, flatten_params, forward_errors, read_batch
+from curvfunc.inputs import Batch, check_generator, explain_limits, flatten_params, forward_errors, read_batch
 from curvfunc.model import check_function, without_recomputation
 from curvfunc.ownership import apart, check_apart, own
 from curvfunc.passes import FACTORS, BackwardPass, Prepared, check_unchanged, sums_of_nothing
@@ -30,6 +30,11 @@ from curvfunc.rules.nonlinear import COMPOSITES
 from curvfunc.samples import check_crosses, tree_map
 from curvfunc.samples import leaves as tensors_of
 from curvfunc.sites import Layouts, Trace
+
+try:
+    from curvfunc import compiled
+except ImportError:  # it looks into dynamo, which other versions of torch may have arranged in another way
+    compiled = None  # type: ignore[assignment]
 
 __all__ = ["Quantity", "compute", "of_nothing"]
 
@@ -225,6 +230,7 @@ class _Run:
         try:
             return self._evaluate(params, specs)
         except RuntimeError as error:
+            explain_limits(error)
             if "use_reentrant" not in str(error):
                 raise
         with without_recomputation():  # such checkpoints know but one kind of backward pass
@@ -485,6 +491,8 @@ def _compiled(
     loss = losses.normalize(loss_fn)
     check_crosses("X", X)
     check_crosses("y", y)
+    if compiled is None:
+        raise NotImplementedError("compiled calls need torch 2.13; call curvfunc outside of torch.compile.")
     results = compiled.call(_of_constants, model_fn, params, X, y, loss, constants, tensors, generator)
     if out is not None:
         for i, (spec, buffer) in enumerate(zip(leaves, tree.flatten_up_to(out), strict=True)):
@@ -499,11 +507,12 @@ def _of_constants(
     X: Any,
     y: Any,
     loss: losses.Loss,
+    held: Sequence[Tensor],
     keys: tuple[Any, ...],
     indices: tuple[int, ...] | None,
     chunk_size: int | None,
     subsampling: Tensor | None = None,
 ) -> list[Any]:
     specs = [cls(*key) for cls, key in keys]
-    index, held = indices if subsampling is None else subsampling, getattr(model_fn, "held", ())
+    index = indices if subsampling is None else subsampling
     return _results(model_fn, params, X, y, specs, loss, index, None, chunk_size, held=held)

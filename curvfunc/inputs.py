@@ -8,6 +8,7 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 from curvfunc.samples import hidden_tensors, leaves, tree_map
 
@@ -15,6 +16,7 @@ __all__ = [
     "Batch",
     "check_generator",
     "check_used",
+    "explain_limits",
     "flatten_params",
     "forward_errors",
     "in_order",
@@ -240,6 +242,16 @@ def is_traced(t: Tensor) -> bool:
         or torch._is_functional_tensor(t)
         or torch._C._functorch.is_functorch_wrapped_tensor(t)
     )
+
+
+def explain_limits(error: RuntimeError) -> None:
+    """Say what to do where torch.vmap of the caller's cannot run the model."""
+    limits = ("Batching rule not implemented", "vmap: inplace arithmetic", "attempted to call in-place operation")
+    if _functorch.peek_interpreter_stack() is not None and any(limit in str(error) for limit in limits):
+        raise NotImplementedError(
+            "torch.func cannot run the model under the transformations around this call (an operation that vmap does not know, "
+            f"or a buffer that is changed in place): {error} Loop over the parameter sets, or leave the operation out."
+        ) from error
 
 
 @contextmanager

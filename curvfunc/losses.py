@@ -37,7 +37,7 @@ from curvfunc.closed_forms import (
     squared_error_mass,
 )
 from curvfunc.custom_losses import autodiff_factor, autodiff_gradient, autodiff_hessian, check_separable
-from curvfunc.normal_form import Loss, Root, check, flat, is_sum, normalize, rebuild, values_visible
+from curvfunc.normal_form import Loss, Root, check, flat, is_sum, no_loss, normalize, rebuild, values_visible
 from curvfunc.precision import at_least_float32
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "exact_root",
     "gradient",
     "is_sum",
+    "no_loss",
     "normalize",
     "rebuild",
     "sampled_root",

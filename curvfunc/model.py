@@ -34,10 +34,10 @@ class ModelFunction:
         """Note where the module holds its tensors."""
         self._parameters, self._buffers = _holders(self.module, "_parameters"), _holders(self.module, "_buffers")
         self._places = _places(self.module)
+        self._recurrent = [m for m in self.module.modules() if isinstance(m, nn.RNNBase)]
         scripted = [name for name, m in self.module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
         self.scripted = [name for name in scripted if not name or name.rpartition(".")[0] not in scripted]  # the outermost
         changeable = [m for m in self.module.modules() if not isinstance(m, torch.jit.ScriptModule)]
-        self._recurrent = [m for m in changeable if isinstance(m, nn.RNNBase)]
         self._submodules = [(m._modules, key, child) for m in changeable for key, child in m._modules.items()]
 
     def refresh(self) -> list[tuple[dict[str, Any], str, Any]]:
@@ -62,11 +62,9 @@ class ModelFunction:
         values = state | params if state else params
         lists = [(m, m._flat_weights, m._flat_weight_refs) for m in self._recurrent]  # where they keep what they ran with
         try:
-            own = torch.compiler.is_dynamo_compiling() or self._are_own(values)
-            with nullcontext() if own else without_recomputation():
+            with nullcontext() if self._are_own(values) else without_recomputation():
                 if torch.compiler.is_compiling() and not self.scripted:
-                    named = {place: t for name, t in values.items() for place, *_ in self._places[name]}
-                    out = functional_call(self.module, named, args, kwargs, tie_weights=False)
+                    out = self._functional_call(values, args, kwargs)
                 else:
                     out = _call(self.module, self._places, values, args, kwargs)
         finally:
@@ -77,19 +75,23 @@ class ModelFunction:
     def trace(self, params: dict[str, Tensor], state: dict[str, Tensor], X: Any) -> Tensor:
         """As :meth:`apply` for dynamo to see what is read, at the module's own tensors where these are alike."""
         self._check(params)
+        args, kwargs = _arguments(X)
+        alike = True
         for name, t in params.items():
             _, held, key = self._places[name][0]
             own = held[key]
-            if t.shape != own.shape or t.dtype != own.dtype or t.device != own.device:
-                return self.apply(params, state, X)
-        args, kwargs = _arguments(X)
-        out = self.module(*args, **kwargs)
+            alike = alike and t.shape == own.shape and t.dtype == own.dtype and t.device == own.device
+        out = self.module(*args, **kwargs) if alike else self._functional_call(state | params, args, kwargs)
         return out if self.output_fn is None else self.output_fn(out)
+
+    def _functional_call(self, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        named = {place: t for name, t in values.items() for place, *_ in self._places[name]}
+        return functional_call(self.module, named, args, kwargs, tie_weights=False)
 
     def _are_own(self, values: dict[str, Tensor]) -> bool:
         """Whether the module's tensors are these, or detached ones, so that what runs again later has the same values."""
         for name, t in values.items():
-            held, key = self._parameters.get(name) or self._buffers[name]
+            _, held, key = self._places[name][0]
             own = held[key]
             if t is not own and not shares_memory(t, own):
                 return False

@@ -20,6 +20,7 @@ __all__ = [
     "flat",
     "is_sum",
     "label",
+    "no_loss",
     "normalize",
     "rebuild",
     "tolerance",
@@ -150,9 +151,14 @@ def rebuild(name: str | None, fn: Callable[..., Tensor], options: Constants, ten
     return Loss(name, fn, options, tensors)
 
 
+def no_loss(out: Tensor, y: Any) -> Tensor:
+    """What stands in the place of a loss where there is none."""
+    raise AssertionError("products with the Jacobian have no loss")
+
+
 def is_sum(loss: Loss) -> bool:
     """Whether a loss is known to be a sum over samples, which is zero where there are none."""
-    return bool(loss.name) and dict(loss.options)["reduction"] == "sum"
+    return loss.name is not None and dict(loss.options)["reduction"] == "sum"
 
 
 def values_visible(*tensors: Any) -> bool:

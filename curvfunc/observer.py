@@ -568,7 +568,8 @@ def over_columns(backward: Callable[..., Any], *columns: Tensor) -> Any:
     """
     try:
         with without_fallback_warnings():
-            return torch.vmap(backward)(*columns)
+            # what a checkpoint draws in the backward pass is what it drew in the forward pass
+            return torch.vmap(backward, randomness="same")(*columns)
     except RuntimeError as error:
         if "Batching rule not implemented" not in str(error):
             raise

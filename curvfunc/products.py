@@ -36,9 +36,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch._C import _functorch
 
-from curvfunc import compiled, losses, scripted
-from curvfunc.compute import _leaf, _will_be_differentiated
-from curvfunc.inputs import check_generator, flatten_params, read_batch
+from curvfunc import losses, scripted
+from curvfunc.compute import _leaf, _will_be_differentiated, compiled
+from curvfunc.inputs import check_generator, explain_limits, flatten_params, read_batch
 from curvfunc.linearization import (
     EmpiricalFisher,
     GaussNewton,
@@ -362,15 +362,11 @@ def _product(
     subsampling: Indices | None,
     generator: Generator | None,
 ) -> Any:
-    loss = losses.Loss("", _no_loss) if loss_fn is None else losses.normalize(loss_fn)
+    loss = losses.Loss(None, losses.no_loss) if loss_fn is None else losses.normalize(loss_fn)
     check_generator(generator)
     if torch.compiler.is_compiling():
         return _compiled(matrix, model_fn, params, X, y, v, loss, subsampling, generator)
     return _evaluate(matrix, model_fn, params, X, y, v, loss, subsampling, generator)
-
-
-def _no_loss(out: Tensor, y: Any) -> Tensor:
-    raise AssertionError("products with the Jacobian have no loss")
 
 
 def _evaluate(
@@ -405,8 +401,12 @@ def _evaluate(
             leaves = [p.view_as(p) if p.requires_grad and create_graph else _leaf(p) for p in tensors]
             result = forward(*leaves)[1]
     else:
-        with scripted.refused() if create_graph else nullcontext():
-            result = torch.func.vjp(forward, *tensors, has_aux=True)[2]  # type: ignore[misc]
+        try:
+            with scripted.refused() if create_graph else nullcontext():
+                result = torch.func.vjp(forward, *tensors, has_aux=True)[2]  # type: ignore[misc]
+        except RuntimeError as error:
+            explain_limits(error)
+            raise
     result = [apart(t) for t in result]
     result = own(result, lambda: [*tensors, *vector, *tensors_of(X), *tensors_of(y), *loss.tensors.values()])
     return result[0] if isinstance(matrix, Jacobian) else rebuild(result)
@@ -439,6 +439,7 @@ def _of_constants(
     X: Any,
     y: Any,
     loss: losses.Loss,
+    held: Sequence[Tensor],
     cls: type,
     options: tuple[Any, ...],
     indices: tuple[int, ...] | None,

@@ -272,13 +272,14 @@ def _error(got: Tensor, want: Tensor) -> float:
 
 NO_SECOND_DERIVATIVE = dict.fromkeys(("diag_hessian", "hessian_vp", "grad", "third"), "is not implemented")
 NO_FORWARD_MODE = {"jvp": "Trying to use forward AD"}
+ALL = ("batch_grad", "diag_ggn", "diag_hessian", "hessian_vp", "vmap", "grad", "third")
 
 # What is refused: ``{operation: {quantity: part of the message}}``. All of these torch refuses itself.
 REFUSED: dict[str, dict[str, str]] = {
     **dict.fromkeys(("ctc_loss", "multi_margin_loss", "multilabel_margin_loss"), NO_SECOND_DERIVATIVE | NO_FORWARD_MODE),
     **dict.fromkeys(("grid_sample bilinear", "grid_sample nearest", "grid_sample bicubic", "grid_sample 3d"), NO_FORWARD_MODE),
     **dict.fromkeys(("huber_loss", "index_reduce", "ormqr", "soft_margin_loss", "torch.cholesky", "zeta"), NO_FORWARD_MODE),
-    "conv_tbc": {"hessian_vp": "view size is not compatible", "third": "view size is not compatible", **NO_FORWARD_MODE},
+    "conv_tbc": dict.fromkeys(ALL, "view size is not compatible") | NO_FORWARD_MODE,  # its backward pass, of strided cotangents
     "F.rrelu": {"vmap": "vmap: we do not yet support aten::rrelu_with_noise"},
     "gaussian_nll_loss": {"vmap": "data-dependent control flow"},
     "scatter_reduce prod": {"jvp": "wrong forward-mode derivative"},  # which is our message, in place of a wrong number
