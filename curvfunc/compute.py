@@ -36,7 +36,7 @@ try:
 except ImportError:  # it looks into dynamo, which other versions of torch may have arranged in another way
     compiled = None  # type: ignore[assignment]
 
-__all__ = ["Quantity", "compute", "of_nothing"]
+__all__ = ["Quantity", "compiled", "compute", "of_nothing"]
 
 
 @dataclass(frozen=True)

@@ -178,8 +178,16 @@ REFUSABLE: dict[str, tuple[str, ...]] = {
     "changed": (),
     "dirty": (),
     "checkpointed": (),  # reentrant ones know ``backward`` only
-    "seeded": ("subsampling",),  # other samples draw other numbers
-    "own_generator": ("subsampling",),
+    "seeded": (),  # one by one, samples would draw other numbers
+    "own_generator": (),
+    "buffers": ("vmap", "grad", "jvp"),  # torch.func does not change them in place
+    "mix_by_buffer": ("vmap", "grad", "jvp"),
+    **dict.fromkeys(
+        ("complex_conv", "complex_in_place", "complex_linear", "complex_nonlinear", "complex_scale", "real_weight_on_complex"),
+        ("vmap",),  # some gradients of complex numbers are views that it does not know
+    ),
+    "spectral": ("vmap",),
+    "spectral_in_time": ("vmap",),
     "scripted_function": ("vmap", "grad", "jvp", "compile"),  # torch.func is wrong with nested levels there
     "scripted_module": ("vmap", "grad", "jvp", "compile"),
     "hidden": ("vmap", "grad", "jvp", "compile"),

@@ -381,10 +381,10 @@ class Reseeded:
 
 
 def difference(got: dict[str, Tensor], want: dict[str, Tensor], scale: Any = None) -> str:
-    """Equal to 1e-9 of each leaf's norm, or to rounding of the largest leaf's."""
+    """Equal to 1e-9 of each leaf's norm, or to rounding: of the largest leaf's, or of probabilities that cancel."""
     if got.keys() != want.keys():
         return f"results for {sorted(got)}, expected {sorted(want)}"
-    rounding = 1e-12 * float(scale or max((w.norm() for w in want.values()), default=0))
+    rounding = 1e-12 * float(scale or max((w.norm() for w in want.values()), default=0)) + 1e-13
     for name, w in want.items():
         g = got[name]
         if g.shape != w.shape:
