@@ -14,6 +14,7 @@ Where vmap cannot run the model either, samples run one after another, all param
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch._C import _functorch
 
 from curvfunc.chance import Chance
-from curvfunc.effects import Attributes, ParameterChanged, kept_tensors, shares_memory
+from curvfunc.effects import Attributes, Effects, ParameterChanged, kept_tensors, shares_memory
 from curvfunc.forms import Direct
 from curvfunc.inputs import Batch, check_used
 from curvfunc.model import without_recomputation
@@ -112,7 +113,8 @@ def _attempt(run: "_Runs", generic: Sequence[int], layouts: Layouts | None, fast
             run.check_unused({*found.params, *(i for site in mode.sites for i in site.forms)})
         _check_versions(leaves, versions)
         if not mode.reasons:
-            restart = partial(_restart, mode, run)
+            assert mode.effects is not None
+            restart = partial(_restart, mode.effects, run.attributes)
             return Trace(out, mode.sites, "plain", {}, mode.entangled, mode.counts, mode.random, restart)
         if not mode.guesses:
             break
@@ -129,6 +131,7 @@ def _attempt(run: "_Runs", generic: Sequence[int], layouts: Layouts | None, fast
     # all other passes start where this one did: with stand-ins for what modules hold, for graphs may hold it too
     assert mode.effects is not None
     attributes, values = run.attributes.now(), mode.effects.values()
+    restart = partial(_restart, copy(mode.effects), run.attributes)
     run = replace(run, values={key: values[key] for key in run.attributes.holds() & values.keys()})
     effects = mode.undo(but=run.values)
     try:
@@ -147,13 +150,14 @@ def _attempt(run: "_Runs", generic: Sequence[int], layouts: Layouts | None, fast
     finally:
         effects.undo()
         attributes.restore()
+    trace.random, trace.restart = mode.random, restart
     return trace
 
 
-def _restart(mode: Observer, run: "_Runs") -> None:
-    """Take back what a forward pass on the plain path changed, before another one."""
-    mode.undo()
-    run.attributes.restore()
+def _restart(effects: Effects, attributes: Attributes) -> None:
+    """Take back what a forward pass changed, before another one."""
+    effects.rewind()()
+    attributes.restore()
 
 
 @dataclass(frozen=True)

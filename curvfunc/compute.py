@@ -264,6 +264,7 @@ class _Run:
         drawn = chance is not None and chance.drawn
         if chance is not None and drawn and self.watched:
             chance.undo()
+            trace.restart()
             raise _DrawnError
         if not trace.out.numel():
             return trace.out, self._of_nothing(leaves, specs, trace.out)
@@ -366,7 +367,11 @@ class _Run:
                 with sdpa_kernel(SDPBackend.MATH) if self.differentiable or layouts is not None else nullcontext():
                     given: dict[str, Any] = {"generic": generic, "layouts": layouts, "faster": faster, "order": order}
                     trace = capture(self.model_fn, leaves, self.rebuild, X, samples, **given)
-                    check_subset(self.model_fn, leaves, self.rebuild, self.batch, trace, trace.out)
+                    try:
+                        check_subset(self.model_fn, leaves, self.rebuild, self.batch, trace, trace.out)
+                    except Entangled:
+                        trace.restart()
+                        raise
                     return trace
             attributes = Attributes.of(self.model_fn)
             with Instead(INSTEAD[order]):

@@ -32,7 +32,7 @@ from curvfunc.capture import Entangled, check_leaves, check_output, check_subset
 from curvfunc.chance import Chance
 from curvfunc.compute import _leaf
 from curvfunc.cotangents import CHUNK_BYTES
-from curvfunc.effects import Attributes
+from curvfunc.effects import Attributes, Effects
 from curvfunc.inputs import Batch, check_generator, check_used, flatten_params, forward_errors, read_batch
 from curvfunc.model import without_recomputation
 from curvfunc.observer import (
@@ -128,7 +128,7 @@ class Problem:
         instead = INSTEAD[3 if self.differentiable or _functorch.peek_interpreter_stack() is not None else 2]
         subset = None if batch.index is None else Observer(dict(enumerate(leaves)), None, size, None, instead)
         if subset is not None:
-            subset.effects = None
+            subset.effects = Effects(())
         given = X if subset is None else tree_map(subset.marked, X)
         attributes = Attributes.of(self.model_fn)
         # the fused kernels of attention have no second derivative
@@ -140,10 +140,15 @@ class Problem:
         found = reached([out], [], dict(enumerate(leaves)))
         check_used(out, bool(found.params))
         check_leaves(self.model_fn, found.leaves, leaves)
-        if subset is not None:
-            if None in subset.reasons or subset.axis_of(out) != 0:  # not followed, so that derivatives may mix
-                raise Entangled("the samples could not be followed to the output")
-            check_subset(self.model_fn, leaves, self.rebuild, batch, subset, out)
+        if subset is not None and subset.effects is not None:
+            try:
+                if None in subset.reasons or subset.axis_of(out) != 0:  # not followed, so that derivatives may mix
+                    raise Entangled("the samples could not be followed to the output")
+                check_subset(self.model_fn, leaves, self.rebuild, batch, subset, out)
+            except Entangled:
+                subset.effects.rewind()()
+                attributes.restore()
+                raise
         return out
 
     def gradient(self, out: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ exception: the term of sample n is differentiated through all that it depends on
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,11 @@ class NoTruth(Exception):
     """Plain autograd has no answer."""
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int) -> Tensor:
+    others = [d for d in range(v.ndim) if dim == -1 or d != dim]
+    return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1))
+
+
 class Truth:
     """The definitions at one point. ``values``: the parameters' values if not those that the model is made with."""
 
@@ -40,7 +46,8 @@ class Truth:
             for name, p in net.named_parameters():
                 if self.values is not None:
                     p.copy_(self.values[name])
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+        # the fused kernels have no second derivative, and torch's weight norm a wrong one
+        with sdpa_kernel(SDPBackend.MATH), patch.object(torch, "_weight_norm", _weight_norm):
             return net(self.X.clone()), dict(net.named_parameters())
 
     def term(self, out: Tensor, n: int) -> Tensor:
