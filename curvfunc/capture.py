@@ -78,6 +78,8 @@ def capture(
                 raise
         if layouts is not None:
             layouts.clear()
+        for mode in reversed(run.started):
+            mode.undo()
         run.attributes.restore()
         with nothing_hidden():
             return _attempt(run, generic, layouts, faster)
@@ -94,6 +96,7 @@ def _attempt(run: "_Runs", generic: Sequence[int], layouts: Layouts | None, fast
         mode = Observer(dict(enumerate(leaves)), None, samples, layouts, instead)
         mode.guesses = guesses
         mode.note(generic, "on request")
+        run.started.append(mode)
         try:
             out = run.whole(mode)
         except ParameterChanged:
@@ -174,6 +177,7 @@ class _Runs:
     values: Mapping[int, Tensor] = field(default_factory=dict)
     seeded: bool = False
     changing: bool = False  # parameters, which are copies then
+    started: list[Observer] = field(default_factory=list)  # what watched forward passes of the whole batch
 
     def begin(self) -> None:
         """Start where the first forward pass did."""
@@ -193,8 +197,9 @@ class _Runs:
     def whole(self, mode: Observer) -> Tensor:
         """On the whole batch, watched."""
         leaves = [p.clone() for p in self.leaves] if self.changing else self.leaves
+        params, X = self.rebuild(leaves), tree_map(mode.marked, self.X)
         with mode:
-            out = self.model_fn(self.rebuild(leaves), tree_map(mode.marked, self.X))
+            out = self.model_fn(params, X)
         check_output(out, self.samples)
         return out
 

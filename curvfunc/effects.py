@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _functorch
 
-__all__ = ["HIDDEN_WRITES", "Attributes", "Effects", "ParameterChanged", "kept_tensors", "shares_memory"]
+__all__ = ["HIDDEN_WRITES", "Attributes", "Effects", "ParameterChanged", "keepers", "kept_tensors", "shares_memory"]
 
 
 def _statistics(flag: str, default: bool) -> Callable[[Sequence[Any], dict[str, Any]], list[Any]]:
@@ -116,6 +116,11 @@ def shares_memory(a: Tensor, b: Tensor) -> bool:
 _COMMON = frozenset(vars(nn.Module())) - {"_buffers"}
 
 
+def keepers(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules that may keep something from one call to the next: all but those of torch.nn."""
+    return [m for m in modules if not type(m).__module__.startswith("torch.nn.modules.")]
+
+
 class Attributes:
     """Attributes of the modules that a model is made of, to be put back; those of torch.nn itself keep nothing.
 
@@ -134,8 +139,10 @@ class Attributes:
         """Those of a model."""
         if torch.compiler.is_dynamo_compiling():  # which takes back itself what it traces
             return cls([])
+        if (kept := getattr(model_fn, "keepers", None)) is not None:
+            return cls(kept)
         modules = {id(m): m for root in _modules_of(model_fn) for m in root.modules()}
-        return cls([m for m in modules.values() if not type(m).__module__.startswith("torch.nn.modules.")])
+        return cls(keepers(modules.values()))
 
     def kept(self) -> list[tuple[nn.Module, str]]:
         """Attributes that hold floating-point tensors beside parameters and buffers."""

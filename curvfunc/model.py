@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from curvfunc.effects import shares_memory
+from curvfunc.effects import keepers, shares_memory
 
 __all__ = ["ModelFunction", "call", "check_function", "functionalize", "without_recomputation"]
 
@@ -34,6 +34,7 @@ class ModelFunction:
         """Note where the module holds its tensors."""
         self._parameters, self._buffers = _holders(self.module, "_parameters"), _holders(self.module, "_buffers")
         self._places = _places(self.module)
+        self.keepers = keepers(self.module.modules())
         self._recurrent = [m for m in self.module.modules() if isinstance(m, nn.RNNBase)]
         scripted = [name for name, m in self.module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
         self.scripted = [name for name in scripted if not name or name.rpartition(".")[0] not in scripted]  # the outermost
@@ -90,11 +91,14 @@ class ModelFunction:
 
     def _are_own(self, values: dict[str, Tensor]) -> bool:
         """Whether the module's tensors are these, or detached ones, so that what runs again later has the same values."""
-        for name, t in values.items():
-            _, held, key = self._places[name][0]
-            own = held[key]
-            if t is not own and not shares_memory(t, own):
-                return False
+        if torch.compiler.is_dynamo_compiling():
+            return True
+        with torch._C.DisableTorchFunction():  # for whoever watches the forward pass, these are none of its operations
+            for name, t in values.items():
+                _, held, key = self._places[name][0]
+                own = held[key]
+                if t is not own and not shares_memory(t, own):
+                    return False
         return True
 
     def frozen(self, params: dict[str, Tensor]) -> dict[str, Tensor]:

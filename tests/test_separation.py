@@ -556,3 +556,23 @@ def test_state_that_curvature_meets_twice() -> None:
     want = curvfunc.diag_hessian(model, params, X, y)
     assert_close(curvfunc.diag_hessian(model_fn, params, X, y), want)
     assert module.scale.item() == 0.5
+
+
+def test_a_second_attempt_starts_where_the_first_did() -> None:
+    """Reentrant checkpoints are found when a buffer has moved on already."""
+
+    class Moves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(D, D)
+            self.register_buffer("scale", torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.scale.mul_(0.5)
+            return checkpoint(self.linear, x * self.scale.clone(), use_reentrant=True)
+
+    (X, y), module = batch(), Moves()
+    model_fn, params = curvfunc.functionalize(module)
+    plain = lambda p, x: F.linear(0.5 * x, p["linear.weight"], p["linear.bias"])
+    assert_close(curvfunc.batch_grad(model_fn, params, X, y), one_by_one(plain, params, X, y))
+    assert module.scale.item() == 0.5
