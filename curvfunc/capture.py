@@ -150,9 +150,11 @@ def _attempt(run: "_Runs", generic: Sequence[int], layouts: Layouts | None, fast
                 trace = slow
                 if layouts is not None:
                     layouts.clear()
-    finally:
-        effects.undo()
-        attributes.restore()
+    except Exception:  # whoever tries again starts there, too
+        restart()
+        raise
+    effects.undo()
+    attributes.restore()
     trace.random, trace.restart = mode.random, restart
     return trace
 
@@ -347,6 +349,7 @@ def _hides_calls(error: Exception) -> bool:
     return calls_may_hide() and (
         isinstance(error, (Opaque, torch._dynamo.exc.TorchDynamoException))
         or "saved tensor hooks" in str(error)
+        or "use_reentrant" in str(error)
         or "autograd.Function with functorch" in str(error)
     )
 

@@ -231,10 +231,7 @@ class _Run:
             return self._evaluate(params, specs)
         except RuntimeError as error:
             explain_limits(error)
-            if "use_reentrant" not in str(error):
-                raise
-        with without_recomputation():  # such checkpoints know but one kind of backward pass
-            return self._evaluate(params, specs)
+            raise
 
     def _evaluate(self, params: list[Tensor], specs: list[Quantity]) -> list[Any]:
         """The results, with a graph of its own level where torch.func transforms are active."""
@@ -374,7 +371,7 @@ class _Run:
                         raise
                     return trace
             attributes = Attributes.of(self.model_fn)
-            with Instead(INSTEAD[order]):
+            with Instead(INSTEAD[order]), without_recomputation():  # reentrant checkpoints know but one kind of backward pass
                 out = self.model_fn(self.rebuild(leaves), X)
             attributes.take_back()
         check_output(out, samples)

@@ -564,15 +564,18 @@ def test_a_second_attempt_starts_where_the_first_did() -> None:
     class Moves(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.linear = nn.Linear(D, D)
+            self.linear, self.last = nn.Linear(D, D), nn.Linear(D, D)
             self.register_buffer("scale", torch.ones(()))
 
         def forward(self, x: Tensor) -> Tensor:
             self.scale.mul_(0.5)
-            return checkpoint(self.linear, x * self.scale.clone(), use_reentrant=True)
+            return checkpoint(self.last, self.linear(x * self.scale.clone()), use_reentrant=True)
 
     (X, y), module = batch(), Moves()
     model_fn, params = curvfunc.functionalize(module)
-    plain = lambda p, x: F.linear(0.5 * x, p["linear.weight"], p["linear.bias"])
+
+    def plain(p: Any, x: Tensor) -> Tensor:
+        return F.linear(F.linear(0.5 * x, p["linear.weight"], p["linear.bias"]), p["last.weight"], p["last.bias"])
+
     assert_close(curvfunc.batch_grad(model_fn, params, X, y), one_by_one(plain, params, X, y))
     assert module.scale.item() == 0.5
