@@ -120,14 +120,16 @@ def test_python_memory_does_not_grow() -> None:
     tracemalloc.start()
     for _ in range(900):  # Python's own free lists fill
         step()
-    gc.collect()
-    before = tracemalloc.get_traced_memory()[0]
-    for _ in range(STEPS):
-        step()
-    gc.collect()
-    grown = tracemalloc.get_traced_memory()[0] - before
+    grown = []
+    for _ in range(3):  # what a step leaves behind shows each time, and what free lists take once
+        gc.collect()
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(STEPS):
+            step()
+        gc.collect()
+        grown.append(tracemalloc.get_traced_memory()[0] - before)
     tracemalloc.stop()
-    assert grown < 10_000, f"{grown} bytes more after {STEPS} steps"
+    assert min(grown) < 10_000, f"{grown} bytes more after {STEPS} steps each"
 
 
 @pytest.mark.parametrize("used", [True, False])
