@@ -161,7 +161,7 @@ def _attempt(run: "_Runs", generic: Sequence[int], layouts: Layouts | None, fast
 
 def _restart(effects: Effects, attributes: Attributes) -> None:
     """Take back what a forward pass changed, before another one."""
-    effects.rewind()()
+    effects.rewind()
     attributes.restore()
 
 
@@ -512,8 +512,7 @@ def _check_versions(leaves: Sequence[Tensor], versions: Sequence[int]) -> None:
 
 
 def _visible(t: Tensor) -> bool:
-    while _functorch.is_functorch_wrapped_tensor(t):
-        t = _functorch.get_unwrapped(t)
+    t = base(t)
     return not isinstance(t, torch._subclasses.FakeTensor) and not torch._is_functional_tensor(t)
 
 

@@ -73,16 +73,11 @@ class Effects:
         """Earlier values, by identity of the tensors."""
         return {key: old for key, (_, old) in self._saved.items()}
 
-    def rewind(self) -> Callable[[], None]:
-        """What puts back, in place, what was there before the forward pass, whatever happens until then."""
-        saved = list(self._saved.values())
-
-        def put_back() -> None:
-            with torch.no_grad():
-                for t, old in saved:
-                    t.copy_(old)
-
-        return put_back
+    def rewind(self) -> None:
+        """Put back what was there, in place, and go on knowing it."""
+        with torch.no_grad():
+            for t, old in self._saved.values():
+                t.copy_(old)
 
     def undo(self, but: Container[int] = ()) -> "Effects":
         """Put back what was there, in place; the effects that take this back."""

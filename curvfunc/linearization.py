@@ -146,7 +146,7 @@ class Problem:
                     raise Entangled("the samples could not be followed to the output")
                 check_subset(self.model_fn, leaves, self.rebuild, batch, subset, out)
             except Entangled:
-                subset.effects.rewind()()
+                subset.effects.rewind()
                 attributes.restore()
                 raise
         return out

@@ -34,12 +34,18 @@ class ModelFunction:
         """Note where the module holds its tensors."""
         self._parameters, self._buffers = _holders(self.module, "_parameters"), _holders(self.module, "_buffers")
         self._places = _places(self.module)
-        self.keepers = keepers(self.module.modules())
+        self._keepers = keepers(self.module.modules())
         self._recurrent = [m for m in self.module.modules() if isinstance(m, nn.RNNBase)]
         scripted = [name for name, m in self.module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
         self.scripted = [name for name in scripted if not name or name.rpartition(".")[0] not in scripted]  # the outermost
         changeable = [m for m in self.module.modules() if not isinstance(m, torch.jit.ScriptModule)]
         self._submodules = [(m._modules, key, child) for m in changeable for key, child in m._modules.items()]
+
+    @property
+    def keepers(self) -> list[nn.Module]:
+        """Those of its modules that may keep something from one call to the next."""
+        self.refresh()
+        return self._keepers
 
     def refresh(self) -> list[tuple[dict[str, Any], str, Any]]:
         """Note it again if a submodule was replaced since; returns where each is held, by which key, and itself."""

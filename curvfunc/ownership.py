@@ -12,6 +12,8 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
+from curvfunc.separation import base
+
 __all__ = ["apart", "check_apart", "own"]
 
 
@@ -54,7 +56,7 @@ def _own_within(results: Iterable[Tensor], given: list[Tensor]) -> list[Tensor]:
         if zero is not None and not _batches(zero) <= _batches(t):
             t = t + zero.to(t.device, t.dtype)  # vmap would expand it
         storages = _storages(t, dual)
-        inner = _inner(t)
+        inner = base(t)
         if not taken.isdisjoint(storages) or not (inner.is_contiguous() or _is_dense(inner)):
             t = t.clone()
             storages = _storages(t, dual)
@@ -81,17 +83,10 @@ _holders: Callable[[int], int] = getattr(torch._C, "_storage_Use_Count", _everyb
 
 def _storages(t: Tensor, dual: bool) -> list[int]:
     """The memory of a tensor, and of its tangent."""
-    found = [_inner(t).untyped_storage()._cdata]
+    found = [base(t).untyped_storage()._cdata]
     if dual and (tangent := forward_ad.unpack_dual(t).tangent) is not None:
-        found.append(_inner(tangent).untyped_storage()._cdata)
+        found.append(base(tangent).untyped_storage()._cdata)
     return found
-
-
-def _inner(t: Tensor) -> Tensor:
-    """The tensor within the levels of torch.func."""
-    while _functorch.is_functorch_wrapped_tensor(t):
-        t = _functorch.get_unwrapped(t)
-    return t
 
 
 def _is_dense(t: Tensor) -> bool:
