@@ -26,7 +26,7 @@ from torch import Tensor
 from torch._C import _functorch
 
 from curvfunc.chance import Chance
-from curvfunc.effects import Attributes, Effects, ParameterChanged, kept_tensors, shares_memory
+from curvfunc.effects import Attributes, Effects, ParameterChanged, all_held, kept_tensors, shares_memory
 from curvfunc.forms import Direct
 from curvfunc.inputs import Batch, check_used
 from curvfunc.model import without_recomputation
@@ -39,6 +39,7 @@ from curvfunc.sites import Layouts, Site, Trace
 
 __all__ = ["Entangled", "capture", "check_leaves", "check_output", "check_subset", "nothing_hidden"]
 
+UNFOLLOWED = "the sample axis could not be followed to the output"
 CHANGING = "the forward pass changes parameters in place"
 
 FASTEST = {order: instead | FASTER for order, instead in INSTEAD.items()}
@@ -107,7 +108,7 @@ def _attempt(run: "_Runs", generic: Sequence[int], layouts: Layouts | None, fast
             out = run.whole(mode)
             mode.note([None], CHANGING)
         if not mode.reasons and out.requires_grad and mode.axis_of(out) != 0:
-            mode.reasons[None] = "the sample axis could not be followed to the output"
+            mode.reasons[None] = UNFOLLOWED
         if not mode.reasons:
             found = reached([out], mode.sites, mode.tracked)
             check_used(out, bool(found.params or found.sites))
@@ -118,7 +119,7 @@ def _attempt(run: "_Runs", generic: Sequence[int], layouts: Layouts | None, fast
         if not mode.reasons:
             assert mode.effects is not None
             restart = partial(_restart, mode.effects, run.attributes)
-            return Trace(out, mode.sites, "plain", {}, mode.entangled, mode.counts, mode.random, restart)
+            return _with_doubts(Trace(out, mode.sites, "plain", restart=restart), mode)
         if not mode.guesses:
             break
         mode.undo()
@@ -155,7 +156,16 @@ def _attempt(run: "_Runs", generic: Sequence[int], layouts: Layouts | None, fast
         raise
     effects.undo()
     attributes.restore()
-    trace.random, trace.restart = mode.random, restart
+    if mode.entangled is None and mode.axis_of(out) != 0:
+        mode.entangled = UNFOLLOWED
+    trace.restart = restart
+    return _with_doubts(trace, mode)
+
+
+def _with_doubts(trace: Trace, mode: Observer) -> Trace:
+    """A trace with what the whole batch's forward pass left unproven."""
+    trace.entangled, trace.counts, trace.random = mode.entangled, mode.counts, mode.random
+    trace.foreign = mode.foreign.values()
     return trace
 
 
@@ -413,7 +423,8 @@ def check_subset(
     index = batch.index
     if index is None:
         return
-    whole = found.entangled is not None or batch.size == batch.total
+    foreign = found.foreign if isinstance(found, Trace) else found.foreign.values()
+    whole = found.entangled is not None or batch.size == batch.total or not all_held(model_fn, foreign)
     apart = bool(found.reasons)  # each sample was run by itself, but a batch of one is that anyway
     if not (whole or found.counts or found.random or (apart and batch.size == 1)):
         return

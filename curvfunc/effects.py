@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
+from types import CellType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any
 from weakref import ref
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _functorch
 
-__all__ = ["HIDDEN_WRITES", "Attributes", "Effects", "ParameterChanged", "keepers", "kept_tensors", "shares_memory"]
+__all__ = ["HIDDEN_WRITES", "Attributes", "Effects", "ParameterChanged", "all_held", "keepers", "kept_tensors", "shares_memory"]
 
 
 def _statistics(flag: str, default: bool) -> Callable[[Sequence[Any], dict[str, Any]], list[Any]]:
@@ -58,7 +58,7 @@ class Effects:
             ParameterChanged: If it is memory of a parameter.
         """
         written = HIDDEN_WRITES.get(func)
-        targets = list(args[:1]) if written is None else written(args, kwargs)
+        targets = [*args, *kwargs.values()][:1] if written is None else written(args, kwargs)
         for t in _tensors(targets):
             if any(t is p for p in self._params) or (t.grad_fn is None and any(shares_memory(t, p) for p in self._params)):
                 raise ParameterChanged
@@ -218,6 +218,50 @@ def _modules_of(model_fn: Any) -> Iterator[nn.Module]:
             if isinstance(found, nn.Module):
                 yield found
                 break
+
+
+def all_held(model_fn: Any, tensors: Iterable[Tensor]) -> bool:
+    """Whether a model has all of these tensors from before its call: in closures, globals, attributes and containers."""
+    missing = {id(t): t for t in tensors}
+    seen: set[int] = set()
+    ahead: list[tuple[Any, int]] = [(model_fn, 0)]
+    while missing and ahead:
+        value, depth = ahead.pop()
+        if isinstance(value, Tensor):
+            missing.pop(id(value), None)
+        elif depth < 8 and id(value) not in seen:
+            seen.add(id(value))
+            ahead += [(inner, depth + 1) for inner in _inside(value)]
+    return not missing
+
+
+def _inside(value: Any) -> list[Any]:
+    """What an object holds, as far as a model may have its tensors there."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, (list, tuple, set)):
+        return list(value)
+    if isinstance(value, partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, ref):
+        return [value()]
+    if isinstance(value, FunctionType):
+        names = [name for code in (value.__code__, *_codes(value.__code__)) for name in code.co_names]
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+        return [value.__globals__.get(name) for name in names] + cells + [value.__defaults__, value.__kwdefaults__]
+    if isinstance(value, MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, (ModuleType, type)) or not hasattr(value, "__dict__"):
+        return []
+    return [vars(value), getattr(type(value), "__call__", None)]
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """The functions that a function defines."""
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield inner
+            yield from _codes(inner)
 
 
 def _is_of_call(t: Tensor) -> bool:

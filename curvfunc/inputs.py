@@ -9,6 +9,7 @@ import optree
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch.nn import Parameter
 
 from curvfunc.samples import hidden_tensors, leaves, tree_map
 
@@ -107,7 +108,7 @@ def flatten_params(params: Any) -> tuple[list[str], list[Tensor], Callable[[Sequ
     for name, p in zip(names, leaves, strict=True):
         if not isinstance(p, Tensor):
             raise TypeError(f"parameter {name!r} is {p!r} of type {type(p).__name__}; a tensor is needed.")
-        if hasattr(p, "full_tensor"):
+        if type(p) not in (Tensor, Parameter) and hasattr(p, "full_tensor"):
             raise TypeError(
                 f"parameter {name!r} is a DTensor, sharded over processes, which is not supported. Functionalize the model as "
                 "it is before fully_shard (a copy, with p.full_tensor() for its parameters)."

@@ -13,7 +13,7 @@ from weakref import ref
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import _functorch
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
@@ -29,6 +29,7 @@ from curvfunc.sites import Layouts, Parameter, Site
 __all__ = ["Observer", "over_columns", "reached", "without_fallback_warnings"]
 
 MIXED = -1  # a tensor whose sample axis is not known
+UNSEEN = -3  # a tensor that the mode did not see made
 CONSTANT = -2  # a tensor that requires grad and depends on no sample: parameters, and what is made of them alone
 
 
@@ -63,6 +64,7 @@ class Observer(TorchFunctionMode):
         self.entangled: str | None = None  # what may make a sample's output depend on the data of others
         self.counts = False  # whether Python asked for the shape of a batch
         self.random = False
+        self.foreign: dict[int, Tensor] = {}  # constants that it did not see made: captured, or made where calls are hidden
         self.effects: Effects | None = Effects(tracked.values())  # None where they are the user's own
         self._marks: dict[int, tuple[Any, int | None, bool]] = {}
         if level is None:
@@ -170,6 +172,7 @@ class Observer(TorchFunctionMode):
             if self.guesses is False or t.ndim == 0 or not t.shape[0] == self.samples > 1:
                 return t
             self.guesses = True
+            self._doubt(t)
             return self.marked(t)
 
         return {k: samples(t) for k, t in args.items()} if isinstance(args, dict) else tuple(map(samples, args))
@@ -207,10 +210,11 @@ class Observer(TorchFunctionMode):
         rule = RULES.get(func)
         if rule is None:
             return self._refuse(used, f"{_name(func)} has no rule")
-        if any(t.is_complex() for t in tensors):  # rules are for real numbers: no conjugates, no real parts
-            return self._refuse(used, f"{_name(func)} takes complex numbers")
-        if not all(t.numel() for t in tensors):
-            return self._refuse(used, f"{_name(func)} takes a tensor of no elements")
+        for t in tensors:
+            if t.is_complex():  # rules are for real numbers: no conjugates, no real parts
+                return self._refuse(used, f"{_name(func)} takes complex numbers")
+            if not t.numel():
+                return self._refuse(used, f"{_name(func)} takes a tensor of no elements")
         bound = {**dict(zip(rule.arguments, args, strict=False)), **kwargs}
         if not bound.keys() <= rule.accepts:  # an option of torch's that the rule does not know
             bound = {name: value for name, value in bound.items() if name in rule.accepts or value is not None}
@@ -343,7 +347,7 @@ class Observer(TorchFunctionMode):
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], out: Any) -> None:
         """Mark each tensor of ``out`` with its sample axis."""
         if mutates(func):  # its views keep their marks, so the axis must not change
-            target = args[0]
+            target = args[0] if args else next(iter(kwargs.values()))
             known = self._marked_axis(target)
             axis = self._propagated(func, args, kwargs, tensors, target)
             if axis is None:
@@ -374,6 +378,7 @@ class Observer(TorchFunctionMode):
             axis = self.axis_of(t)
             if axis is None:
                 constant_with_grad |= t.requires_grad
+                self._doubt(t)
             elif axis >= 0:
                 sampled = True
             elif axis == CONSTANT:
@@ -390,6 +395,10 @@ class Observer(TorchFunctionMode):
                 self.entangled = f"{_name(func)} is not known to keep samples apart"
             return MIXED if found is None else found
         return CONSTANT if constant_with_grad else None
+
+    def _doubt(self, t: Tensor) -> None:
+        if self._marked_axis(t, UNSEEN) == UNSEEN:
+            self.foreign[id(t)] = t
 
     def _escapes(self, what: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> None:
         """Note what the model asks of tensors that the sample axis cannot tell."""
@@ -426,9 +435,9 @@ class Observer(TorchFunctionMode):
         axis = self.axis_of(t)
         return None if axis is None or axis < 0 else axis
 
-    def _marked_axis(self, t: Tensor) -> int | None:
+    def _marked_axis(self, t: Tensor, default: int | None = None) -> int | None:
         found = self._marks.get(id(t))
-        return found[1] if found is not None and found[0]() is t else None
+        return found[1] if found is not None and found[0]() is t else default
 
     def _is_made(self, t: Tensor) -> bool:
         """Whether a tensor is known to be made in this forward pass; those of a transformation do not outlive it."""
@@ -505,11 +514,12 @@ def _escape_table() -> dict[Any, str]:
     random = """rand randn randint randperm normal bernoulli multinomial poisson rand_like randn_like randint_like
         native_dropout normal_ uniform_ random_ bernoulli_ exponential_ geometric_ log_normal_ cauchy_ dropout dropout_
         dropout1d dropout2d dropout3d alpha_dropout alpha_dropout_ feature_alpha_dropout feature_dropout rrelu rrelu_
-        gumbel_softmax multi_head_attention_forward scaled_dot_product_attention lstm gru rnn_tanh rnn_relu"""
+        gumbel_softmax multi_head_attention_forward scaled_dot_product_attention lstm gru rnn_tanh rnn_relu
+        kaiming_uniform_"""
     table = {}
     for names, what in ((values, "value"), ("size __len__ numel nelement", "shape"), (random, "random")):
         for name in names.split():
-            for space in (torch, Tensor, F):
+            for space in (torch, Tensor, F, nn.init):
                 if (func := getattr(space, name, None)) is not None:
                     table[func] = what
     table[Tensor.shape.__get__] = "shape"  # type: ignore[attr-defined]

@@ -28,13 +28,13 @@ def own(results: Iterable[Tensor], given: Callable[[], Iterable[Any]] = tuple) -
     if _functorch.peek_interpreter_stack() is not None or torch.compiler.is_compiling():
         return _own_within(results, [t for t in given() if isinstance(t, Tensor)])
     taken: set[int] = set()
-    found = []
+    found, strided, holders = [], torch.strided, _holders
     for t in results:
-        if t.layout is not torch.strided:
+        if t.layout is not strided:
             t = t.to_dense()
         storage = t.untyped_storage()._cdata
-        others = _holders(storage) - (2 if t._base is None else 3)  # itself, this look at it, and what it is a view of
-        if others > 0 or storage in taken or not (t.is_contiguous() or _is_dense(t)):
+        known = 2 if t._base is None else 3  # itself, this look at it, and what it is a view of
+        if holders(storage) > known or storage in taken or not (t.is_contiguous() or _is_dense(t)):
             t = t.clone()
             storage = t.untyped_storage()._cdata
         taken.add(storage)

@@ -1,6 +1,6 @@
 """What a forward pass leaves behind: where it uses the parameters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,9 +70,10 @@ class Trace:
         sites: Uses of parameters whose cotangents give everything; a generic parameter is a site of its own.
         mode: "plain", "vmap" or "loop".
         reasons: ``{parameter index: why it is generic}``, under the index None why the plain path does not hold.
-        entangled: On the plain path, why the data of samples may have met before it met parameters; None if it did not.
-        counts: On the plain path, whether Python asked for the shape of a batch.
-        random: On the plain path, whether something may have been drawn at random.
+        entangled: Why the data of samples may have met when the whole batch ran; None if it did not.
+        counts: Whether Python asked for the shape of a batch.
+        random: Whether something may have been drawn at random.
+        foreign: Constants that were met, and not seen to be made.
         restart: Takes back what the forward pass changed besides, so that another one starts where it did.
     """
 
@@ -83,6 +84,7 @@ class Trace:
     entangled: str | None = None
     counts: bool = False
     random: bool = False
+    foreign: Collection[Tensor] = ()
     restart: Callable[[], Any] = lambda: None
 
 

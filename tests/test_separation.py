@@ -4,6 +4,7 @@ The judge is one ordinary backward pass per sample, of its own term, through a f
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -134,7 +135,14 @@ def test_chance_is_not_taken_for_mixing(name: str) -> None:
         assert found["w"].shape == compiled(params)["w"].shape
 
 
+def centered_unseen(x: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunction():
+        return x - x.mean(0)
+
+
 AS_DATA: dict[str, Model] = {
+    "unseen": lambda p, x: centered_unseen(x) @ p["w"],
+    "unseen factor": lambda p, x: (x @ p["w"]) * centered_unseen(x),
     "data": lambda p, x: (x - x.mean(0)) @ p["w"],
     "detached": lambda p, x: (lambda h: h - h.mean(0).detach())(x @ p["w"]),
     "python": lambda p, x: (x - float(x.mean())) @ p["w"],
@@ -168,6 +176,39 @@ def test_other_samples_as_data(name: str) -> None:
     each = [curvfunc.hessian_vp(model, params, X, y, v, subsampling=[n]) for n in range(N)]
     summed = {k: sum(h[k] for h in each) for k in params}
     assert_close(summed, curvfunc.hessian_vp(model, params, X, y, v))
+
+
+@pytest.mark.parametrize("subset", [[0], [1], [1, 0, 0], [0, 1]])
+def test_an_order_that_the_batch_decides(subset: list[int]) -> None:
+    """A subset that is in order already looks as if the model left the order alone."""
+    X, params = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, -2.0]]), {"w": torch.eye(3)}
+    model = lambda p, x: (lambda h: h[h.detach().sum(1).argsort()])(x @ p["w"])
+    with pytest.raises(ValueError, match="mixes the samples"):
+        curvfunc.batch_grad(model, params, X, torch.tensor([0, 1]), subsampling=subset)
+
+
+def test_constants_of_the_model_are_no_doubt() -> None:
+    """A subset runs without the whole batch beside it, wherever the model has its constants from."""
+    (X, y), params, rows = batch(), weights(), torch.randn(D)
+    module = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), nn.Linear(D, D)).eval()
+    module[0].requires_grad_(False)
+    held: Any = {"list": [rows, {"inner": rows + 1}]}
+    models: list[Any] = [
+        (lambda p, x: x @ p["w"] * rows + held["list"][1]["inner"], params),
+        (partial(lambda p, x, *, c: x @ p["w"] * c, c=rows), params),
+        curvfunc.functionalize(module),
+    ]
+    sizes: list[int] = []
+    for model, values in models:
+
+        def counting(p: Any, x: Tensor, model: Any = model) -> Tensor:
+            with torch._C.DisableTorchFunction():  # who asks for it is compared
+                sizes.append(len(x))
+            out: Tensor = model(p, x)
+            return out
+
+        curvfunc.batch_grad(counting, values, X, y, subsampling=[2, 1])
+    assert set(sizes) == {2}
 
 
 def test_a_constant_row_for_each_sample() -> None:
@@ -337,6 +378,31 @@ def test_effects_happen_once() -> None:
         curvfunc.batch_grad(model_fn, params, X, y)
         assert (module.seen.item(), module.last.tolist(), module.calls) == (calls, [calls] * D, calls)
     assert not [key for t in (module.seen, *module.parameters()) for key in vars(t)]  # nothing of ours stays
+
+
+class Draws(nn.Module):
+    """Writes by keyword, and draws, inside of a function of torch.nn.init."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+        self.register_buffer("noise", torch.zeros(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        nn.init.uniform_(tensor=self.noise)
+        return self.linear(x + self.noise)
+
+
+def test_initialization_in_the_forward_pass() -> None:
+    (X, y), module = batch(), Draws()
+    model_fn, params = curvfunc.functionalize(module)
+    torch.manual_seed(1)
+    found = curvfunc.batch_grad(model_fn, params, X, y)
+    noise = module.noise.clone()
+    torch.manual_seed(1)
+    want = one_by_one(lambda p, x: torch.func.functional_call(module, p, (x,)), params, X, y)
+    assert_close(found, want)
+    assert torch.equal(noise, module.noise)
 
 
 def test_statistics_are_updated_as_by_the_module() -> None:
