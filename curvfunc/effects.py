@@ -253,7 +253,7 @@ def _inside(value: Any) -> list[Any]:
         return [value.__self__, value.__func__]
     if isinstance(value, (ModuleType, type)) or not hasattr(value, "__dict__"):
         return []
-    return [vars(value), getattr(type(value), "__call__", None)]
+    return [vars(value), type(value).__call__ if callable(value) else None]
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
