@@ -114,7 +114,7 @@ def _attempt(run: "_Runs", generic: Sequence[int], layouts: Layouts | None, fast
             check_used(out, bool(found.params or found.sites))
             mode.note(found.params, "it is used where calls cannot be seen")
             check_leaves(run.model_fn, found.leaves, leaves)
-            run.check_unused({*found.params, *(i for site in mode.sites for i in site.forms)})
+            run.check_unused({*found.params, *(i for site in found.sites for i in site.forms)})
         _check_versions(leaves, versions)
         if not mode.reasons:
             assert mode.effects is not None
@@ -140,7 +140,7 @@ def _attempt(run: "_Runs", generic: Sequence[int], layouts: Layouts | None, fast
     effects = mode.undo(but=run.values)
     try:
         trace = run.apart(mode.reasons, layouts)
-        if whole is None or not holds(differ(whole, outcome(trace.out, leaves, retain_graph=True)), compiling):
+        if whole is None or not run.is_alike(trace, whole, compiling):
             if whole is not None and mode.random and run.repeats(whole.out):
                 raise ValueError(SEEDED)
             tried = compiling or whole is None or mode.random or trace.mode == "loop"
@@ -224,8 +224,8 @@ class _Runs:
             after.hide(delete=delete)
             trial = self.watch(dict(enumerate(self.leaves)), None, self.samples)
             try:
-                found = reached([self.whole(trial)], trial.sites, trial.tracked).params
-                then = {*found, *(i for site in trial.sites for i in site.forms)}
+                found = reached([self.whole(trial)], trial.sites, trial.tracked)
+                then = {*found.params, *(i for site in found.sites for i in site.forms)}
             except Exception:  # they are not what it can do without
                 then = set()
             finally:
@@ -314,13 +314,22 @@ class _Runs:
             outs.append(out)
         return Trace(torch.cat(outs), _generic_sites(generic, self.leaves), "loop", dict.fromkeys(generic, why))
 
+    def is_alike(self, trace: Trace, whole: Outcome, compiling: bool) -> bool:
+        """Whether samples by themselves give what the batch does; what vmap runs forwards may not run backwards."""
+        try:
+            return holds(differ(whole, outcome(trace.out, self.leaves, retain_graph=True)), compiling)
+        except (RuntimeError, NotImplementedError):
+            if trace.mode != "vmap":
+                raise
+            return False
+
     def like(self, whole: Outcome) -> Trace | None:
         """Sample by sample, if that gives what the batch does: then it is vmap that is wrong."""
         try:
             trace = self.one_by_one("under vmap the model has other values or gradients; curvfunc.check finds the operation")
         except (RuntimeError, NotImplementedError, IndexError, ValueError):
             return None
-        return trace if holds(differ(whole, outcome(trace.out, self.leaves, retain_graph=True)), False) else None
+        return trace if self.is_alike(trace, whole, False) else None
 
     def repeats(self, out: Tensor) -> bool:
         """Whether the batch has the same output again, although something is drawn at random."""

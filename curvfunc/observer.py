@@ -607,12 +607,12 @@ class Reached(NamedTuple):
     Attributes:
         params: Parameters, by index, other than through sites.
         leaves: All other leaves.
-        sites: Whether there is a site among what was reached.
+        sites: Those among what was reached.
     """
 
     params: list[int]
     leaves: list[Tensor]
-    sites: bool
+    sites: list[Site]
 
 
 def reached(outputs: Sequence[Tensor], sites: list[Site], tracked: dict[int, Tensor], stops: Sequence[Tensor] = ()) -> Reached:
@@ -652,4 +652,4 @@ def reached(outputs: Sequence[Tensor], sites: list[Site], tracked: dict[int, Ten
             leaves[id(leaf)] = leaf
         else:
             stack.extend([n for n, _ in node.next_functions if n is not None])
-    return Reached(sorted(found), list(leaves.values()), not seen.isdisjoint([site.edge.node for site in sites]))
+    return Reached(sorted(found), list(leaves.values()), [site for site in sites if site.edge.node in seen])

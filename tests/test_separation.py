@@ -211,6 +211,34 @@ def test_constants_of_the_model_are_no_doubt() -> None:
     assert set(sizes) == {2}
 
 
+class OnlyTheBatch(torch.autograd.Function):
+    """As kernels of torch's do, it runs forwards under vmap, and not backwards."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        return x @ w
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        if torch._C._functorch.is_functorch_wrapped_tensor(g):
+            raise RuntimeError("grad_weight must be contiguous")
+        x, w = ctx.saved_tensors
+        return g @ w.T, x.flatten(0, -2).T @ g.flatten(0, -2)
+
+
+def test_a_kernel_that_vmap_cannot_run_backwards() -> None:
+    (X, y), params = batch(), {"w": torch.randn(D, D)}
+    model = lambda p, x: OnlyTheBatch.apply(x, p["w"]).tanh()
+    assert_close(curvfunc.batch_grad(model, params, X, y), one_by_one(model, params, X, y))
+    assert "loop" in str(curvfunc.explain(model, params, X))
+
+
 def test_a_constant_row_for_each_sample() -> None:
     (X, y), params, rows = batch(), weights(), torch.randn(N, D)
     model = lambda p, x: x @ p["w"] + rows
@@ -473,6 +501,28 @@ def test_caches_of_a_function() -> None:
     hidden = lambda p, x: torch.maximum(x @ p["w"] + cache.setdefault("a", p["a"] * 2), p["b"])
     with pytest.raises(ValueError, match="made from parameters in an earlier call"):
         curvfunc.batch_grad(hidden, params, X, y)  # its second forward pass meets what the first left
+
+
+class KeepsAConstant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.kept = nn.Linear(D, D), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept is None:
+            self.kept = torch.linspace(0, 1, D)
+        return self.linear(x + self.kept).detach()
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_unused_parameters_beside_a_kept_constant(hidden: bool) -> None:
+    """What a module keeps need not be why parameters are unused."""
+    (X, y), module = batch(), nn.Sequential(KeepsAConstant(), nn.Softplus() if hidden else nn.Identity(), nn.Linear(D, D))
+    inner, params = curvfunc.functionalize(module)
+    model_fn = (lambda p, x: torch.maximum(inner(p, x), p["2.bias"] - 9)) if hidden else inner
+    want = one_by_one(model_fn, params, X, y)
+    for _ in range(2):
+        assert_close(curvfunc.batch_grad(model_fn, params, X, y), want)
 
 
 def test_a_parameter_that_cannot_be_replaced() -> None:

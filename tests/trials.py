@@ -256,15 +256,26 @@ class Case:
         _ = self.truth().grads  # what plain autograd cannot run is no program
 
     def truth(self, scale: float = 1.0, X: Tensor | None = None) -> Truth:
-        """At the parameters times ``scale``, and at other inputs."""
+        """At the parameters times ``scale``, and at other inputs, which the module meets after its own."""
         key = (scale, X is None)
         if key not in self.found:
             make, values = self.namespace["make"], None
             if scale != 1.0:
                 values = {k: scale * p.detach() for k, p in make().named_parameters()}
+
+            def met() -> torch.nn.Module:
+                net: torch.nn.Module = make()
+                with torch.no_grad():
+                    net(self.X.clone())
+                return net
+
             with Reseeded():
                 self.found[key] = Truth(
-                    make, self.X if X is None else X, self.namespace["y"], self.namespace["loss_fn"], values
+                    make if X is None else met,
+                    self.X if X is None else X,
+                    self.namespace["y"],
+                    self.namespace["loss_fn"],
+                    values,
                 )
         return self.found[key]
 

@@ -37,6 +37,7 @@ _SECOND = _some(
     "SqrtGGNExact SqrtGGNMC",
 )
 _HBP = _some(extensions, "HBP KFAC KFLR KFRA")
+_HBP_OPTIONS = _some(extensions, "BackpropStrategy ExpectationApproximation LossHessianStrategy")
 _PRODUCTS = _some(extensions, "GGNMP HMP PCHMP")
 _HVP = _some(hessianfree, "hessian_vector_product")
 _GGNVP = _some(hessianfree, "ggn_vector_product ggn_vector_product_from_plist")
@@ -65,10 +66,8 @@ LAYOUT: dict[str, dict[str, Any]] = {
         extensions, "DiagGGN DiagGGNExact DiagGGNMC BatchDiagGGN BatchDiagGGNExact BatchDiagGGNMC"
     ),
     "extensions.secondorder.diag_hessian": _some(extensions, "DiagHessian BatchDiagHessian"),
-    "extensions.secondorder.hbp": _HBP,
-    "extensions.secondorder.hbp.hbp_options": _some(
-        extensions, "BackpropStrategy ExpectationApproximation LossHessianStrategy"
-    ),
+    "extensions.secondorder.hbp": _HBP | _HBP_OPTIONS,
+    "extensions.secondorder.hbp.hbp_options": _HBP_OPTIONS,
     "extensions.secondorder.sqrt_ggn": _some(extensions, "SqrtGGN SqrtGGNExact SqrtGGNMC"),
     "extensions.curvmatprod": _PRODUCTS,
     "extensions.curvmatprod.hmp": _some(extensions, "HMP"),
