@@ -1,5 +1,6 @@
 """Each extension, run by BackPACK and by the shim on the same weights."""
 
+import importlib
 import warnings
 from typing import Any
 
@@ -11,7 +12,7 @@ from helpers import assert_close
 from torch import Tensor, nn
 
 from curvfunc import compat
-from curvfunc.compat import modules
+from curvfunc.compat import modules, names
 
 FIRST = ["BatchGrad", "BatchL2Grad", "SumGradSquared", "Variance"]
 GGN = ["DiagGGNExact", "BatchDiagGGNExact"]
@@ -120,11 +121,30 @@ def test_norms_of_grouped_convolutions_are_those_of_the_gradients() -> None:
         assert_close(p.batch_l2, p.grad_batch.flatten(1).square().sum(1))
 
 
+def test_names_are_where_they_were() -> None:
+    """Whatever BackPACK defines in a module that has a counterpart, but for what only its own derivatives need."""
+    backpack_peer.load()
+    older = {"branching", "core.layers"}  # names of earlier versions
+    for name, mine in names.LAYOUT.items():
+        if name in older or name == "utils.examples":  # which imports torchvision
+            continue
+        theirs = importlib.import_module(f"backpack.{name}")
+        defined = {k for k, v in vars(theirs).items() if getattr(v, "__module__", "") == theirs.__name__ and k[0] != "_"}
+        assert defined - mine.keys() <= INTERNAL.get(name, set()), name
+
+
+INTERNAL = {
+    "core.derivatives.convnd": {"ConvNDDerivatives"},
+    "extensions.curvature": {"ResidualModifications"},
+    "utils.kroneckers": {"get_letters", "kfac_mat_prod_einsum_equation"},
+}
+
+
 @pytest.mark.usefixtures("float64")
 def test_utilities_agree() -> None:
     backpack_peer.load()
     from backpack.hessianfree import ggnvp, hvp
-    from backpack.utils import convert_parameters, kroneckers
+    from backpack.utils import convert_parameters, kroneckers, module_classification
 
     from curvfunc.compat import hessianfree, kronecker_lists
 
@@ -137,6 +157,11 @@ def test_utilities_agree() -> None:
         for shift in (None, 0.5, [0.1, 0.2, 0.3]):
             mine = kronecker_lists.apply_inv_kfac_mat_prod(symmetric, v, shift)
             assert_close(mine, kroneckers.apply_inv_kfac_mat_prod(symmetric, v, shift))
+        for shape in (kronecker_lists.is_matrix, kronecker_lists.is_vector):
+            assert shape(v) == getattr(kroneckers, shape.__name__)(v)
+    for module in (nn.MSELoss(), nn.NLLLoss(), nn.Sequential(), nn.Linear(1, 1), nn.Flatten()):
+        for kind in (modules.is_loss, modules.is_nll, modules.is_no_op):
+            assert kind(module) == getattr(module_classification, kind.__name__)(module)
     X, y, loss_fn = nets.data("mlp_sigmoid")
     model = nets.net("mlp_sigmoid", modules)
     params = list(model.parameters())

@@ -7,10 +7,14 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "all_tensors_of_order",
     "apply_inv_kfac_mat_prod",
     "apply_kfac_mat_prod",
     "inv_kfac_mat_prod",
     "inv_kfacs",
+    "is_matrix",
+    "is_tensor_of_order",
+    "is_vector",
     "kfac_mat_prod",
     "kfacs_to_mat",
     "subsample",
@@ -21,9 +25,29 @@ __all__ = [
 SMALLEST_EIGENVALUE = 1e-8  # inverses are cut off at its reciprocal
 
 
+def is_tensor_of_order(order: int, tensor: Tensor) -> bool:
+    """Whether a tensor has that many axes."""
+    return tensor.ndim == order
+
+
+def all_tensors_of_order(order: int, tensors: Iterable[Tensor]) -> bool:
+    """Whether all tensors have that many axes."""
+    return all(is_tensor_of_order(order, t) for t in tensors)
+
+
+def is_matrix(tensor: Tensor) -> bool:
+    """Whether a tensor has two axes."""
+    return is_tensor_of_order(2, tensor)
+
+
+def is_vector(tensor: Tensor) -> bool:
+    """Whether a tensor has one axis."""
+    return is_tensor_of_order(1, tensor)
+
+
 def two_kfacs_to_mat(A: Tensor, B: Tensor) -> Tensor:
     """The Kronecker product A ⊗ B of two matrices."""
-    assert A.ndim == B.ndim == 2, "Kronecker factors are matrices"
+    assert is_matrix(A) and is_matrix(B), "Kronecker factors are matrices"
     return torch.kron(A, B)
 
 
@@ -34,7 +58,7 @@ def kfacs_to_mat(factors: Sequence[Tensor]) -> Tensor:
 
 def kfac_mat_prod(factors: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
     """The function v ↦ (A ⊗ B ⊗ ...) v, for vectors [d] and matrices [d, columns]."""
-    assert all(f.ndim == 2 for f in factors), "Kronecker factors are matrices"
+    assert all_tensors_of_order(2, factors), "Kronecker factors are matrices"
     columns = [f.shape[1] for f in factors]
 
     def multiply(mat: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.modules.loss import _Loss
 
-__all__ = ["Flatten", "Pad", "Parallel", "Permute", "ReduceTuple", "ScaleModule", "Slicing", "SumModule"]
+__all__ = ["Flatten", "Pad", "Parallel", "Permute", "ReduceTuple", "ScaleModule", "Slicing", "SumModule", "is_loss", "is_nll", "is_no_op"]
 
 Flatten = nn.Flatten
 
@@ -114,3 +116,18 @@ class ReduceTuple(nn.Module):
     def forward(self, input: tuple[Any, ...]) -> Any:
         """The element."""
         return input[self.index]
+
+
+def is_loss(module: nn.Module) -> bool:
+    """Whether a module is one of torch's losses."""
+    return isinstance(module, _Loss)
+
+
+def is_nll(module: nn.Module) -> bool:
+    """Whether a module is a loss that is a negative log-likelihood."""
+    return isinstance(module, (nn.MSELoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss))
+
+
+def is_no_op(module: nn.Module) -> bool:
+    """Whether a module does nothing but call others, or choose from what it gets."""
+    return isinstance(module, (nn.Sequential, _Branch, Parallel, ReduceTuple, GraphModule))

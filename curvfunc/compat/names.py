@@ -44,7 +44,8 @@ _GGNVP = _some(hessianfree, "ggn_vector_product ggn_vector_product_from_plist")
 _ROP = _some(hessianfree, "R_op jacobian_vector_product")
 _LOP = _some(hessianfree, "L_op transposed_jacobian_vector_product")
 _KRONECKERS = (
-    "kfacs_to_mat two_kfacs_to_mat kfac_mat_prod apply_kfac_mat_prod inv_kfac_mat_prod apply_inv_kfac_mat_prod inv_kfacs"
+    "kfacs_to_mat two_kfacs_to_mat kfac_mat_prod apply_kfac_mat_prod inv_kfac_mat_prod apply_inv_kfac_mat_prod inv_kfacs "
+    "is_matrix is_vector is_tensor_of_order all_tensors_of_order"
 )
 
 # BackPACK's modules, parents before children, and the names that each has.
@@ -93,6 +94,7 @@ LAYOUT: dict[str, dict[str, Any]] = {
     "utils": {},
     "utils.convert_parameters": _some(kronecker_lists, "vector_to_parameter_list"),
     "utils.kroneckers": _some(kronecker_lists, _KRONECKERS),
+    "utils.module_classification": _some(modules, "is_loss is_nll is_no_op"),
     "utils.subsampling": _some(kronecker_lists, "subsample"),
     "utils.examples": _some(examples, "autograd_diag_ggn_exact get_mnist_dataloader load_mnist_dataset load_one_batch_mnist"),
 }
