@@ -9,7 +9,19 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.modules.loss import _Loss
 
-__all__ = ["Flatten", "Pad", "Parallel", "Permute", "ReduceTuple", "ScaleModule", "Slicing", "SumModule", "is_loss", "is_nll", "is_no_op"]
+__all__ = [
+    "Flatten",
+    "Pad",
+    "Parallel",
+    "Permute",
+    "ReduceTuple",
+    "ScaleModule",
+    "Slicing",
+    "SumModule",
+    "is_loss",
+    "is_nll",
+    "is_no_op",
+]
 
 Flatten = nn.Flatten
 
