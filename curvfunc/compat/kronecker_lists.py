@@ -47,7 +47,7 @@ def is_vector(tensor: Tensor) -> bool:
 
 def two_kfacs_to_mat(A: Tensor, B: Tensor) -> Tensor:
     """The Kronecker product A ⊗ B of two matrices."""
-    assert is_matrix(A) and is_matrix(B), "Kronecker factors are matrices"
+    assert all_tensors_of_order(2, (A, B)), "Kronecker factors are matrices"
     return torch.kron(A, B)
 
 
