@@ -1,6 +1,6 @@
 """Specs in, results out: one forward pass, one backward pass per kind of cotangent, shared by all specs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
@@ -181,7 +181,9 @@ def _results(
     if drawn:  # each sample is to have its own draws, and its company: what is of the subset is chosen from one pass
         samples, places = (batch.whole(), batch.index) if mixed or entangled else batch.distinct()
         results = _Run(model_fn, names, rebuild, samples, *given, outs, chosen=places).evaluate(leaves, list(specs))
-    return _own(results, outs, lambda: [*leaves, *_tensors(X), *_tensors(y), *loss.tensors.values(), *held])
+    results = _own(results, outs, lambda: [*leaves, *_tensors(X), *_tensors(y), *loss.tensors.values(), *held])
+    given_back = outs or [None] * len(specs)
+    return [r if out is not None or s.forward else rebuild(r) for s, r, out in zip(specs, results, given_back, strict=True)]
 
 
 class _DrawnError(Exception):
@@ -199,13 +201,26 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [t for t in tensors_of(tree) if isinstance(t, Tensor)]
 
 
-def _own(results: Any, outs: list[Any] | None, given: Callable[[], list[Any]]) -> list[Any]:
+def _own(results: list[Any], outs: list[Any] | None, given: Callable[[], list[Any]]) -> list[Any]:
     """The results, but for those in the caller's memory, as tensors that share memory with nothing."""
-    if outs is not None:
-        results = [r if out is None else None for r, out in zip(results, outs, strict=True)]
-    tensors, tree = optree.tree_flatten(results)
-    found: Any = optree.tree_unflatten(tree, own(tensors, given))
+    new = results if outs is None else [r if out is None else () for r, out in zip(results, outs, strict=True)]
+    mine = iter(own([t for r in new for t in _flat(r)], given))
+    found = [_put(r, mine) for r in new]
     return found if outs is None else [r if out is None else out for r, out in zip(found, outs, strict=True)]
+
+
+def _flat(result: Any) -> list[Tensor]:
+    """The tensors of a result: one, or those of a list of values per parameter."""
+    if isinstance(result, Tensor):
+        return [result]
+    return [t for r in result for t in ((r,) if isinstance(r, Tensor) else optree.tree_leaves(r))]
+
+
+def _put(result: Any, tensors: Iterator[Tensor]) -> Any:
+    """The same result with other tensors."""
+    if isinstance(result, Tensor):
+        return next(tensors)
+    return [next(tensors) if isinstance(r, Tensor) else optree.tree_map(lambda _: next(tensors), r) for r in result]
 
 
 @dataclass(frozen=True)
@@ -226,7 +241,7 @@ class _Run:
     chosen: Tensor | None = None  # the samples of the batch that all but the specs of the whole batch are of
 
     def evaluate(self, params: list[Tensor], specs: list[Quantity]) -> list[Any]:
-        """The results."""
+        """The results: the output or a loss, or a list of one per parameter; where the caller has memory for one, this."""
         try:
             return self._evaluate(params, specs)
         except RuntimeError as error:
@@ -320,9 +335,7 @@ class _Run:
                 found = backward.run(columns[cotangent], list(names), retain_graph=not last, outs=outs)
                 parts.update({(key, name): result for name, result in found.items()})
             results = [self._finish(s, key, out, parts) for s, key in zip(specs, keys, strict=True)]
-            if self.buffers is not None:
-                results = [deliver(type(s).__name__, r, b) for s, r, b in zip(specs, results, self.buffers, strict=True)]
-        return trace.out, results
+        return trace.out, self._delivered(specs, results)
 
     def _of_nothing(self, leaves: list[Tensor], specs: list[Quantity], out: Tensor) -> list[Any]:
         """The results where there are no samples, or no entries of their outputs: sums of nothing."""
@@ -330,12 +343,18 @@ class _Run:
         losses.check(self.loss, self.batch.spread(out) if len(out) else out, self.batch.y)
         entries = out.shape[1:].numel()
         results = [
-            self._finish(s, None, out, {}) if s.forward else self.rebuild(of_nothing(s, leaves, self._samples(s), entries))
-            for s in specs
+            self._finish(s, None, out, {}) if s.forward else of_nothing(s, leaves, self._samples(s), entries) for s in specs
         ]
-        if self.buffers is not None:
-            results = [deliver(type(s).__name__, r, b) for s, r, b in zip(specs, results, self.buffers, strict=True)]
-        return results
+        return self._delivered(specs, results)
+
+    def _delivered(self, specs: list[Quantity], results: list[Any]) -> list[Any]:
+        """The results, or where the caller has memory for one, this."""
+        if self.buffers is None:
+            return results
+        return [
+            r if b is None else deliver(type(s).__name__, r if s.forward else self.rebuild(r), b)
+            for s, r, b in zip(specs, results, self.buffers, strict=True)
+        ]
 
     def _outs(
         self, leaves: list[Tensor], specs: list[Quantity], keys: list[Any], wanted: Any, columns: int
@@ -431,7 +450,7 @@ class _Run:
         values = [spec.finish(self._samples(spec), *p) for p in zip(*lists, strict=True)]
         # autograd may return what a backward pass of the model's own keeps
         total = spec.contractions == ("total",)
-        return self.rebuild([apart(t) if isinstance(t, Tensor) and (total or t._base is not None) else t for t in values])
+        return [apart(t) if isinstance(t, Tensor) and (total or t._base is not None) else t for t in values]
 
 
 def of_nothing(spec: Quantity, params: Sequence[Tensor], samples: int, entries: int) -> list[Any]:

@@ -113,14 +113,14 @@ def flatten_params(params: Any) -> tuple[list[str], list[Tensor], Callable[[Sequ
                 f"parameter {name!r} is a DTensor, sharded over processes, which is not supported. Functionalize the model as "
                 "it is before fully_shard (a copy, with p.full_tensor() for its parameters)."
             )
-        if p.is_complex():
-            raise TypeError(not_real(name, p))
         if not p.is_floating_point():
             raise TypeError(
-                f"parameter {name!r} has dtype {p.dtype}; parameters must be real floating-point tensors. Keep others "
-                "out of params (as buffers of the module, or constants of model_fn)."
+                not_real(name, p)
+                if p.is_complex()
+                else f"parameter {name!r} has dtype {p.dtype}; parameters must be real floating-point tensors. Keep others out "
+                "of params (as buffers of the module, or constants of model_fn)."
             )
-    if all(p.is_meta for p in leaves):
+    if leaves[0].is_meta and all(p.is_meta for p in leaves):
         raise ValueError(
             "all parameters are on the meta device, which has shapes and no values. Give them some: call "
             "module.to_empty(device=...) and load_state_dict, or make the module on a device."

@@ -100,12 +100,11 @@ class ModelFunction:
         if torch.compiler.is_dynamo_compiling():
             return True
         with torch._C.DisableTorchFunction():  # for whoever watches the forward pass, these are none of its operations
-            for name, t in values.items():
-                _, held, key = self._places[name][0]
-                own = held[key]
-                if t is not own and not shares_memory(t, own):
-                    return False
-        return True
+            own = [held[key] for (_, held, key), *_ in map(self._places.__getitem__, values)]
+            try:
+                return [t.data_ptr() for t in values.values()] == [t.data_ptr() for t in own]
+            except RuntimeError:  # tensors of torch.func's transformations have no memory of their own
+                return all(t is o or shares_memory(t, o) for t, o in zip(values.values(), own, strict=True))
 
     def frozen(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """The module's parameters that ``params`` does not name, without gradient."""

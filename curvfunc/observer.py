@@ -18,6 +18,7 @@ from torch._C import _functorch
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from curvfunc.batch_axis import RULES as PROPAGATED
 from curvfunc.batch_axis import mutates, propagate
 from curvfunc.effects import HIDDEN_WRITES, Effects
 from curvfunc.forms import Direct, Form, Through, block_of, reads, sum_to_shape, transposed
@@ -76,37 +77,44 @@ class Observer(TorchFunctionMode):
     ) -> Any:
         """Run ``func`` and note what it does with parameters and samples."""
         kwargs = kwargs or {}
-        if func in BATCH_NORMS and takes_batch_statistics(args, kwargs):
-            if func is not F.batch_norm or self.normalizes_samples(args, kwargs):
-                raise ValueError(BATCH_STATISTICS)
-            with self:
-                return standardized(*args, **kwargs)
         tensors = tensors_in(args, kwargs)
-        if (what := ESCAPES.get(func)) is not None:
-            if what == "set":  # autograd itself sets attributes, while it holds what a look at the graph would wait for
-                return func(*args, **kwargs)
-            self._escapes(what, func, args, kwargs, tensors)
-        if self.effects is not None and (mutates(func) or func in HIDDEN_WRITES):
-            self.effects.before(func, args, kwargs, self._is_made)
+        writes = False
+        if func not in ORDINARY:
+            if func in BATCH_NORMS and takes_batch_statistics(args, kwargs):
+                if func is not F.batch_norm or self.normalizes_samples(args, kwargs):
+                    raise ValueError(BATCH_STATISTICS)
+                with self:
+                    return standardized(*args, **kwargs)
+            if (what := ESCAPES.get(func)) is not None:
+                if what == "set":  # autograd itself sets attributes, while it holds what a look at the graph would wait for
+                    return func(*args, **kwargs)
+                self._escapes(what, func, args, kwargs, tensors)
+            writes = mutates(func)
+            if self.effects is not None and (writes or func in HIDDEN_WRITES):
+                self.effects.before(func, args, kwargs, self._is_made)
         used = [p for t in tensors if (p := self.index.get(id(t))) is not None]
         if used and (decomposition := DECOMPOSITIONS.get(func)) is not None:
             with self:
                 return decomposition(*args, **kwargs)
-        if used and func in RULES and not any(map(self._sampled, tensors)):
-            args, kwargs = (self._repeated(a) for a in (args, kwargs))
-            tensors = tensors_in(args, kwargs)
-        # before the call, which may move on from these nodes in place
-        data = [self._raw(t) for t in tensors if id(t) not in self.index] if used else []
-        before = [edge_of(t).node for t in data if t.requires_grad] if data and torch.is_grad_enabled() else []
+        before: list[Node] = []
+        if used:
+            sampled = any(map(self._sampled, tensors))
+            if not sampled and func in RULES:
+                args, kwargs = (self._repeated(a) for a in (args, kwargs))
+                tensors = tensors_in(args, kwargs)
+                sampled = any(map(self._sampled, tensors))
+            if torch.is_grad_enabled():  # before the call, which may move on from these nodes in place
+                data = [self._raw(t) for t in tensors if id(t) not in self.index]
+                before = [edge_of(t).node for t in data if t.requires_grad]
         run = self.instead.get(func, func)
         if self.level is not None:
             run = UNDER_VMAP.get(func, run)
         out = run(*args, **kwargs) if self.layouts is None else self._laid_out(self.layouts, func, run, args, kwargs, tensors)
         if used and _tensor_in(out):
-            if not self._derive(func, tensors, out, used):
-                self._use(func, args, kwargs, tensors, out, used, before)
+            if sampled or writes or not self._derive(func, out, used):
+                self._use(func, args, kwargs, tensors, out, used, before, writes)
         elif self.level is None:
-            self._follow(func, args, kwargs, tensors, out)
+            self._follow(func, args, kwargs, tensors, out, writes)
         elif isinstance(out, Tensor) and not any(out is t for t in tensors):
             self.mark(out, None)
         return out
@@ -126,10 +134,8 @@ class Observer(TorchFunctionMode):
 
     # -- parameters
 
-    def _derive(self, func: Any, tensors: list[Tensor], out: Any, used: list["Parameter"]) -> bool:
+    def _derive(self, func: Any, out: Any, used: list["Parameter"]) -> bool:
         """Keep what is made of parameters and constants alone, as a parameter of its own."""
-        if any(map(self._sampled, tensors)) or mutates(func):
-            return False
         if not torch.is_grad_enabled():  # views may look as if they had a gradient
             return True
         if (made := self._expanded(func, out, used[0])) is not None:
@@ -204,9 +210,10 @@ class Observer(TorchFunctionMode):
         out: Any,
         used: list["Parameter"],
         before: list[Node],
+        writes: bool,
     ) -> None:
         if self.level is None:
-            self._follow(func, args, kwargs, tensors, out)
+            self._follow(func, args, kwargs, tensors, out, writes)
         rule = RULES.get(func)
         if rule is None:
             return self._refuse(used, f"{_name(func)} has no rule")
@@ -344,9 +351,11 @@ class Observer(TorchFunctionMode):
                 layouts.note_several(edge_of(raw).node)
         return out
 
-    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], out: Any) -> None:
+    def _follow(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], out: Any, writes: bool
+    ) -> None:
         """Mark each tensor of ``out`` with its sample axis."""
-        if mutates(func):  # its views keep their marks, so the axis must not change
+        if writes:  # its views keep their marks, so the axis must not change
             target = args[0] if args else next(iter(kwargs.values()))
             known = self._marked_axis(target)
             axis = self._propagated(func, args, kwargs, tensors, target)
@@ -549,6 +558,12 @@ ESCAPES, DROPS = _escape_table(), _drop_table()
 
 BATCH_NORMS = {F.batch_norm, torch.batch_norm, torch.native_batch_norm}
 
+# Functions of which nothing but their result is to be looked at: most calls are of these.
+ORDINARY = {
+    func
+    for func in {*PROPAGATED, *RULES}
+    if not (func in ESCAPES or func in HIDDEN_WRITES or func in BATCH_NORMS or mutates(func))
+}
 
 BATCH_STATISTICS = (
     "batch normalization in training mode mixes the samples of a batch, so that per-sample gradients and curvature are not "
@@ -564,6 +579,10 @@ def takes_batch_statistics(args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
 
 class Opaque(Exception):
     """The model runs in a way that hides calls from the mode, and that can be switched off."""
+
+
+# Nodes behind which calls were hidden.
+HIDING = ("CheckpointFunctionBackward", "CompiledFunctionBackward")
 
 
 def calls_may_hide() -> bool:
@@ -635,12 +654,13 @@ def reached(outputs: Sequence[Tensor], sites: list[Site], tracked: dict[int, Ten
     stack = [edge_of(out).node for out in outputs if out.requires_grad]
     found: set[int] = set()
     leaves: dict[int, Tensor] = {}
+    may_hide = calls_may_hide()
     while stack:
         node = stack.pop()
         if node in seen:
             continue
         seen.add(node)
-        if type(node).__name__ in ("CheckpointFunctionBackward", "CompiledFunctionBackward") and calls_may_hide():
+        if may_hide and type(node).__name__ in HIDING:
             raise Opaque
         leaf = getattr(node, "variable", None)
         end = node if leaf is None else id(leaf)

@@ -145,6 +145,7 @@ class BackwardPass:
         others = [i for i in range(len(leaves)) if "total" in names and i not in summed]
         found: dict[str, list[list[Any]]] = {n: [[] for _ in leaves] for n in names}
         factors: dict[int, dict[Any, Tensor]] = {}  # by chunk
+        blocks = any(n.startswith("output_factor") for n in names)
 
         def contract(i: int, bounds: list[Bound], start: int, stop: int) -> None:
             if bounds:
@@ -154,8 +155,11 @@ class BackwardPass:
                 samples = len(trace.out) if self.chosen is None else len(self.chosen)
                 bound = direct(zero.expand(stop - start, samples, *leaves[i].shape))
             wanted = [*per_site, "total"] if i in summed else per_site
-            buffers = {n: buffer[i][start:stop] if n == "per_sample" else buffer[i] for n, buffer in outs.items()}
-            check_block(wanted, bound, f"parameter {self.names[i]!r}")
+            buffers = (
+                {n: buffer[i][start:stop] if n == "per_sample" else buffer[i] for n, buffer in outs.items()} if outs else {}
+            )
+            if blocks:
+                check_block(bound, f"parameter {self.names[i]!r}")
             only = stop - start == root.num
             for n, part in contracted(wanted, bound, start == 0, only, buffers, factors.setdefault(start, {})).items():
                 keep(found[n][i], part, CONTRACTIONS[n][1])
@@ -324,16 +328,16 @@ def sums_of_nothing(name: str, p: Tensor, columns: int, samples: int) -> Any:
         return None
     dtype = p.dtype if name in ("total", "per_sample") else wide(p.dtype)
     if name == "factors" or name.startswith("output_factor"):
-        check_block(["output_factor"], direct(p.new_zeros(()).expand(1, samples, *p.shape)), "a parameter")
+        check_block(direct(p.new_zeros(()).expand(1, samples, *p.shape)), "a parameter")
         block = p.new_zeros(p.numel(), p.numel(), dtype=dtype)
         return (block,) if name == "factors" else block
     own = torch.Size(()) if name in ("sample_norms", "gram") else p.shape
     return p.new_zeros(torch.Size(lead.get(name, ())) + own, dtype=dtype)
 
 
-def check_block(names: Sequence[str], bound: Bound, parameter: str) -> None:
+def check_block(bound: Bound, parameter: str) -> None:
     """Raise if a parameter without Kronecker structure is so large that nobody can want its exact block; warn before that."""
-    if not isinstance(bound.form, Direct) or not any(n.startswith("output_factor") for n in names):
+    if not isinstance(bound.form, Direct):
         return
     if (rows := bound.form.shape.numel()) > LARGEST_BLOCK:
         raise NotImplementedError(

@@ -130,7 +130,8 @@ def _pulled(
             mine = uses.pop(i)
             bound = merge([prepared.bind(form, g, names, whole_batch and len(mine) == 1) for form, g in mine])
             for k, (ext, spec) in enumerate(group):
-                check_block(spec.contractions, bound, f"{type(ext).__name__}: a parameter")
+                if any(n.startswith("output_factor") for n in spec.contractions):
+                    check_block(bound, f"{type(ext).__name__}: a parameter")
                 selected = select(bound, ext.get_subsampling())
                 if start == 0:
                     p, samples = graph.params[i], selected.g.shape[1]
