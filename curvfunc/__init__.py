@@ -1,9 +1,10 @@
 """Per-sample gradients, curvature and Kronecker factors as pure functions of a model and its parameters."""
 
 from curvfunc import reference
-from curvfunc.checking import Comparison, Report, check
-from curvfunc.compute import Quantity, compute
-from curvfunc.estimators import (
+from curvfunc.checks.checking import Comparison, Report, check
+from curvfunc.checks.rule_report import RuleReport, check_rule
+from curvfunc.engine.model import ModelFunction, functionalize
+from curvfunc.operators.estimators import (
     Spectrum,
     eigsh,
     hutchinson_diag,
@@ -12,13 +13,27 @@ from curvfunc.estimators import (
     spectral_density,
     xdiag,
 )
-from curvfunc.explain import Explanation, explain
-from curvfunc.forms import Direct, Outer, Rows
-from curvfunc.gram import BatchDot, GGNGram, batch_dot, batch_dot_total, ggn_gram, ggn_gram_total
-from curvfunc.model import ModelFunction, functionalize
-from curvfunc.operators import LinearOperator, fisher_operator, ggn_operator, hessian_operator
-from curvfunc.products import fisher_vp, ggn_vp, ggnmp, hessian_vp, hmp, jvp, pchmp, vjp
-from curvfunc.quantities import (
+from curvfunc.operators.linear_operators import LinearOperator, fisher_operator, ggn_operator, hessian_operator
+from curvfunc.operators.products import fisher_vp, ggn_vp, ggnmp, hessian_vp, hmp, jvp, pchmp, vjp
+from curvfunc.quantities.call import compute
+from curvfunc.quantities.explain import Explanation, explain
+from curvfunc.quantities.functions import (
+    batch_diag_ggn,
+    batch_diag_hessian,
+    batch_grad,
+    batch_l2,
+    diag_ggn,
+    diag_hessian,
+    kfac,
+    kflr,
+    kfra,
+    sqrt_ggn,
+    sum_grad_squared,
+    variance,
+)
+from curvfunc.quantities.gram import BatchDot, GGNGram, batch_dot, batch_dot_total, ggn_gram, ggn_gram_total
+from curvfunc.quantities.quantity import Quantity
+from curvfunc.quantities.specs import (
     KFAC,
     KFLR,
     KFRA,
@@ -34,21 +49,9 @@ from curvfunc.quantities import (
     SqrtGGN,
     SumGradSquared,
     Variance,
-    batch_diag_ggn,
-    batch_diag_hessian,
-    batch_grad,
-    batch_l2,
-    diag_ggn,
-    diag_hessian,
-    kfac,
-    kflr,
-    kfra,
-    sqrt_ggn,
-    sum_grad_squared,
-    variance,
 )
-from curvfunc.rule_report import RuleReport, check_rule
 from curvfunc.rules import operation, rule
+from curvfunc.uses.forms import Direct, Outer, Rows
 
 __version__ = "0.1.0"
 

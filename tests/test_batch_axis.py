@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from curvfunc.batch_axis import RULES, mutates, propagate
+from curvfunc.rules.batch_axis import RULES, mutates, propagate
 
 N = 4
 torch.set_num_threads(1)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 import curvfunc
-from curvfunc import Direct, batch_axis, capture, functionalize
-from curvfunc.rules import RULES
+from curvfunc import Direct, functionalize
+from curvfunc.engine import capture
+from curvfunc.rules import RULES, batch_axis
 from curvfunc.rules.kernels import INSTEAD
 
 X, Y = torch.randn(4, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64), torch.tensor([0, 1, 1, 0])

@@ -437,7 +437,7 @@ class Noisy(Distances):
 @pytest.fixture
 def no_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing has a rule, so every parameter is generic."""
-    monkeypatch.setattr("curvfunc.observer.RULES", {})
+    monkeypatch.setattr("curvfunc.engine.observer.RULES", {})
 
 
 @pytest.mark.usefixtures("no_rules")

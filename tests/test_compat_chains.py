@@ -281,7 +281,7 @@ def test_chains_under_create_graph(extension: str) -> None:
     for p in params:
         p.grad = None
     model_fn, tensors = curvfunc.functionalize(nn.Sequential(*chain("two activations")[0]))
-    function = curvfunc.kfra if extension == "KFRA" else curvfunc.diag_hessian
+    function = curvfunc.hessian.kfra if extension == "KFRA" else curvfunc.diag_hessian
 
     def penalty(values: dict[str, Tensor]) -> Tensor:
         leaves = [r for v in function(model_fn, values, X, y).values() for r in (v if extension == "KFRA" else [v])]

@@ -390,7 +390,7 @@ def shared(self: Net, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("rules", [True, False])
 def test_results_share_no_memory(rules: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not rules:
-        monkeypatch.setattr("curvfunc.observer.RULES", {})
+        monkeypatch.setattr("curvfunc.engine.observer.RULES", {})
     X, y = batch()
     model = Net(shared)
     model.c, model.d, model.e = (nn.Parameter(torch.randn(3)) for _ in range(3))

@@ -8,11 +8,12 @@ from helpers import assert_close
 from torch import Tensor, nn
 
 import curvfunc
-from curvfunc import forms, reference
-from curvfunc.contractions import formed
-from curvfunc.forms import Bound, Outer, per_sample
+from curvfunc import reference
 from curvfunc.rules import conv
-from curvfunc.second_moments import second_moment
+from curvfunc.uses import forms
+from curvfunc.uses.forms import Bound, Outer, per_sample
+from curvfunc.uses.second_moments import second_moment
+from curvfunc.uses.squares import formed
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -10,7 +10,7 @@ from helpers import assert_close
 from torch import Tensor, nn
 
 import curvfunc
-from curvfunc import second_moments
+from curvfunc.uses import second_moments
 
 pytestmark = pytest.mark.usefixtures("float64")
 

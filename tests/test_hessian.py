@@ -16,11 +16,11 @@ from torch.func import grad, hessian, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import curvfunc as cf
-from curvfunc.capture import capture
-from curvfunc.compute import compute
-from curvfunc.residuals import curvature
+from curvfunc import compute
+from curvfunc.engine.capture import capture
+from curvfunc.engine.sites import Layouts
+from curvfunc.hessian.residuals import curvature
 from curvfunc.rules.nonlinear import COMPOSITES, curve
-from curvfunc.sites import Layouts
 
 pytestmark = pytest.mark.usefixtures("float64")
 

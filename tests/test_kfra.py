@@ -217,8 +217,8 @@ def test_chunks_of_rows_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     model_fn, params = cf.functionalize(build())
     X, y = torch.randn(N, *shape), torch.arange(N) % C
     whole = cf.kfra(model_fn, params, X, y)
-    monkeypatch.setattr("curvfunc.cotangents.CHUNK_BYTES", {"cpu": 1})
-    monkeypatch.setitem(__import__("sys").modules["curvfunc.kfra"].CHUNK_BYTES, "cpu", 2000)
+    monkeypatch.setattr("curvfunc.engine.cotangents.CHUNK_BYTES", {"cpu": 1})
+    monkeypatch.setitem(__import__("sys").modules["curvfunc.hessian.kfra"].CHUNK_BYTES, "cpu", 2000)
     assert_close(cf.kfra(model_fn, params, X, y), whole)
 
 

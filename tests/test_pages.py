@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
 import curvfunc
-from curvfunc import pages
 from curvfunc.compat import backpack, extend, extensions, memory
+from curvfunc.tensors import pages
 
 # -- memory that stays
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.func import vmap
 
 import curvfunc as cf
-from curvfunc.forms import Direct, Outer
 from curvfunc.rules import RULES
+from curvfunc.uses.forms import Direct, Outer
 
 pytestmark = pytest.mark.usefixtures("float64")
 

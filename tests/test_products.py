@@ -17,7 +17,7 @@ from helpers import assert_close
 from torch import Tensor, nn
 
 import curvfunc
-from curvfunc import positive_curvature
+from curvfunc.operators import positive_curvature
 
 pytestmark = pytest.mark.usefixtures("float64")
 

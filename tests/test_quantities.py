@@ -18,8 +18,8 @@ from written_out import WRITTEN_OUT
 
 import curvfunc
 from curvfunc import KFAC, KFLR, BatchDiagGGN, BatchGrad, BatchL2, DiagGGN, Grad, Loss, Output, SqrtGGN, Variance
-from curvfunc.capture import capture
-from curvfunc.inputs import flatten_params
+from curvfunc.engine.capture import capture
+from curvfunc.tensors.inputs import flatten_params
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -130,9 +130,9 @@ def test_fallbacks(name: str, quantity: str, mode: str, monkeypatch: pytest.Monk
     def refuse(*args: Any) -> None:
         raise NotImplementedError("vmap")
 
-    monkeypatch.setattr("curvfunc.observer.RULES", {})
+    monkeypatch.setattr("curvfunc.engine.observer.RULES", {})
     if mode == "loop":
-        monkeypatch.setattr("curvfunc.capture._Runs.vmapped", refuse)
+        monkeypatch.setattr("curvfunc.engine.capture._Runs.vmapped", refuse)
     problem = PROBLEMS[name].make()
     assert trace(problem).mode == mode
     assert_close(evaluate(quantity, problem), specified(quantity, problem))

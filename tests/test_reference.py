@@ -14,7 +14,7 @@ from torch.func import functional_call, hessian
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvfunc import reference
-from curvfunc.reference_layers import _conv_inputs, layers
+from curvfunc.reference.layers import _conv_inputs, layers
 
 pytestmark = pytest.mark.usefixtures("float64")
 

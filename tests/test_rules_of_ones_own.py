@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.func import vmap
 
 import curvfunc as cf
-from curvfunc import Direct, Outer, Rows, batch_axis, check_rule, operation, rule
-from curvfunc.rules import RULES, checks
+from curvfunc import Direct, Outer, Rows, check_rule, operation, rule
+from curvfunc.rules import RULES, batch_axis, checks
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -180,7 +180,7 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_rules_are_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("curvfunc.forms.PATCHES_BYTES", 0)  # parts of inputs are used even where these are small
+    monkeypatch.setattr("curvfunc.uses.forms.PATCHES_BYTES", 0)  # parts of inputs are used even where these are small
     forms, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
         check_rule(_taking_all(forms), *example(positions=True))
@@ -343,7 +343,7 @@ def test_shapes_are_looked_at(name: str, function: Callable[..., Any]) -> None:
 def test_rules_of_this_package_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """They cost nothing."""
     monkeypatch.setattr(checks, "guarded", None)
-    monkeypatch.setattr("curvfunc.observer.guarded", None)
+    monkeypatch.setattr("curvfunc.engine.observer.guarded", None)
     net = torch.nn.Linear(2, C)
     model_fn, params = cf.functionalize(net)
     cf.batch_grad(model_fn, params, torch.randn(N, 2), torch.arange(N) % C)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 import curvfunc
-from curvfunc import KFAC, BatchGrad, BatchL2, DiagGGN, Grad, SumGradSquared, Variance, compute, passes
+from curvfunc import KFAC, BatchGrad, BatchL2, DiagGGN, Grad, SumGradSquared, Variance, compute
+from curvfunc.engine import passes
 
 MAKE = {**{name: p.make for name, p in PROBLEMS.items()}, **{f"zoo: {name}": make for name, make in ZOO.items()}}
 SPECS: tuple[Any, ...] = (

@@ -14,18 +14,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from curvfunc import hessian, losses
-from curvfunc.block_products import Block, condensed
+from curvfunc import losses
 from curvfunc.compat.context import paused
 from curvfunc.compat.delivery import Pass
 from curvfunc.compat.extensions import GGNMP, HMP, PCHMP, MatrixProduct
 from curvfunc.compat.notes import LossCall
 from curvfunc.compat.upstream import Curved, Upstream
-from curvfunc.cotangents import chunks
-from curvfunc.forms import Bound, Outer, Rows, join, merge
-from curvfunc.linearization import check_vector
-from curvfunc.passes import Prepared
-from curvfunc.positive_curvature import MODIFICATIONS
+from curvfunc.engine.cotangents import chunks
+from curvfunc.engine.passes import Prepared
+from curvfunc.hessian import diagonal as hessian
+from curvfunc.operators.linearization import check_vector
+from curvfunc.operators.positive_curvature import MODIFICATIONS
+from curvfunc.uses.block_products import Block, condensed
+from curvfunc.uses.forms import Bound, Outer, Rows, join, merge
 
 __all__ = ["BlockProduct", "FunctionProduct", "ParameterProduct", "put_products"]
 

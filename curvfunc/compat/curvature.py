@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvfunc import hessian, losses, products
+from curvfunc import losses
 from curvfunc.compat import blocks, graphs
 from curvfunc.compat.context import paused
 from curvfunc.compat.delivery import FREED, Pass, check_repeated, forget, select
@@ -17,11 +17,15 @@ from curvfunc.compat.extensions import HMP, PCHMP, BackpropExtension, MatrixProd
 from curvfunc.compat.memory import earlier
 from curvfunc.compat.notes import Call, LossCall, Repeated, nodes, notes
 from curvfunc.compat.upstream import Curved, Upstream, whole_model
-from curvfunc.compute import Quantity, compute, of_nothing
-from curvfunc.cotangents import AveragedHessian, FullHessian, LossRoot, chunks, common
-from curvfunc.forms import Form, merge
-from curvfunc.kfra import factors
-from curvfunc.passes import CONTRACTIONS, Prepared, check_block, combine, contracted, keep
+from curvfunc.engine.cotangents import AveragedHessian, FullHessian, LossRoot, chunks, common
+from curvfunc.engine.passes import CONTRACTIONS, Prepared, check_block, combine, contracted, keep
+from curvfunc.hessian import diagonal as hessian
+from curvfunc.hessian.kfra import factors
+from curvfunc.operators import products
+from curvfunc.quantities.call import compute
+from curvfunc.quantities.quantity import Quantity
+from curvfunc.quantities.run import of_nothing
+from curvfunc.uses.forms import Form, merge
 
 __all__ = ["evaluate"]
 

@@ -21,16 +21,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from curvfunc.capture import capture
 from curvfunc.compat.context import LOCK, State, no_op, retained, state
 from curvfunc.compat.extensions import BackpropExtension
 from curvfunc.compat.memory import earlier
 from curvfunc.compat.notes import LossCall, ModuleUse, Region, RegionOutput, nodes, notes
-from curvfunc.compute import Quantity, of_nothing
-from curvfunc.cotangents import pull
-from curvfunc.forms import Bound, Direct, at_samples, bind, direct, inputs_of, merge
-from curvfunc.passes import contracted
-from curvfunc.sites import Trace
+from curvfunc.engine.capture import capture
+from curvfunc.engine.cotangents import pull
+from curvfunc.engine.passes import contracted
+from curvfunc.engine.sites import Trace
+from curvfunc.quantities.quantity import Quantity
+from curvfunc.quantities.run import of_nothing
+from curvfunc.uses.forms import Bound, Direct, at_samples, bind, direct, inputs_of, merge
 
 Grads = tuple[Tensor | None, ...]
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from curvfunc import quantities
-from curvfunc.compute import Quantity
-from curvfunc.linearization import GaussNewton, Hessian
-from curvfunc.positive_curvature import PositiveCurvature
+from curvfunc.operators.linearization import GaussNewton, Hessian
+from curvfunc.operators.positive_curvature import PositiveCurvature
+from curvfunc.quantities.quantity import Quantity
 
 __all__ = [
     "GGNMP",
@@ -389,7 +389,7 @@ class KFLR(HBP):
 
 
 class KFRA(HBP):
-    """Kronecker factors with averaging at each layer, the list ``p.kfra``; see `curvfunc.kfra`."""
+    """Kronecker factors with averaging at each layer, the list ``p.kfra``; see `curvfunc.hessian.kfra`."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -434,7 +434,7 @@ class MatrixProduct(SecondOrderBackpropExtension):
     """
 
     def matrix(self) -> Any:
-        """The matrix, as `curvfunc.linearization` knows it."""
+        """The matrix, as `curvfunc.operators.linearization` knows it."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it multiplies with. {WRITE_A_QUANTITY}")
 
 

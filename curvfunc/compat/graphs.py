@@ -19,9 +19,9 @@ from curvfunc.compat.delivery import Pass
 from curvfunc.compat.extensions import GGNMP, HMP, MatrixProduct
 from curvfunc.compat.notes import LossCall
 from curvfunc.compat.upstream import Upstream
-from curvfunc.inputs import read_batch
-from curvfunc.linearization import Problem, Product, linearized
-from curvfunc.products import block
+from curvfunc.operators.linearization import Problem, Product, linearized
+from curvfunc.operators.products import block
+from curvfunc.tensors.inputs import read_batch
 
 __all__ = ["GraphProduct", "put_products"]
 

@@ -1,6 +1,6 @@
 """Matrix-free products on a graph that the caller made, by autograd alone.
 
-Without a graph of one's own: `curvfunc.products` (``hessian_vp``, ``ggn_vp``, ``jvp``, ``vjp``).
+Without a graph of one's own: `curvfunc.operators.products` (``hessian_vp``, ``ggn_vp``, ``jvp``, ``vjp``).
 """
 
 from collections.abc import Iterable, Sequence

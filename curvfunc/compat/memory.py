@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvfunc.compute import Quantity
+from curvfunc.quantities.quantity import Quantity
 
 __all__ = ["earlier"]
 

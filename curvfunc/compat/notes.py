@@ -15,9 +15,9 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from curvfunc import losses
 from curvfunc.compat.context import paused
-from curvfunc.model import call
+from curvfunc.engine.model import call
+from curvfunc.engine.sites import Layouts, Site
 from curvfunc.rules.nonlinear import COMPOSITES
-from curvfunc.sites import Layouts, Site
 
 __all__ = ["Call", "LossCall", "ModuleUse", "NodeLayouts", "Region", "RegionOutput", "nodes", "note", "notes"]
 

@@ -28,15 +28,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.loss import _Loss
 
 from curvfunc import losses
-from curvfunc.batch_axis import mutates
 from curvfunc.compat import delivery
 from curvfunc.compat.context import CTX, LOCK, state
 from curvfunc.compat.extensions import BatchDiagHessian, DiagHessian, MatrixProduct
 from curvfunc.compat.notes import Call, LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, note
-from curvfunc.inputs import not_real
-from curvfunc.observer import BATCH_NORMS, Observer, Opaque, reached, takes_batch_statistics
+from curvfunc.engine.observer import BATCH_NORMS, Observer, Opaque, reached, takes_batch_statistics
+from curvfunc.rules.batch_axis import mutates
 from curvfunc.rules.kernels import INSTEAD
-from curvfunc.samples import flatten
+from curvfunc.tensors.inputs import not_real
+from curvfunc.tensors.samples import flatten
 
 __all__ = ["extend", "memory_cleanup"]
 

@@ -13,11 +13,11 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from curvfunc import losses
 from curvfunc.compat.delivery import FREED, repeat
 from curvfunc.compat.notes import LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, nodes, notes
-from curvfunc.cotangents import chunks, pull
-from curvfunc.forms import Form, flat_vectors
-from curvfunc.residuals import Curvature, curvature
+from curvfunc.engine.cotangents import chunks, pull
+from curvfunc.engine.sites import Site, Trace
+from curvfunc.hessian.residuals import Curvature, curvature
 from curvfunc.rules.nonlinear import is_diagonal, is_once_differentiable, is_reshape
-from curvfunc.sites import Site, Trace
+from curvfunc.uses.forms import Form, flat_vectors
 
 __all__ = ["Curved", "Upstream", "whole_model"]
 

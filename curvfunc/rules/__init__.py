@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from curvfunc import batch_axis
-from curvfunc.forms import Form
-from curvfunc.rules import checks
+from curvfunc.rules import batch_axis, checks
+from curvfunc.uses.forms import Form
 
 __all__ = ["DECOMPOSITIONS", "EXPANSIONS", "RULES", "SPLITS", "TRANSPOSES", "Rule", "Use", "operation", "rule"]
 

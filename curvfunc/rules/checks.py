@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
-from curvfunc.forms import Direct, Form, Outer, Rows
+from curvfunc.uses.forms import Direct, Form, Outer, Rows
 
 __all__ = ["check_function", "check_signature", "guarded", "name_of"]
 

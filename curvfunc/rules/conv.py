@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvfunc.forms import Direct, Form, Outer
 from curvfunc.rules import Use, rule
 from curvfunc.rules.patches import (
     moment_pays,
@@ -19,6 +18,7 @@ from curvfunc.rules.patches import (
     unfold,
     unfold_transpose,
 )
+from curvfunc.uses.forms import Direct, Form, Outer
 
 # Kernels for groups of fewer channels, but for one, are slower than patches.
 FEWEST_CHANNELS = 8

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvfunc.forms import Rows
 from curvfunc.rules import rule
+from curvfunc.uses.forms import Rows
 
 
 @rule(

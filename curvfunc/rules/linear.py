@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvfunc.forms import Direct, Form, Outer
 from curvfunc.rules import rule
+from curvfunc.uses.forms import Direct, Form, Outer
 
 
 @rule(F.linear, arguments="input weight bias", parameters="weight bias")

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvfunc.forms import Direct, Form, Outer, sum_to_shape
 from curvfunc.rules import Use, rule
+from curvfunc.uses.forms import Direct, Form, Outer, sum_to_shape
 
 
 def einsum_form(inputs: Sequence[str], output: str, operands: Sequence[Tensor], p: int, use: Use) -> Form | None:

@@ -6,8 +6,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvfunc.forms import Direct, Form, sum_to_shape
 from curvfunc.rules import Use, rule
+from curvfunc.uses.forms import Direct, Form, sum_to_shape
 
 
 @rule(F.layer_norm, arguments="input normalized_shape weight bias eps", parameters="weight bias")

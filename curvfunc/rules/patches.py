@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvfunc.pages import may_overwrite
-from curvfunc.precision import at_least_float32
-from curvfunc.second_moments import second_moment
+from curvfunc.tensors.pages import may_overwrite
+from curvfunc.tensors.precision import at_least_float32
+from curvfunc.uses.second_moments import second_moment
 
 __all__ = [
     "moment_pays",

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvfunc.forms import Direct, Form, sum_to_shape
 from curvfunc.rules import DECOMPOSITIONS, Use, rule
+from curvfunc.uses.forms import Direct, Form, sum_to_shape
 
 
 def _spellings(*names: str) -> list[Any]:

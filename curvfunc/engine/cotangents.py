@@ -1,0 +1,222 @@
+"""What is backpropagated to the layers, and how it gets there.
+
+The cotangents of the output are columns [v, n, ...]: the loss gradient (one column), or a square root of the loss Hessian,
+exact or sampled. One backward pass carries a chunk of columns to every site at once and forms no parameter gradient.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.autograd.graph import Node
+
+from curvfunc import losses
+from curvfunc.engine.observer import edge_of, over_columns
+from curvfunc.engine.sites import Site, Trace
+from curvfunc.tensors.inputs import check_used
+
+__all__ = ["AveragedHessian", "FullHessian", "LossGradient", "LossRoot", "chunks", "common", "pull", "stream"]
+
+# Columns travel together as long as the largest intermediate stays below this many bytes: on CPU, larger tensors come
+# from fresh memory pages at each call, which costs more than a second pass.
+CHUNK_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}
+
+
+@dataclass(frozen=True)
+class LossGradient:
+    """The gradient of the loss: one column, R ∇ℓₙ."""
+
+    def root(self, loss: losses.Loss, out: Tensor, y: object, generator: Generator | None) -> losses.Root:
+        """The column as a root of one vector."""
+        g = losses.gradient(loss, out, y, create_graph=out.requires_grad)[None]
+        return losses.Root(1, lambda start, stop: g[start:stop])
+
+
+@dataclass(frozen=True)
+class LossRoot:
+    """Columns S with S Sᵀ = R ∇²ℓₙ per sample: exact (``mc_samples`` = 0), or ``mc_samples`` draws equal in expectation.
+
+    Exact columns are one for each output, or, for what depends on S Sᵀ only, as few as there can be.
+    """
+
+    mc_samples: int
+    fewest: bool = False
+
+    def root(self, loss: losses.Loss, out: Tensor, y: object, generator: Generator | None) -> losses.Root:
+        """The columns, made on demand."""
+        if self.mc_samples:
+            return losses.sampled_root(loss, out, y, self.mc_samples, generator)
+        return losses.exact_root(loss, out, y, fewest=self.fewest)
+
+
+def common(cotangents: Sequence[Any]) -> list[Any]:
+    """The same, with the fewest columns replaced by the usual ones where these are backpropagated too."""
+    usual = LossRoot(0)
+    return [usual if c == LossRoot(0, fewest=True) and usual in cotangents else c for c in cotangents]
+
+
+@dataclass(frozen=True)
+class FullHessian:
+    """Weighted columns of the loss Hessian, and those of every operation that curves; see `curvfunc.hessian`."""
+
+
+@dataclass(frozen=True)
+class AveragedHessian:
+    """The loss Hessian, averaged over samples at each step back; see `curvfunc.hessian.kfra`."""
+
+
+def chunks(total: int, trace: Trace, chunk_size: int | None) -> list[tuple[int, int]]:
+    """Ranges of columns that are backpropagated together."""
+    if chunk_size is None:
+        widest = max([1, *[s.shape.numel() for s in trace.sites]]) * trace.out.element_size()
+        chunk_size = max(1, CHUNK_BYTES.get(trace.out.device.type, 1 << 28) // widest)
+    return [(i, min(i + chunk_size, total)) for i in range(0, total, chunk_size)]
+
+
+def pull(
+    trace: Trace,
+    columns: Tensor,
+    leaves: Sequence[Tensor] = (),
+    *,
+    sites: bool = True,
+    create_graph: bool,
+    retain_graph: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Backpropagate columns [v, n, ...] of the output.
+
+    Args:
+        trace: The forward pass.
+        columns: What to backpropagate.
+        leaves: Parameters whose total gradient is wanted too (for one column).
+        sites: Whether the cotangents of the sites are wanted.
+        create_graph: Whether the results will be differentiated.
+        retain_graph: Whether another backward pass follows.
+
+    Returns:
+        Per site the cotangent of its output [v, n, ...], and per leaf the gradient. Zeros where the output does not
+        depend on it.
+    """
+    wanted = trace.sites if sites else []
+    if not trace.out.requires_grad:
+        check_used(trace.out, not leaves or bool(trace.sites))
+        return [_zeros(s, trace, columns) for s in wanted], [torch.zeros_like(p) for p in leaves]
+    end = edge_of(trace.out)
+    inner = [s for s in wanted if s.edge.node is not end.node or s.edge.output_nr != end.output_nr]
+    targets: list[Any] = [s.edge for s in inner] + list(leaves)
+
+    def backward(column: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(
+            trace.out, targets, column, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+        )
+
+    grads: list[Tensor | None]
+    if not targets:
+        grads = []
+    elif len(columns) == 1:
+        grads = list(backward(columns[0]))
+        grads[: len(inner)] = [None if g is None else g[None] for g in grads[: len(inner)]]
+    else:
+        reached: list[bool] = []
+
+        def reached_only(column: Tensor) -> tuple[Tensor, ...]:
+            grads = backward(column)
+            reached[:] = [g is not None for g in grads]
+            return tuple(g for g in grads if g is not None)
+
+        retain_graph = True  # vmap may run the backward of an operation column by column
+        found = iter(over_columns(reached_only, columns))
+        grads = [next(found) if r else None for r in reached]
+    pulled = dict(zip(inner, grads, strict=False))
+    at_sites = [(s, pulled.get(s, columns)) for s in wanted]  # at the output, nothing is to be done
+    found_at = [_zeros(s, trace, columns) if g is None else _samples_first(g, s) for s, g in at_sites]
+    if leaves and not trace.sites:
+        check_used(trace.out, any(g is not None for g in grads))
+    totals = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads[len(inner) :], strict=True)]
+    return found_at, totals
+
+
+def stream(
+    trace: Trace, column: Tensor, leaves: Sequence[Tensor], receive: Callable[[Site, Tensor], None], *, retain_graph: bool
+) -> list[Tensor]:
+    """Backpropagate one column [n, ...] of the output, and keep no cotangent: ``receive`` has each as soon as it is there.
+
+    Args:
+        trace: The forward pass. If its sites are held by nobody else, their inputs go as the pass goes on.
+        column: What to backpropagate.
+        leaves: Parameters whose total gradient is wanted too.
+        receive: Called for each site with the cotangent of its output [1, n, ...]; zeros where the output does not depend
+            on it. It runs inside of the backward pass.
+        retain_graph: Whether another backward pass follows.
+
+    Returns:
+        Per leaf the gradient.
+    """
+    if not trace.out.requires_grad:
+        for site in trace.sites:
+            receive(site, _zeros(site, trace, column[None]))
+        return [torch.zeros_like(p) for p in leaves]
+    end = edge_of(trace.out)
+    at: dict[Node, list[Site]] = {}
+    for site in trace.sites:
+        at.setdefault(site.edge.node, []).append(site)
+    inner = _lead_on(end.node, {*at, *(edge_of(p).node for p in leaves)})  # a backward pass to the others runs these
+    last = [s for node, sites in at.items() if node not in inner for s in sites]
+    asked = [s for s in last if s.edge.node is not end.node or s.edge.output_nr != end.output_nr]
+
+    def arrive(site: Site, g: Tensor | None) -> None:
+        if g is not None:
+            at[site.edge.node].remove(site)
+            receive(site, _samples_first(g[None], site))
+
+    def before(node: Node, grads: Sequence[Tensor | None]) -> None:
+        for site in list(at[node]):
+            arrive(site, grads[site.edge.output_nr])
+
+    handles = [node.register_prehook(partial(before, node)) for node in inner & at.keys()]
+    try:
+        targets: list[Any] = [*[site.edge for site in asked], *leaves]
+        grads: list[Tensor | None] = []
+        if targets:
+            grads += torch.autograd.grad(trace.out, targets, column, retain_graph=retain_graph, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found_at = dict(zip(asked, grads, strict=False))
+    for site in last:
+        arrive(site, found_at.get(site, column))
+    for site in [s for sites in at.values() for s in sites]:
+        receive(site, _zeros(site, trace, column[None]))
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads[len(asked) :], strict=True)]
+
+
+def _lead_on(end: Node, wanted: set[Node]) -> set[Node]:
+    """The nodes, among those before ``end``, that a wanted one lies before: a backward pass to the wanted ones runs them."""
+    inner: set[Node] = set()
+    seen: set[Node] = set()
+    stack = [(end, False)]
+    while stack:
+        node, done = stack.pop()
+        before = [n for n, _ in node.next_functions if n is not None]
+        if done:
+            if any(n in wanted or n in inner for n in before):
+                inner.add(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend([(n, False) for n in before])
+    return inner
+
+
+def _samples_first(g: Tensor, site: Site) -> Tensor:
+    if g.shape[1:] != site.shape:
+        g = g.reshape(len(g), *site.shape)
+    return g.movedim(site.axis + 1, 1) if site.axis else g
+
+
+def _zeros(site: Site, trace: Trace, columns: Tensor) -> Tensor:
+    shape = list(site.shape)
+    shape.insert(0, shape.pop(site.axis))
+    return trace.out.new_zeros(()).expand(len(columns), *shape)

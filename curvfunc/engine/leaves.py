@@ -1,0 +1,22 @@
+"""Parameters as the leaves of a graph that belongs to one call."""
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+
+__all__ = ["leaf", "will_be_differentiated"]
+
+
+def leaf(p: Tensor) -> Tensor:
+    """A parameter's values as a leaf of this call's own graph."""
+    own = p.detach().requires_grad_()
+    own._curvfunc_leaf = True  # type: ignore[attr-defined]  # to be told from others where a model keeps it
+    return own
+
+
+def will_be_differentiated(tensors: list[Tensor]) -> bool:
+    """Whether results need a graph: under torch.func's grad and jvp, or with tensors that require grad."""
+    stack = _functorch.get_interpreter_stack() or ()
+    if any(level.key() in (_functorch.TransformType.Grad, _functorch.TransformType.Jvp) for level in stack):
+        return True
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

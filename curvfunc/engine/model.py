@@ -1,0 +1,320 @@
+"""Modules as pure functions of their parameters."""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from curvfunc.engine.effects import keepers, shares_memory
+
+__all__ = ["ModelFunction", "call", "check_function", "functionalize", "without_recomputation"]
+
+
+class ModelFunction:
+    """A module as a function ``(params, X) -> output``; made by :func:`functionalize`.
+
+    ``params`` maps parameter names to tensors. Names that it lacks stay fixed at the module's own values, as do the
+    buffers. Two model functions are equal when they wrap the same module in the same way, so that ``torch.compile``
+    does not compile anew from step to step.
+    """
+
+    def __init__(self, module: nn.Module, output_fn: Callable[[Any], Tensor] | None = None) -> None:
+        """Wrap ``module``; see :func:`functionalize`."""
+        self.module = module
+        self.output_fn = output_fn
+        self._read()
+
+    def _read(self) -> None:
+        """Note where the module holds its tensors."""
+        self._parameters, self._buffers = _holders(self.module, "_parameters"), _holders(self.module, "_buffers")
+        self._places = _places(self.module)
+        self._keepers = keepers(self.module.modules())
+        self._recurrent = [m for m in self.module.modules() if isinstance(m, nn.RNNBase)]
+        scripted = [name for name, m in self.module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+        self.scripted = [name for name in scripted if not name or name.rpartition(".")[0] not in scripted]  # the outermost
+        changeable = [m for m in self.module.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self._submodules = [(m._modules, key, child) for m in changeable for key, child in m._modules.items()]
+
+    @property
+    def keepers(self) -> list[nn.Module]:
+        """Those of its modules that may keep something from one call to the next."""
+        self.refresh()
+        return self._keepers
+
+    def refresh(self) -> list[tuple[dict[str, Any], str, Any]]:
+        """Note it again if a submodule was replaced since; returns where each is held, by which key, and itself."""
+        if any(held.get(key) is not child for held, key, child in self._submodules):
+            self._read()
+        return self._submodules
+
+    def __call__(self, params: dict[str, Tensor], X: Any) -> Tensor:
+        """Evaluate the module at ``params``: ``module(X)``, ``module(*X)`` for a tuple, ``module(**X)`` for a mapping.
+
+        A namedtuple or a dataclass is one argument. Mappings are dictionaries, and what tokenizers return.
+        """
+        return self.apply(params, {}, X)
+
+    def apply(self, params: dict[str, Tensor], state: dict[str, Tensor], X: Any) -> Tensor:
+        """As a call, with the fixed tensors in ``state`` (see :meth:`state`) in place of the module's own."""
+        self._check(params)
+        if not state and not self._parameters.keys() <= params.keys():
+            state = self.frozen(params)
+        args, kwargs = _arguments(X)
+        values = state | params if state else params
+        lists = [(m, m._flat_weights, m._flat_weight_refs) for m in self._recurrent]  # where they keep what they ran with
+        try:
+            with nullcontext() if self._are_own(values) else without_recomputation():
+                if torch.compiler.is_compiling() and not self.scripted:
+                    out = self._functional_call(values, args, kwargs)
+                else:
+                    out = _call(self.module, self._places, values, args, kwargs)
+        finally:
+            for m, weights, refs in lists:
+                m._flat_weights, m._flat_weight_refs = weights, refs
+        return out if self.output_fn is None else self.output_fn(out)
+
+    def trace(self, params: dict[str, Tensor], state: dict[str, Tensor], X: Any) -> Tensor:
+        """As :meth:`apply` for dynamo to see what is read, at the module's own tensors where these are alike."""
+        self._check(params)
+        args, kwargs = _arguments(X)
+        alike = True
+        for name, t in params.items():
+            _, held, key = self._places[name][0]
+            own = held[key]
+            alike = alike and t.shape == own.shape and t.dtype == own.dtype and t.device == own.device
+        out = self.module(*args, **kwargs) if alike else self._functional_call(state | params, args, kwargs)
+        return out if self.output_fn is None else self.output_fn(out)
+
+    def _functional_call(self, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        named = {place: t for name, t in values.items() for place, *_ in self._places[name]}
+        return functional_call(self.module, named, args, kwargs, tie_weights=False)
+
+    def _are_own(self, values: dict[str, Tensor]) -> bool:
+        """Whether the module's tensors are these, or detached ones, so that what runs again later has the same values."""
+        if torch.compiler.is_dynamo_compiling():
+            return True
+        with torch._C.DisableTorchFunction():  # for whoever watches the forward pass, these are none of its operations
+            own = [held[key] for (_, held, key), *_ in map(self._places.__getitem__, values)]
+            try:
+                return [t.data_ptr() for t in values.values()] == [t.data_ptr() for t in own]
+            except RuntimeError:  # tensors of torch.func's transformations have no memory of their own
+                return all(t is o or shares_memory(t, o) for t, o in zip(values.values(), own, strict=True))
+
+    def frozen(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The module's parameters that ``params`` does not name, without gradient."""
+        return {name: held[key].detach() for name, (held, key) in self._parameters.items() if name not in params}
+
+    def state(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All tensors besides ``params`` that the output depends on: frozen parameters and buffers."""
+        if self.scripted and torch.compiler.is_compiling():
+            raise NotImplementedError(
+                f"torch.compile cannot look into scripted modules, and {type(self.module).__name__} has {self.scripted}. Use "
+                "the Python modules that they were made of, or call curvfunc outside of compiled code."
+            )
+        return self.frozen(params) | {name: held[key] for name, (held, key) in self._buffers.items()}
+
+    def holds(self, t: Tensor) -> bool:
+        """Whether a call puts another tensor in the place of this one."""
+        return any(held[key] is t for places in self._places.values() for _, held, key in places)
+
+    def _check(self, params: dict[str, Tensor]) -> None:
+        if not isinstance(params, dict):
+            raise TypeError(
+                f"params of a functionalized module is a dict by parameter name, got {type(params).__name__}. Take it from "
+                "functionalize(module)."
+            )
+        if not torch.compiler.is_dynamo_compiling():  # it guards on the submodules, see `curvfunc.engine.compiled`
+            self.refresh()
+        if not params.keys() <= self._places.keys():
+            unknown = sorted(params.keys() - self._places.keys())
+            raise ValueError(
+                f"params has {unknown}, which {type(self.module).__name__} does not have; its parameters are "
+                f"{sorted(self._parameters)}. Take params from functionalize(module), or remove these entries."
+            )
+
+        first: dict[str, str] = {}
+        for name in params:
+            if (other := first.setdefault(self._places[name][0][0], name)) != name:
+                raise ValueError(f"{other!r} and {name!r} in params are one parameter. Remove one of them.")
+
+    def __eq__(self, other: object) -> bool:
+        """Equal when module and output function are the same objects."""
+        return isinstance(other, ModelFunction) and self.module is other.module and self.output_fn is other.output_fn
+
+    def __hash__(self) -> int:
+        """Hash of the wrapped objects' identities."""
+        return hash((id(self.module), id(self.output_fn)))
+
+    def __repr__(self) -> str:
+        """The wrapped class and its number of parameters."""
+        return f"ModelFunction({type(self.module).__name__}, {len(self._parameters)} parameters)"
+
+
+def _call(module: nn.Module, places: "Places", values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """As ``functional_call``, without what it looks up at each call, and also for scripted parts."""
+    before: list[tuple[Any, str, Any]] = []
+    optimized = torch._C._get_graph_executor_optimize(False)  # what scripted parts specialize on, transformations change
+    try:
+        for name, t in values.items():
+            for _, held, key in places[name]:
+                before.append((held, key, held[key]))
+                held[key] = t
+        return module(*args, **kwargs)
+    finally:
+        torch._C._get_graph_executor_optimize(optimized)
+        for held, key, t in before:
+            held[key] = t
+
+
+def call(module: nn.Module, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The module's result with these tensors in place of its own; ``functional_call``, also for scripted parts."""
+    if any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
+        return _call(module, _places(module), values, args, kwargs)
+    return functional_call(module, values, args, kwargs)
+
+
+def _arguments(X: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a module is called with: a tuple is several arguments, but a namedtuple is one; a mapping has keywords."""
+    if isinstance(X, tuple) and not hasattr(X, "_fields"):
+        return X, {}
+    return ((), dict(X)) if isinstance(X, Mapping) else ((X,), {})
+
+
+class _Slots:
+    """Tensors of a scripted module, which are no entries of a dictionary, as if they were."""
+
+    def __init__(self, module: Any) -> None:
+        self._slots = module._c
+
+    def __getitem__(self, key: str) -> Any:
+        return self._slots.getattr(key)
+
+    def __setitem__(self, key: str, t: Tensor) -> None:
+        self._slots.setattr(key, t)
+
+
+def _held(module: nn.Module, kind: str) -> tuple[Any, list[tuple[str, Tensor]]]:
+    """Where a submodule itself holds its parameters or buffers, and these."""
+    held = getattr(module, kind)
+    found = [(key, t) for key, t in held.items() if t is not None]
+    return _Slots(module) if isinstance(module, torch.jit.ScriptModule) else held, found
+
+
+class _Plain:
+    """Checkpoints, of both kinds, as if there were none."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+    @staticmethod
+    def generator(*args: Any, **kwargs: Any) -> Iterator[None]:
+        yield
+
+
+_CHECKPOINTS = torch.utils.checkpoint.CheckpointFunction, torch.utils.checkpoint._checkpoint_without_reentrant_generator
+_LOCK, _DEPTH = threading.Lock(), [0]
+
+
+@contextmanager
+def without_recomputation() -> Iterator[None]:
+    """Run checkpointed parts of a model as they are: in a backward pass, they would run with the module's own parameters.
+
+    Other threads' checkpoints that begin meanwhile take more memory, and have the same results.
+    """
+    module: Any = torch.utils.checkpoint
+    with _LOCK:
+        _DEPTH[0] += 1
+        module.CheckpointFunction, module._checkpoint_without_reentrant_generator = _Plain, _Plain.generator
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _DEPTH[0] -= 1
+            if not _DEPTH[0]:
+                module.CheckpointFunction, module._checkpoint_without_reentrant_generator = _CHECKPOINTS
+
+
+Holders = dict[str, tuple[Any, str]]
+Places = dict[str, tuple[tuple[str, Any, str], ...]]
+
+
+def _holders(module: nn.Module, kind: str) -> Holders:
+    """Where each parameter or buffer is held, under the first of its names: a submodule's dictionary, and the key.
+
+    Reading from there sees replaced tensors and, unlike a walk over the modules, can be traced for all of them.
+    """
+    found: dict[int, tuple[str, Any, str]] = {}
+    for prefix, submodule in module.named_modules():
+        held, tensors = _held(submodule, kind)
+        for key, t in tensors:
+            found.setdefault(id(t), (f"{prefix}.{key}" if prefix else key, held, key))
+    return {name: (held, key) for name, held, key in found.values()}
+
+
+def _places(module: nn.Module) -> Places:
+    """For each name of a tensor all places that hold it, each once: name, a submodule's dictionary, and the key.
+
+    ``functional_call`` would find shared tensors by itself, but where a submodule has two names it fills the same place
+    twice, and then cannot put back what was there.
+    """
+    places: dict[int, list[tuple[str, Any, str]]] = {}
+    for prefix, submodule in module.named_modules():  # each submodule under one name
+        for held, tensors in (_held(submodule, "_parameters"), _held(submodule, "_buffers")):
+            for key, t in tensors:
+                places.setdefault(id(t), []).append((f"{prefix}.{key}" if prefix else key, held, key))
+    names = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {name: tuple(places[id(t)]) for name, t in names}
+
+
+pytree.register_constant(ModelFunction)
+
+
+def functionalize(
+    module: nn.Module, output_fn: Callable[[Any], Tensor] | None = None
+) -> tuple[ModelFunction, dict[str, Tensor]]:
+    """Split a module into a pure function and its parameters.
+
+    Args:
+        module: Any module. Its parameters are not changed; its mode (train or eval), buffers and frozen parameters are read
+            at each call. Buffers and other attributes that its forward pass updates (running statistics in training mode, a
+            counter) are updated once per call, as when the module itself is called; tensors made from ``params`` that it keeps
+            are taken back. A parameter shared by several submodules appears once. Scripted and traced parts run sample by
+            sample, or under vmap over samples, since their operations cannot be seen.
+        output_fn: Chooses the output tensor where the module returns more, e.g. ``lambda out: out.logits``.
+
+    Returns:
+        ``model_fn(params, X) -> output`` and ``params``, ``{name: tensor}`` with the module's trainable parameters,
+        detached and sharing memory with the module's. Parameters with ``requires_grad=False`` stay fixed and are not
+        in ``params``.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(2, 3))
+        >>> model_fn(params, torch.zeros(5, 2)).shape
+        torch.Size([5, 3])
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"functionalize takes a torch.nn.Module, got {type(module).__name__}. A plain function of (params, X) "
+            "needs no conversion: pass it as model_fn."
+        )
+    params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    return ModelFunction(module, output_fn), params
+
+
+def check_function(model_fn: Any) -> None:
+    """Refuse a module in place of a function of ``(params, X)``."""
+    if isinstance(model_fn, nn.Module):
+        raise TypeError(
+            f"model_fn is the module {type(model_fn).__name__}; a function of (params, X) is needed: "
+            "model_fn, params = curvfunc.functionalize(module)."
+        )
+
+
+_ = torch  # the doctest's namespace

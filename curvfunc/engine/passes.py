@@ -1,0 +1,389 @@
+"""One backward pass, contracted: columns go back to the sites in chunks, and each chunk is contracted for each parameter."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvfunc import losses
+from curvfunc.engine.cotangents import chunks, pull, stream
+from curvfunc.engine.sites import Site, Trace
+from curvfunc.tensors import pages
+from curvfunc.tensors.precision import wide
+from curvfunc.uses import forms, second_moments
+from curvfunc.uses import squares as contractions
+from curvfunc.uses.forms import Bound, Direct, Form, Outer, Products, Through, bind, direct
+
+__all__ = [
+    "CONTRACTIONS",
+    "BackwardPass",
+    "Prepared",
+    "check_block",
+    "check_unchanged",
+    "combine",
+    "contracted",
+    "keep",
+    "sums_of_nothing",
+]
+
+# Each contraction, and how its parts from several chunks of columns become one.
+CONTRACTIONS: dict[str, tuple[Callable[..., Any], str]] = {
+    "total": (forms.total, "sum"),
+    "per_sample": (forms.per_sample, "concatenate"),
+    "squares": (contractions.squares, "sum"),
+    "sample_squares": (contractions.sample_squares, "sum"),
+    "sample_norms": (contractions.sample_norms, "sum"),
+    "gram": (second_moments.gram, "join"),  # products of columns from different chunks: contracted once all are there
+}
+SHARED: dict[str, str | None] = {}  # contractions that a bias has in common with its weight, and their approximation
+for approximation in (None, "expand", "reduce"):
+    suffix = f"_{approximation}" if approximation else ""
+    CONTRACTIONS["output_factor" + suffix] = (partial(second_moments.output_factor, approximation=approximation), "sum")
+    SHARED["output_factor" + suffix] = approximation
+    CONTRACTIONS["input_factor" + suffix] = (partial(second_moments.input_factor, approximation=approximation), "first")
+
+# Contractions of first order for which gradients are formed where a use has several positions; one pass serves all.
+FORMED = frozenset({"total", "squares", "sample_squares", "sample_norms"})
+
+# Contractions that take more of a use than its gradients.
+FACTORS = frozenset(n for n in CONTRACTIONS if "factor" in n)
+
+# Contractions for which an operation may give products of its inputs in place of these.
+OF_PRODUCTS = frozenset({"output_factor", "input_factor", "output_factor_expand", "input_factor_expand"})
+
+# Where the cotangents of all sites are smaller than this, they may as well be kept until the backward pass is over.
+STREAMED_BYTES = 1 << 20
+
+# A block larger than this many rows is refused: 2**15 rows take 4 GiB in float32. From the lower number on there is a warning.
+LARGEST_BLOCK = 1 << 15
+LARGE_BLOCK = 1 << 12
+
+
+class Prepared:
+    """What forms take from the forward pass, prepared once.
+
+    Attributes:
+        whole: Whether inputs are made as a whole at once, since more than one chunk of columns meets them.
+    """
+
+    def __init__(self, whole: bool = False) -> None:
+        self.whole = whole
+        self._inputs: dict[tuple[int, bool], Any] = {}
+
+    def bind(self, form: Form, g: Tensor, names: Sequence[str] = (), alone: bool = True) -> Bound:
+        """A form with its tensors.
+
+        Args:
+            form: The form.
+            g: The cotangent of the operation's output.
+            names: The contractions that it is for. They may do with products of inputs, or with gradients.
+            alone: Whether it is its parameter's only use, and all samples are wanted.
+        """
+        if alone and names and isinstance(form, Outer) and form.moment is not None and OF_PRODUCTS.issuperset(names):
+            return forms.bind_products(form, g, self._once(form, True, form.moment))
+        return bind(form, g, self.of, factors=not FACTORS.isdisjoint(names))
+
+    def forget(self, form: Form) -> None:
+        """Let go of what a form took."""
+        self._inputs.pop((id(form), True), None)
+        self._inputs.pop((id(form), False), None)
+
+    def of(self, form: Any) -> Any:
+        """What a form takes."""
+        return self._once(form, False, form.inputs if self.whole else partial(forms.inputs_of, form))
+
+    def _once(self, form: Form, products: bool, prepare: Callable[[], Any]) -> Any:
+        if (id(form), products) not in self._inputs:
+            self._inputs[id(form), products] = prepare()
+        return self._inputs[id(form), products]
+
+
+@dataclass
+class BackwardPass:
+    """Contracts columns of the output over one forward pass.
+
+    Attributes:
+        trace: The forward pass.
+        leaves: The parameters.
+        names: Their names.
+        select: Takes columns [v, n, ...] of the whole batch to the samples that ``trace`` is of.
+        chunk_size: Number of columns that are backpropagated together; by default chosen by memory.
+        differentiable: Whether the results will be differentiated.
+        chosen: Samples of ``trace`` that the results are of, [B], where they may repeat; None for all.
+    """
+
+    trace: Trace
+    leaves: Sequence[Tensor]
+    names: Sequence[str]
+    select: Callable[[Tensor], Tensor]
+    chunk_size: int | None
+    differentiable: bool
+    chosen: Tensor | None = None
+    prepared: Prepared = field(default_factory=Prepared)
+
+    def run(
+        self, root: losses.Root, contracted_as: Sequence[str], retain_graph: bool, outs: dict[str, list[Tensor]]
+    ) -> dict[str, list[Any]]:
+        """Each named contraction per parameter, over all columns of the root.
+
+        Args:
+            root: The columns.
+            contracted_as: Keys of `CONTRACTIONS`.
+            retain_graph: Whether another pass follows.
+            outs: Memory for the results of some contractions.
+        """
+        trace, leaves, names = self.trace, self.leaves, list(contracted_as)
+        uses: list[list[tuple[Site, Form]]] = [[] for _ in leaves]
+        for site in trace.sites:
+            for i, form in site.forms.items():
+                uses[i].append((site, form))
+        per_site = [n for n in names if n != "total"]
+        # where gradients of samples are formed anyway, their sum is at hand; else autograd's is faster
+        some = self.chosen is not None
+        summed = {i for i, mine in enumerate(uses) if "total" in names and (some or (per_site and _forms_gradients(mine)))}
+        others = [i for i in range(len(leaves)) if "total" in names and i not in summed]
+        found: dict[str, list[list[Any]]] = {n: [[] for _ in leaves] for n in names}
+        factors: dict[int, dict[Any, Tensor]] = {}  # by chunk
+        blocks = any(n.startswith("output_factor") for n in names)
+
+        def contract(i: int, bounds: list[Bound], start: int, stop: int) -> None:
+            if bounds:
+                bound = forms.merge(bounds)
+            else:
+                zero = leaves[i].new_zeros((), dtype=wide(leaves[i].dtype))
+                samples = len(trace.out) if self.chosen is None else len(self.chosen)
+                bound = direct(zero.expand(stop - start, samples, *leaves[i].shape))
+            wanted = [*per_site, "total"] if i in summed else per_site
+            buffers = (
+                {n: buffer[i][start:stop] if n == "per_sample" else buffer[i] for n, buffer in outs.items()} if outs else {}
+            )
+            if blocks:
+                check_block(bound, f"parameter {self.names[i]!r}")
+            only = stop - start == root.num
+            for n, part in contracted(wanted, bound, start == 0, only, buffers, factors.setdefault(start, {})).items():
+                keep(found[n][i], part, CONTRACTIONS[n][1])
+
+        derived = any(isinstance(form, Through) for mine in uses for _, form in mine)  # have a pullback to come
+        retain_graph |= self.differentiable or derived
+        at_sites = bool(per_site) or bool(summed)
+        if at_sites and root.num == 1 and self._is_large():
+            column = self._columns(root, 0, 1)[0]
+            totals = self._stream(column, uses, [leaves[i] for i in others], contract, per_site, retain_graph)
+            for i, t in zip(others, totals, strict=True):
+                found["total"][i].append(t)
+        else:
+            ranges = chunks(root.num, trace, self.chunk_size)
+            self.prepared.whole |= len(ranges) > 1
+            for start, stop in ranges:
+                gs, totals = pull(
+                    trace,
+                    self._columns(root, start, stop),
+                    [leaves[i] for i in others],
+                    sites=at_sites,
+                    create_graph=self.differentiable,
+                    retain_graph=retain_graph or stop < root.num,
+                )
+                for i, t in zip(others, totals, strict=True):
+                    found["total"][i].append(t)
+                at = dict(zip(trace.sites, gs, strict=True)) if at_sites else {}
+                for i, mine in enumerate(uses) if at_sites else ():
+                    alone = len(mine) == 1
+                    bounds = [self._bind(site, form, at[site], per_site, alone) for site, form in mine]
+                    contract(i, bounds, start, stop)
+                factors.clear()
+        results = {n: [combine(n, f, outs[n][i] if n in outs else None) for i, f in enumerate(found[n])] for n in names}
+        for n in ("per_sample", "total"):  # in low precision, sums of squares stay in single precision
+            if n in results:
+                dense = [r if r.layout is torch.strided else r.to_dense() for r in results[n]]  # of embeddings with sparse ones
+                results[n] = [r.to(p.dtype) for r, p in zip(dense, leaves, strict=True)]
+        return results
+
+    def _columns(self, root: losses.Root, start: int, stop: int) -> Tensor:
+        return self.select(root.columns(start, stop)).to(self.trace.out.dtype)
+
+    def _is_large(self) -> bool:
+        """Whether it pays to contract inside of the backward pass, and can be done."""
+        if self.differentiable or not pages.may_overwrite() or torch.compiler.is_compiling():
+            return False
+        return sum(site.shape.numel() for site in self.trace.sites) * self.trace.out.element_size() >= STREAMED_BYTES
+
+    def _stream(
+        self,
+        column: Tensor,
+        uses: list[list[tuple[Site, Form]]],
+        leaves: list[Tensor],
+        contract: Callable[[int, list[Bound], int, int], None],
+        names: Sequence[str],
+        retain_graph: bool,
+    ) -> list[Tensor]:
+        """Contract one column inside of the backward pass, each parameter as soon as all its uses were reached."""
+        places = [{site: k for k, (site, _) in enumerate(mine)} for mine in uses]
+        arrived: list[dict[int, Bound]] = [{} for _ in uses]
+        trace = self.trace
+        for i, mine in enumerate(uses):
+            if not mine:
+                contract(i, [], 0, 1)
+        if not retain_graph:  # nothing else refers to what the operations took, so that it goes as soon as it was used
+            trace = replace(trace, sites=list(trace.sites))
+            self.trace.sites.clear()
+            uses.clear()
+
+        def receive(site: Site, g: Tensor) -> None:
+            for i, form in site.forms.items():
+                arrived[i][places[i][site]] = self._bind(site, form, g, names, len(places[i]) == 1)
+                if len(arrived[i]) == len(places[i]):
+                    contract(i, [arrived[i][k] for k in sorted(arrived[i])], 0, 1)
+                    arrived[i].clear()
+            if not retain_graph:
+                for form in site.forms.values():
+                    self.prepared.forget(form)
+                site.forms, site.inputs = {}, []
+
+        return stream(trace, column, leaves, receive, retain_graph=retain_graph)
+
+    def _bind(self, site: Site, form: Form, g: Tensor, names: Sequence[str], alone: bool) -> Bound:
+        """A use with its tensors; inputs are prepared once for all chunks."""
+        check_unchanged(site)
+        if self.chosen is None:
+            return self.prepared.bind(form, g, names, alone)
+        return forms.at_samples(self.prepared.bind(form, g, names, alone=False), self.chosen)
+
+
+def contracted(
+    names: Sequence[str],
+    bound: Bound,
+    first: bool,
+    only: bool,
+    buffers: dict[str, Tensor],
+    factors: dict[Any, Tensor] | None = None,
+) -> dict[str, Any]:
+    """The contractions of one chunk of columns for one parameter.
+
+    Args:
+        names: Keys of `CONTRACTIONS`.
+        bound: The parameter's use.
+        first: Whether this is the first chunk.
+        only: Whether there is no other.
+        buffers: Memory for some of the results.
+        factors: Output factors of this chunk so far, for those that share them.
+
+    Returns:
+        ``{name: part}``, where a part is a use if all chunks are to be contracted together.
+    """
+    found: dict[str, Any] = {}
+    if isinstance(bound.form, Outer) and bound.positions > 1 and len(shared := [n for n in names if n in FORMED]) > 1:
+        found = contractions.formed(bound, shared)
+    for n in names:
+        contract, how = CONTRACTIONS[n]
+        if n in found or (how == "first" and not first):
+            continue
+        if how == "join" or (how == "concatenate" and not only and _is_smaller(bound)):
+            found[n] = bound
+        elif n in ("squares", "sample_squares") and not only and contractions.condenses(bound):
+            found[n] = contractions.condensed(bound)
+        elif n == "total" and "per_sample" in found:
+            found[n] = found["per_sample"][0].sum(0)
+        elif n in SHARED and factors is not None and (key := second_moments.shared_factor(bound, SHARED[n])) is not None:
+            known = factors.get((key, n))  # a copy, since whoever gets the results may change them
+            found[n] = factors[key, n] = contract(bound) if known is None else known.clone()
+        elif n in buffers and (first or n == "per_sample"):
+            found[n] = _into(contract, bound, buffers[n])
+        else:
+            found[n] = contract(bound)
+    return found
+
+
+def keep(parts: list[Any], part: Any, how: str) -> None:
+    """Add a part to those of earlier chunks; what is summed needs no memory of its own."""
+    if how != "sum" or not parts or isinstance(part, Bound):
+        parts.append(part)
+    elif pages.may_overwrite():
+        parts[0] += part
+    else:
+        parts[0] = parts[0] + part
+
+
+def combine(name: str, parts: list[Any], buffer: Tensor | None = None) -> Any:
+    """The result from the parts of all chunks; in ``buffer`` where it could be formed there."""
+    contract, how = CONTRACTIONS[name]
+    if isinstance(parts[0], Bound):
+        return _into(contract, forms.join(parts), buffer)
+    if how != "concatenate" or len(parts) == 1:
+        return parts[0]
+    if buffer is not None and all(_is_part(part, buffer) for part in parts):
+        return buffer
+    return torch.cat(parts)
+
+
+def sums_of_nothing(name: str, p: Tensor, columns: int, samples: int) -> Any:
+    """The part of a contraction for one parameter where no entry of the output contributes to anything."""
+    lead: dict[str, tuple[int, ...]] = {
+        "per_sample": (columns, samples),
+        "sample_squares": (samples,),
+        "sample_norms": (samples,),
+        "gram": (columns, samples, columns, samples),
+    }
+    if name.startswith("input_factor"):
+        return None
+    dtype = p.dtype if name in ("total", "per_sample") else wide(p.dtype)
+    if name == "factors" or name.startswith("output_factor"):
+        check_block(direct(p.new_zeros(()).expand(1, samples, *p.shape)), "a parameter")
+        block = p.new_zeros(p.numel(), p.numel(), dtype=dtype)
+        return (block,) if name == "factors" else block
+    own = torch.Size(()) if name in ("sample_norms", "gram") else p.shape
+    return p.new_zeros(torch.Size(lead.get(name, ())) + own, dtype=dtype)
+
+
+def check_block(bound: Bound, parameter: str) -> None:
+    """Raise if a parameter without Kronecker structure is so large that nobody can want its exact block; warn before that."""
+    if not isinstance(bound.form, Direct):
+        return
+    if (rows := bound.form.shape.numel()) > LARGEST_BLOCK:
+        raise NotImplementedError(
+            f"{parameter} of shape {tuple(bound.form.shape)} has no Kronecker structure here, and its exact block would have "
+            f"{rows} rows. Leave it out of params (in modules, freeze it), or use a diagonal such as diag_ggn."
+        )
+    if rows >= LARGE_BLOCK:
+        size = rows**2 * bound.g.element_size() / 2**20
+        warnings.warn(
+            f"{parameter} of shape {tuple(bound.form.shape)} has no Kronecker structure here (as position embeddings have "
+            f"none): its one factor is its exact block, {rows} x {rows}, of {size:.0f} MiB. If that is not wanted, leave it "
+            "out of params (in modules, freeze it).",
+            stacklevel=2,
+        )
+
+
+def check_unchanged(site: Site) -> None:
+    """Raise if what a form takes from the forward pass was overwritten since."""
+    if any(t._version != version for t, version in site.inputs):
+        raise RuntimeError(
+            f"the input of {site.name} was changed in place after the call, so its gradient is lost (autograd would "
+            "refuse it too). Use the out-of-place operation instead."
+        )
+
+
+def _forms_gradients(uses: list[tuple[Site, Form]]) -> bool:
+    """Whether a parameter's gradients of samples take as much work as their sum: all but those of vectors' matrices."""
+    return bool(uses) and all(
+        isinstance(form, Direct) or (isinstance(form, Outer) and len(site.shape) > 2) for site, form in uses
+    )
+
+
+def _into(contract: Callable[..., Any], b: Bound, buffer: Tensor | None) -> Any:
+    """Contract, in the memory given if the result has its layout."""
+    if buffer is None or buffer.dtype != b.g.dtype or not buffer.is_contiguous():
+        return contract(b)
+    return contract(b, out=buffer)
+
+
+def _is_smaller(b: Bound) -> bool:
+    """Whether a use takes less memory than the gradients that it stands for."""
+    return not isinstance(b.form, Products) and b.g.shape[2:].numel() < b.form.shape.numel()
+
+
+def _is_part(part: Tensor, buffer: Tensor) -> bool:
+    return part.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()

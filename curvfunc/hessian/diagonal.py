@@ -1,0 +1,352 @@
+"""The diagonal of the Hessian, H = Jᵀ(∇²L)J + Σ_m J_mᵀ R_m J_m.
+
+The first term is the GGN, with weights in place of a root where the loss is not convex. In the second, m runs over the
+operations that curve. If m is elementwise, a = φ(z), then R_m is diagonal with entries r = φ''(z) δ, where δ is the gradient
+of the loss at a. The Hessian's diagonal is then that of weighted squares: the columns eᵢ go back from z to the sites before
+it, and their squared gradients are added up with the weights rᵢ. Three shortcuts save columns:
+
+- between z and the output of the layer before it, Jacobians are usually diagonal: that layer's parameters need none;
+- behind that layer, if it is linear, start the rows of its weight: one matrix product less;
+- and the layer before that, if only diagonal Jacobians follow, needs the sums Σ_o r_o W_oi² alone.
+
+Parameters before any other operation that curves (`curvfunc.hessian.residuals`) get the second term as a whole from
+Hessian-vector products with respect to their sites' outputs, δ held fixed.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from curvfunc.engine.cotangents import CHUNK_BYTES
+from curvfunc.engine.observer import over_columns
+from curvfunc.engine.passes import Prepared
+from curvfunc.engine.sites import Site, Trace
+from curvfunc.hessian.products import HessianProducts
+from curvfunc.hessian.residuals import Curvature, Meeting, Residual
+from curvfunc.tensors.precision import wide
+from curvfunc.uses.forms import Bound, Outer, bind, merge
+from curvfunc.uses.squares import sample_squares, squared_inputs, squares, weighted_sample_squares, weighted_squares
+
+__all__ = ["Columns", "diagonal", "root_columns"]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns of the output, ``get(start, stop)`` is [v, n, ...], and their weights [v, n], or None for ones."""
+
+    num: int
+    get: Callable[[int, int], Tensor]
+    weights: Tensor | None
+
+
+def diagonal(
+    trace: Trace,
+    leaves: Sequence[Tensor],
+    curvature: Curvature,
+    columns: Columns,
+    gradient: Tensor,
+    *,
+    batched: bool,
+    chunk_size: int | None,
+    differentiable: bool,
+) -> list[Tensor]:
+    """The diagonal for each parameter.
+
+    Args:
+        trace: The forward pass.
+        leaves: The parameters.
+        curvature: Its analysis; nothing in it is split.
+        columns: Columns and weights of the loss Hessian.
+        gradient: Gradient of the loss at the output, [n, ...].
+        batched: Whether to keep the samples apart.
+        chunk_size: Number of columns that are backpropagated together.
+        differentiable: Whether the results will be differentiated. Then ``gradient`` has a graph.
+
+    Returns:
+        [*shape] or [n, *shape] for each parameter.
+    """
+    run = _Diagonal(trace, chunk_size, differentiable, leaves=leaves, batched=batched)
+    everything = (1 << len(leaves)) - 1
+    curved = curvature.curved
+    # A gradient with a graph is not fixed: Hessian-vector products then contain the first term.
+    run.contract(trace.out, columns.get, columns.num, columns.weights, everything & ~curved if differentiable else everything)
+    if curvature.residuals:
+        for residual, r in run.weights(curvature.residuals, gradient):
+            run.residual(curvature, residual, r)
+    if curved:
+        products = HessianProducts(trace, gradient, run.prepared.of, run.chunks, differentiable)
+        for i, part in products.diagonals(run.uses(curved)):
+            run.add_samples(i, part)
+    return run.results()
+
+
+def root_columns(
+    trace: Trace, residuals: Sequence[Residual], columns: Columns, gradient: Tensor
+) -> Iterator[tuple[int, Bound, Tensor, bool]]:
+    """The Hessian as Σ_v w[v,n] P[v,n] P[v,n]ᵀ, with the gradients P that columns at a parameter's uses stand for.
+
+    Args:
+        trace: The forward pass.
+        residuals: The elementwise operations; none curves otherwise.
+        columns: Columns and weights of the loss Hessian.
+        gradient: Gradient of the loss at the output, [n, ...], without a graph.
+
+    Yields:
+        Parameter, its uses with a part of its columns as cotangents, their weights w [v, n], and whether they are those
+        of the second term, φ''(z) δ.
+    """
+    run = _Columns(trace, None, False)
+    weights = gradient.new_ones(columns.num, len(gradient)) if columns.weights is None else columns.weights
+    for i, chunk, b in run.at_uses(trace.out, columns.get, columns.num, -1):
+        yield i, b, weights[chunk], False
+    for residual, r in run.weights(residuals, gradient):
+        num, weights = _by_sample(r, residual.axis)
+        for i, chunk, b in run.at_uses(residual.input, _units(r, residual.axis), num, residual.targets, r.numel()):
+            yield i, b, weights[chunk], True
+
+
+@dataclass
+class _Columns:
+    """Columns that go back from a place in the graph to the uses of parameters."""
+
+    trace: Trace
+    chunk_size: int | None
+    differentiable: bool
+    prepared: Prepared = field(default_factory=Prepared)
+
+    def uses(self, targets: int) -> dict[int, list[int]]:
+        """``{parameter: its sites}`` for the parameters in a mask."""
+        found: dict[int, list[int]] = {}
+        for j, site in enumerate(self.trace.sites):
+            for i in site.forms:
+                if targets >> i & 1:
+                    found.setdefault(i, []).append(j)
+        return found
+
+    def chunks(self, total: int, widest: int) -> list[tuple[int, int]]:
+        """Ranges of columns that go together."""
+        size = self.chunk_size
+        if size is None:
+            out = self.trace.out
+            widest = max([widest, *[s.shape.numel() for s in self.trace.sites]])
+            size = max(1, CHUNK_BYTES.get(out.device.type, 1 << 28) // (widest * out.element_size()))
+        return [(start, min(start + size, total)) for start in range(0, total, size)]
+
+    def at_uses(
+        self, source: Tensor | GradientEdge, columns: Callable[[int, int], Tensor], num: int, targets: int, widest: int = 1
+    ) -> Iterator[tuple[int, slice, Bound]]:
+        """Jᵀ c for columns c at ``source``: parameter in ``targets``, columns of a chunk, and the parameter's uses."""
+        uses = self.uses(targets)
+        wanted = sorted({j for sites in uses.values() for j in sites})
+        if not wanted or not self.trace.out.requires_grad:
+            return
+        ranges = self.chunks(num, widest)
+        self.prepared.whole |= len(ranges) > 1
+        for start, stop in ranges:
+            gs = self.pull(source, columns(start, stop), wanted)
+            for i, sites in uses.items():
+                parts = [self.bind(j, i, gs[j], factors=False) for j in sites if j in gs]
+                if parts:
+                    yield i, slice(start, stop), merge(parts)
+
+    def bind(self, j: int, i: int, g: Tensor, factors: bool = True) -> Bound:
+        """Site j's use of parameter i with the cotangent g."""
+        return bind(self.trace.sites[j].forms[i], g, self.prepared.of, factors)
+
+    def pull(self, source: Tensor | GradientEdge, columns: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
+        """Cotangents [v, n, ...] of those sites' outputs that ``source`` depends on."""
+        edges: list[Any] = [self.trace.sites[j].edge for j in wanted]
+        reached: list[int] = []
+
+        def backward(column: Tensor) -> tuple[Tensor, ...]:
+            sources: Any = [source]
+            grads = torch.autograd.grad(
+                sources, edges, [column], retain_graph=True, create_graph=self.differentiable, allow_unused=True
+            )
+            reached[:] = [j for j, g in zip(wanted, grads, strict=True) if g is not None]
+            return tuple(g for g in grads if g is not None)
+
+        if len(columns) == 1:
+            grads = tuple(g[None] for g in backward(columns[0]))
+        else:
+            grads = over_columns(backward, columns)
+        return {j: _from_edge(self.trace.sites[j], g) for j, g in zip(reached, grads, strict=True)}
+
+    def weights(self, residuals: Sequence[Residual], gradient: Tensor) -> Iterator[tuple[Residual, Tensor]]:
+        """r = φ''(z) δ, of the shape of z, for each operation that the output depends on."""
+        deltas = torch.autograd.grad(
+            [self.trace.out],
+            [r.output for r in residuals],
+            [gradient],
+            retain_graph=True,
+            create_graph=self.differentiable,
+            allow_unused=True,
+        )
+        for residual, delta in zip(residuals, deltas, strict=True):
+            if delta is not None:
+                yield residual, self.second_derivative(residual) * delta
+
+    def second_derivative(self, residual: Residual) -> Tensor:
+        """φ''(z), by differentiating φ'(z) = the operation's VJP of ones."""
+        ones = torch.ones(residual.shape, dtype=self.trace.out.dtype, device=self.trace.out.device)
+        with torch.enable_grad():
+            first = torch.autograd.grad([residual.output], [residual.input], [ones], create_graph=True)[0]
+            if not first.requires_grad:
+                return torch.zeros_like(first)
+            second = torch.autograd.grad(
+                [first],
+                [residual.input],
+                [ones.to(first.dtype)],
+                retain_graph=True,
+                create_graph=self.differentiable,
+                allow_unused=True,
+            )[0]
+        return torch.zeros_like(first) if second is None else second
+
+
+@dataclass
+class _Diagonal(_Columns):
+    """Sums up the diagonal; ``sums[i]`` is what parameter i has so far."""
+
+    leaves: Sequence[Tensor] = ()
+    batched: bool = False
+    sums: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, i: int, part: Tensor) -> None:
+        """A contribution to parameter i."""
+        self.sums[i] = self.sums[i] + part if i in self.sums else part
+
+    def add_samples(self, i: int, part: Tensor) -> None:
+        """A contribution [n, *shape]."""
+        self.add(i, part if self.batched else part.sum(0))
+
+    def results(self) -> list[Tensor]:
+        """What has been summed up."""
+        lead = torch.Size((len(self.trace.out),) if self.batched else ())
+        dtypes = [wide(p.dtype) for p in self.leaves]
+        return [
+            self.sums[i].to(dtype) if i in self.sums else p.new_zeros(lead + p.shape, dtype=dtype)
+            for i, (p, dtype) in enumerate(zip(self.leaves, dtypes, strict=True))
+        ]
+
+    def contract(
+        self,
+        source: Tensor | GradientEdge,
+        columns: Callable[[int, int], Tensor],
+        num: int,
+        weights: Tensor | None,
+        targets: int,
+        widest: int = 1,
+    ) -> None:
+        """Add Σ_v w[v,n] (Jᵀ c[v,n])² for columns c at ``source`` to the parameters in ``targets``."""
+        for i, chunk, b in self.at_uses(source, columns, num, targets, widest):
+            self.add(i, self.square(b, None if weights is None else weights[chunk]))
+
+    def square(self, b: Bound, weights: Tensor | None) -> Tensor:
+        """Squares summed over columns, and over samples too unless these are kept."""
+        if weights is None:
+            return sample_squares(b) if self.batched else squares(b)
+        weights = weights.to(b.g.dtype)
+        return weighted_sample_squares(b, weights) if self.batched else weighted_squares(b, weights)
+
+    def residual(self, curvature: Curvature, residual: Residual, r: Tensor) -> None:
+        """Add the term of one operation from r = φ''(z) δ, of the shape of z."""
+        meeting = curvature.meeting(residual.input, r.numel())
+        self.own(residual.input, r, meeting, residual.targets)
+        targets = residual.targets & meeting.rest
+        if not targets:
+            return
+        start = self.behind_linear(residual, r, meeting)
+        if start is not None:
+            source, weight, r, x_shape = start
+            r_x = r @ weight.square()  # diagonal of Wᵀ diag(r) W
+            before = curvature.meeting(source, r_x.numel())
+            flat = Meeting(
+                {j: mask for j, mask in before.own.items() if len(self.trace.sites[j].shape) == 2}, before.rest, False
+            )
+            self.own(source, r_x, flat, targets)
+            targets &= ~_union(flat.own.values())
+            rows: Callable[[int, int], Tensor] = lambda a, b: weight[a:b, None].expand(-1, *x_shape)
+            self.contract(source, rows, len(weight), r.mT, targets, x_shape.numel())
+            return
+        self.contract(residual.input, _units(r, residual.axis), *_by_sample(r, residual.axis), targets, r.numel())
+
+    def own(self, source: GradientEdge, r: Tensor, meeting: Meeting, targets: int) -> None:
+        """Add the terms of layers from which ``source`` is reached through diagonal Jacobians: Σ_s r[n,s,o] x[n,s,k]²."""
+        wanted = {j: mask & targets for j, mask in meeting.own.items() if mask & targets}
+        if not wanted:
+            return
+        ones = torch.ones_like(r)
+        edges = [self.trace.sites[j].edge for j in wanted]
+        if len(edges) == 1 and _same(edges[0], source):
+            scales: Sequence[Tensor] = [ones]
+        else:
+            scales = torch.autograd.grad([source], edges, [ones], retain_graph=True, create_graph=self.differentiable)
+        for (j, mask), scale in zip(wanted.items(), scales, strict=True):
+            site = self.trace.sites[j]
+            at_site = r.reshape(scale.shape) * scale.square()
+            for i in site.forms:
+                if mask >> i & 1:
+                    self.add(i, squared_inputs(self.bind(j, i, _from_edge(site, at_site[None])), self.batched))
+
+    def behind_linear(
+        self, residual: Residual, r: Tensor, meeting: Meeting
+    ) -> tuple[GradientEdge, Tensor, Tensor, torch.Size] | None:
+        """If z is made of a linear layer's output: the edge of its input, its weight, r at its output [n, o], and x's shape."""
+        if not meeting.alone or len(meeting.own) != 1:
+            return None
+        (j,) = meeting.own
+        site = self.trace.sites[j]
+        matrices = [i for i, form in site.forms.items() if isinstance(form, Outer)]
+        if site.name != "linear" or len(site.shape) != 2 or site.axis != 0 or len(matrices) != 1 or not site.inputs:
+            return None
+        x, weight = site.inputs[0][0], self.leaves[matrices[0]]
+        form = site.forms[matrices[0]]
+        if form.inputs_first or weight.shape != (site.shape[1], x.shape[-1]) or x.ndim != 2 or not x.requires_grad:  # type: ignore[union-attr]
+            return None
+        if not _same(residual.input, site.edge):
+            ones = torch.ones_like(r)
+            scale = torch.autograd.grad(
+                [residual.input], [site.edge], [ones], retain_graph=True, create_graph=self.differentiable
+            )[0]
+            r = r.reshape(scale.shape) * scale.square()
+        return get_gradient_edge(x), weight, r, x.shape
+
+
+def _same(a: GradientEdge, b: GradientEdge) -> bool:
+    return a.node is b.node and a.output_nr == b.output_nr
+
+
+def _from_edge(site: Site, g: Tensor) -> Tensor:
+    """A cotangent [v, *edge] as [v, n, ...]."""
+    return g.reshape(len(g), *site.shape).movedim(site.axis + 1, 1)
+
+
+def _units(r: Tensor, axis: int) -> Callable[[int, int], Tensor]:
+    """The unit vectors of one sample's entries of z, the same for all samples."""
+    samples, rest = r.shape[axis], [size for d, size in enumerate(r.shape) if d != axis]
+    entries = r.numel() // max(1, samples)
+
+    def get(start: int, stop: int) -> Tensor:
+        places = torch.arange(start, stop, device=r.device)
+        unit = (places.unsqueeze(1) == torch.arange(entries, device=r.device)).to(r.dtype)
+        return unit.reshape(-1, *rest).unsqueeze(axis + 1).expand(-1, *r.shape)
+
+    return get
+
+
+def _by_sample(r: Tensor, axis: int) -> tuple[int, Tensor]:
+    """The number of one sample's entries, and r as [entry, n]."""
+    weights = r.movedim(axis, -1).flatten(0, -2) if r.ndim > 1 else r[None]
+    return len(weights), weights
+
+
+def _union(masks: Any) -> int:
+    total = 0
+    for mask in masks:
+        total |= mask
+    return total

@@ -1,0 +1,34 @@
+"""What a loss is to the engine: its gradient, and columns whose squares sum up to its Hessian. Knows nothing of models."""
+
+from curvfunc.losses.custom import check_separable
+from curvfunc.losses.normal_form import Loss, Root, check, is_sum, no_loss, normalize, rebuild, values_visible
+from curvfunc.losses.roots import (
+    draw_bits,
+    draw_categories,
+    draw_normal,
+    exact_root,
+    gradient,
+    sampled_root,
+    signed_root,
+    summed_hessian,
+)
+
+__all__ = [
+    "Loss",
+    "Root",
+    "check",
+    "check_separable",
+    "draw_bits",
+    "draw_categories",
+    "draw_normal",
+    "exact_root",
+    "gradient",
+    "is_sum",
+    "no_loss",
+    "normalize",
+    "rebuild",
+    "sampled_root",
+    "signed_root",
+    "summed_hessian",
+    "values_visible",
+]

@@ -1,0 +1,160 @@
+"""Closed forms of the losses that have a name: their gradients, and roots of their Hessians. See `curvfunc.losses`."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from curvfunc.losses.normal_form import Loss, Root, flat, label, values_visible
+
+__all__ = [
+    "along_classes",
+    "binary_weights",
+    "check_mass",
+    "class_mass",
+    "cross_entropy_gradient",
+    "diagonal_root",
+    "softmax_root",
+    "squared_error_mass",
+]
+
+
+def _labels(loss: Loss, work: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of class indices y [N, *d]: a valid index, R (0 if ignored), and R times the weight of the label; [N, 1, *d]."""
+    options, weight = dict(loss.options), loss.tensors.get("weight")
+    ignored = y == options["ignore_index"]
+    if weight is None and y.device.type == "cpu" and values_visible(y) and not ignored.any():  # fewer steps to the same
+        index = y.unsqueeze(1).long()
+        mass = work.new_full((), 1 / y.numel() if options["reduction"] == "mean" else 1.0).expand(index.shape)
+        return index, mass, mass
+    kept = ~ignored.unsqueeze(1)
+    index = torch.where(kept, y.unsqueeze(1).long(), 0)
+    scale = kept.to(work.dtype)
+    if weight is None:
+        if options["reduction"] == "mean":
+            # where all positions are ignored, torch's loss is nan, but its gradient is zero
+            scale = scale / scale.sum().clamp(min=1)
+        return index, scale, scale
+    label_weight = weight.to(work.dtype)[index]
+    if options["reduction"] == "mean":  # torch divides by the weights of the labels, also when it smooths them
+        total = (scale * label_weight).sum()
+        scale = torch.where(total == 0, 0.0, scale / total)
+    return index, scale, scale * label_weight
+
+
+def _class_weights(loss: Loss, work: Tensor, y: Tensor) -> Tensor:
+    """T [N, C, *d] of L = - sum T log softmax(out), for smoothed labels and for class probabilities."""
+    options, num_classes, weight = dict(loss.options), work.shape[1], loss.tensors.get("weight")
+    smoothing: float = options["label_smoothing"]
+    per_class = work.new_ones(()) if weight is None else along_classes(weight.to(work.dtype), work)
+    if y.is_floating_point():
+        scale = num_classes / work.numel() if options["reduction"] == "mean" else 1.0
+        return (y.to(work.dtype) * (1 - smoothing) + smoothing / num_classes) * (per_class * scale)
+    index, kept, mass = _labels(loss, work, y)
+    hard = torch.zeros_like(work).scatter(1, index, mass)
+    return hard * (1 - smoothing) + kept * per_class * (smoothing / num_classes)
+
+
+def _has_hard_labels(loss: Loss, y: Tensor) -> bool:
+    return not y.is_floating_point() and dict(loss.options)["label_smoothing"] == 0
+
+
+def class_mass(loss: Loss, work: Tensor, y: Tensor) -> Tensor:
+    """Mass [N, 1, *d] of each position: the total weight of its target."""
+    if _has_hard_labels(loss, y):
+        _, _, mass = _labels(loss, work, y)
+    else:
+        mass = _class_weights(loss, work.detach(), y).sum(1, keepdim=True)
+    check_mass(loss, mass, y.is_floating_point())
+    return mass
+
+
+def cross_entropy_gradient(loss: Loss, work: Tensor, y: Tensor) -> Tensor:
+    """Gradient m p - T, [N, C, *d]."""
+    probs = work.softmax(1)
+    if _has_hard_labels(loss, y):  # T has one entry per position: no need to build it
+        index, _, mass = _labels(loss, work, y)
+        return (mass * probs).scatter_add(1, index, -mass)
+    target = _class_weights(loss, work, y)
+    return target.sum(1, keepdim=True) * probs - target
+
+
+def squared_error_mass(loss: Loss, work: Tensor) -> Tensor:
+    """Twice the weight of each squared error, of the output's shape or a scalar."""
+    weight = loss.tensors.get("weight")
+    mean = dict(loss.options)["reduction"] == "mean"
+    if weight is None:
+        return torch.full((), 2.0 / work.numel() if mean else 2.0, dtype=work.dtype, device=work.device)
+    weight = weight.to(work.dtype)
+    return 2 * weight / weight.sum() if mean else 2 * weight
+
+
+def binary_weights(loss: Loss, work: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight T1 of the label 1 and mass T1 + T0, of the output's shape, with R in them."""
+    y = y.to(work.dtype)
+    weight, pos_weight = loss.tensors.get("weight"), loss.tensors.get("pos_weight")
+    positive = y if pos_weight is None else y * pos_weight.to(work.dtype)
+    mass = torch.ones_like(y) if pos_weight is None else positive + (1 - y)
+    scale = 1.0 / work.numel() if dict(loss.options)["reduction"] == "mean" else 1.0
+    if weight is None:
+        return positive * scale, mass * scale
+    return positive * weight.to(work.dtype) * scale, mass * weight.to(work.dtype) * scale
+
+
+def softmax_root(work: Tensor, mass: Tensor, dtype: torch.dtype, fewest: bool = False) -> Root:
+    """Columns sqrt(m p_c) (e_c - p) at position d, for v = (c, d); or the fewest. work [N, C, *d], mass [N, 1, *d]."""
+    num, num_classes, positions = work.shape[0], work.shape[1], math.prod(work.shape[2:])
+    shape, device = work.shape, work.device
+    log_probs = work.log_softmax(1).reshape(num, num_classes, positions)
+    probs = log_probs.exp()
+    # sqrt(p) in log space: it survives where p underflows, and its derivative stays finite
+    roots = (log_probs / 2).exp()
+    scale = (mass.reshape(num, 1, positions).sqrt() * roots).flatten(1)
+    skipped = positions if fewest else 0
+    if fewest:
+        probs = torch.cat([roots[:, :1], probs[:, 1:] / (1 + roots[:, :1])], dim=1)
+
+    def columns(start: int, stop: int) -> Tensor:
+        start, stop = start + skipped, stop + skipped
+        entry = torch.arange(start, stop, device=device)
+        position = entry if positions == 1 else entry % positions
+        own = _one_hot(entry if positions == 1 else entry // positions, num_classes, probs.dtype).unsqueeze(1)  # [v, 1, C]
+        at = probs.squeeze(2) if positions == 1 else probs[:, :, position].permute(2, 0, 1)
+        column = scale[:, start:stop].T.unsqueeze(2) * (own - at)  # [v, N, C]
+        if positions > 1:
+            column = column.unsqueeze(3) * _one_hot(position, positions, probs.dtype)[:, None, None]
+        return column.reshape(stop - start, *shape).to(dtype)
+
+    return Root(num_classes * positions - skipped, columns)
+
+
+def diagonal_root(scale: Tensor, dtype: torch.dtype) -> Root:
+    """Columns scale_v e_v. scale [N, *out]."""
+    shape, entries = scale.shape, flat(scale)
+
+    def columns(start: int, stop: int) -> Tensor:
+        own = _one_hot(torch.arange(start, stop, device=entries.device), entries.shape[1], entries.dtype)
+        return (own.unsqueeze(1) * entries).reshape(stop - start, *shape).to(dtype)
+
+    return Root(entries.shape[1], columns)
+
+
+def check_mass(loss: Loss, mass: Tensor, soft: bool = False) -> None:
+    """Refuse negative masses, which only weights and soft targets can cause."""
+    if not (loss.tensors or soft):
+        return
+    if mass.device.type == "cpu" and values_visible(mass) and (mass < 0).any():
+        raise ValueError(
+            f"{label(loss)}: a target has negative total weight {mass.min():.3g}, so the loss is not convex in the "
+            "output and its Hessian has no real root. Use non-negative weights and targets."
+        )
+
+
+def along_classes(per_class: Tensor, out: Tensor) -> Tensor:
+    """[C] -> [C, 1, ...], to broadcast against [N, C, *d]."""
+    return per_class.reshape(-1, *[1] * (out.ndim - 2))
+
+
+def _one_hot(index: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """[v] -> [v, size]. A comparison: unlike F.one_hot it looks at no values."""
+    return (index.unsqueeze(1) == torch.arange(size, device=index.device)).to(dtype)

@@ -1,0 +1,317 @@
+"""Curvature of losses with respect to the model's output: gradients and square roots of the Hessian.
+
+The loss is L(f, y) = R sum_n l(f_n, y_n), with R = 1 for a sum. Three losses have closed forms: cross-entropy, squared
+error and binary cross-entropy with logits, with all their options. They share one shape: with a target weight T >= 0,
+
+    cross-entropy    L = - sum_nd sum_c T_ncd log p_ncd,            gradient m p - T,     Hessian m (diag p - p p^T)
+    BCE with logits  L = - sum T1 log s + T0 log(1 - s),            gradient m s - T1,    Hessian m s (1 - s)
+    squared error    L = sum (m / 2) (f - y)^2,                     gradient m (f - y),   Hessian m
+
+where m, the *mass* of a position, is the total weight of its target. Class weights, ``ignore_index``, label smoothing,
+soft labels, ``pos_weight`` and the factor R of the reduction all end up in T and m, and nowhere else.
+Any other loss is *custom*: its per-sample Hessian comes from autodiff and its root from an eigendecomposition.
+
+Axes: ``n`` samples (N), ``c`` classes (C), ``d`` further axes of the output, ``v`` columns of the root (V); Monte-Carlo
+roots have M columns. An exact root has V = numel(out[n]) columns, and with a closed form column v belongs to entry v of
+the flattened output of a sample (for cross-entropy, v = (c, d) with d fastest). Everything is computed in float32 at
+least and returned in the output's dtype.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from curvfunc.losses.closed_forms import (
+    along_classes,
+    binary_weights,
+    check_mass,
+    class_mass,
+    cross_entropy_gradient,
+    diagonal_root,
+    softmax_root,
+    squared_error_mass,
+)
+from curvfunc.losses.custom import autodiff_factor, autodiff_gradient, autodiff_hessian, check_separable
+from curvfunc.losses.normal_form import Loss, Root, check, flat, is_sum, no_loss, normalize, rebuild, values_visible
+from curvfunc.tensors.precision import at_least_float32
+
+__all__ = [
+    "Loss",
+    "Root",
+    "check",
+    "check_separable",
+    "draw_bits",
+    "draw_categories",
+    "draw_normal",
+    "exact_root",
+    "gradient",
+    "is_sum",
+    "no_loss",
+    "normalize",
+    "rebuild",
+    "sampled_root",
+    "signed_root",
+    "summed_hessian",
+    "values_visible",
+]
+
+COLUMNS_BYTES = 1 << 24  # columns that are made together where only their products are kept
+
+
+def gradient(loss: Loss, out: Tensor, y: Any, *, create_graph: bool = False) -> Tensor:
+    """Gradient of the loss with respect to the output.
+
+    Closed forms need no backward pass: they work under every transformation, and cost less than ``torch.func.grad``.
+
+    Args:
+        loss: The loss; ``check`` has passed.
+        out: Output of the model, [N, ...], attached to a graph or not.
+        y: Targets.
+        create_graph: Whether the result can be differentiated with respect to ``out``.
+
+    Returns:
+        dL / d out, with the factor R of the reduction, [N, ...].
+
+    Raises:
+        ValueError: If a custom loss does not separate over samples (see ``check_separable``).
+    """
+    out = out if create_graph else out.detach()
+    if loss.name is None:
+        custom = autodiff_gradient(loss, out, y)
+        check_separable(loss, out, y, custom)
+        return custom
+    work = at_least_float32(out)
+    if loss.name == "cross_entropy":
+        return cross_entropy_gradient(loss, work, y).to(out.dtype)
+    if loss.name == "mse_loss":
+        residual: Tensor = work - y.to(work.dtype)
+        return (squared_error_mass(loss, work) * residual).to(out.dtype)
+    positive, mass = binary_weights(loss, work, y)
+    return (mass * work.sigmoid() - positive).to(out.dtype)
+
+
+def exact_root(loss: Loss, out: Tensor, y: Any, *, fewest: bool = False) -> Root:
+    """Root of the loss Hessian of each sample.
+
+    With m the mass of a position (see the module), column v = (c, d) is zero but at position d, where it is
+
+        cross-entropy    sqrt(m p_c) (e_c - p)
+        BCE with logits  sqrt(m s (1 - s))
+        squared error    sqrt(m)
+        custom           sqrt(lambda_v) u_v, eigenpairs of the symmetrized Hessian (all positions together)
+
+    The columns can be differentiated with respect to ``out``. For a custom loss this holds for what depends on S S^T
+    only, and where the rank of the Hessian stays the same: eigenvectors have no derivative where eigenvalues coincide.
+
+    Args:
+        loss: The loss; ``check`` has passed.
+        out: Output of the model, [N, *out].
+        y: Targets.
+        fewest: Whether other columns may take their place if they are fewer. For cross-entropy these are C - 1 at each
+            position: a Householder reflection H that maps sqrt(p) to the first axis, applied to the columns, makes the
+            first one zero. With u = sqrt(p) the others are, for c = 1 ... C - 1,
+
+                sqrt(m) u_c (e_c - a),   a_0 = u_0,   a_i = p_i / (1 + u_0) for i > 0.
+
+    Returns:
+        Root with V = numel(out[n]) columns, or less.
+
+    Raises:
+        ValueError: If the loss is not convex in its output (a negative weight, an indefinite Hessian), or if a custom
+            loss does not separate over samples. Not raised where values cannot be seen (``values_visible``).
+
+    References:
+        Dangel, Kunstner, Hennig, BackPACK: Packing more into backprop, ICLR 2020, arXiv:1912.10985. The order of
+        columns is that of BackPACK.
+    """
+    work = at_least_float32(out)
+    if loss.name == "cross_entropy":
+        return softmax_root(work, class_mass(loss, work, y), out.dtype, fewest and work.shape[1] > 1)
+    if loss.name == "mse_loss":
+        mass = squared_error_mass(loss, work)
+        check_mass(loss, mass)
+        return diagonal_root(mass.sqrt().expand(out.shape), out.dtype)
+    if loss.name == "bce_with_logits":
+        _, mass = binary_weights(loss, work, y)
+        check_mass(loss, mass)
+        # sqrt(s (1 - s)) in log space: neither factor underflows first, and the derivative stays finite
+        deviation = ((F.logsigmoid(work) + F.logsigmoid(-work)) / 2).exp()
+        return diagonal_root(mass.sqrt() * deviation, out.dtype)
+    factor = autodiff_factor(loss, work, y)
+    shape = out.shape
+
+    def columns(start: int, stop: int) -> Tensor:
+        return factor[:, :, start:stop].permute(2, 0, 1).reshape(stop - start, *shape).to(out.dtype)
+
+    return Root(factor.shape[-1], columns)
+
+
+def summed_hessian(loss: Loss, out: Tensor, y: Any, select: Callable[[Tensor], Tensor]) -> Tensor:
+    """The Hessians of all samples added up, R sum_n Hessian of l_n [D, D]; of those samples that ``select`` leaves.
+
+    It is in float32 at least.
+
+    Args:
+        loss: The loss; ``check`` has passed.
+        out: Output of the model, [N, *out].
+        y: Targets.
+        select: Takes [v, N, ...] to the samples of a subset.
+
+    Raises:
+        ValueError: As ``exact_root``.
+    """
+    if loss.name == "cross_entropy" and out.ndim == 2:
+        work = at_least_float32(out)
+        probs = work.softmax(1)
+        weighted, probs = select(torch.stack([class_mass(loss, work, y) * probs, probs]))
+        return weighted.sum(0).diag() - weighted.mT @ probs
+    root = exact_root(loss, out, y, fewest=True)
+    size = max(1, COLUMNS_BYTES // max(1, out.numel() * out.element_size()))
+    parts = []
+    for start in range(0, root.num, size):
+        columns = select(root.columns(start, min(start + size, root.num))).reshape(-1, math.prod(out.shape[1:]))
+        columns = at_least_float32(columns)
+        parts.append(columns.mT @ columns)
+    return sum(parts[1:], parts[0])
+
+
+def signed_root(loss: Loss, out: Tensor, y: Any) -> tuple[Root, Tensor | None]:
+    """As ``exact_root``, for losses that need not be convex: columns with weights of any sign.
+
+    For a custom loss they are the eigenvectors and eigenvalues of each sample's Hessian H. Where these have to be
+    differentiated, which coinciding eigenvalues prevent, they are the 2D columns (a e_c + H e_c / a) / 2 and
+    (a e_c - H e_c / a) / 2 with weights 1 and -1, for any a: their squares differ by the product of e_c and H e_c.
+
+    Args:
+        loss: The loss; ``check`` has passed.
+        out: Output of the model, [N, *out].
+        y: Targets.
+
+    Returns:
+        The columns and their weights w [V, N]; None stands for ones. For each n, sum_v w[v, n] S[v, n] S[v, n]^T is
+        the Hessian, with R in it.
+
+    Raises:
+        ValueError: If a custom loss does not separate over samples.
+    """
+    if loss.name is not None:
+        try:
+            return exact_root(loss, out, y, fewest=True), None
+        except ValueError:  # negative weights
+            loss = Loss(None, functools.partial(loss.fn, **dict(loss.options), **loss.tensors))
+    work = at_least_float32(out)
+    check_separable(loss, work, y)
+    hessian = autodiff_hessian(loss, work, y)
+    if out.requires_grad:
+        largest = hessian.detach().abs().amax()
+        scale = torch.where(largest > 0, largest, 1.0).sqrt()
+        unit = scale * torch.eye(hessian.shape[-1], dtype=work.dtype, device=work.device)
+        vectors = torch.cat([unit + hessian / scale, unit - hessian / scale], dim=-1) / 2
+        weights = torch.ones_like(vectors[:, 0])
+        weights = torch.cat([weights[:, : unit.shape[0]], -weights[:, unit.shape[0] :]], dim=1)
+    else:
+        weights, vectors = torch.linalg.eigh(hessian)
+    shape = out.shape
+
+    def columns(start: int, stop: int) -> Tensor:
+        return vectors[:, :, start:stop].permute(2, 0, 1).reshape(stop - start, *shape).to(out.dtype)
+
+    return Root(vectors.shape[-1], columns), weights.mT.to(out.dtype)
+
+
+def sampled_root(loss: Loss, out: Tensor, y: Any, mc_samples: int, generator: torch.Generator | None = None) -> Root:
+    """Monte-Carlo root of the loss Hessian: gradients at labels drawn from the likelihood that the loss implies.
+
+    With mass m of a position (see the module) and M = ``mc_samples``, the columns are
+
+        cross-entropy    sqrt(m / M) (p - e_c),   c ~ Categorical(p), for each position
+        BCE with logits  sqrt(m / M) (s - b),     b ~ Bernoulli(s)
+        squared error    sqrt(m / M) eps,         eps ~ N(0, 1)
+        custom           S eps / sqrt(M),         eps ~ N(0, I), S the exact root
+
+    so that E[sum_v S[v, n] S[v, n]^T] is the Hessian, for every option of the loss. All labels are drawn here, at once:
+    the result does not depend on how the columns are asked for.
+
+    Args:
+        loss: The loss; ``check`` has passed.
+        out: Output of the model, [N, *out].
+        y: Targets (only their weights and ignored positions matter).
+        mc_samples: The number M of draws.
+        generator: Source of randomness on the device of ``out``; None is torch's default generator.
+
+    Returns:
+        Root with V = M columns.
+
+    Raises:
+        ValueError: If ``mc_samples`` is not positive, or as in ``exact_root``.
+
+    References:
+        Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate curvature, ICML 2015,
+        arXiv:1503.05671, Section 2.2.
+    """
+    if mc_samples < 1:
+        raise ValueError(f"mc_samples is {mc_samples}; a Monte-Carlo root needs at least 1 (an exact root needs none).")
+    work = at_least_float32(out)
+    shape, dtype = out.shape, out.dtype
+    if loss.name == "cross_entropy":
+        scale = (class_mass(loss, work, y) / mc_samples).sqrt()
+        probs = work.softmax(1)
+        drawn = draw_categories(work, mc_samples, generator)
+        classes = along_classes(torch.arange(work.shape[1], device=work.device), work)
+
+        def columns(start: int, stop: int) -> Tensor:
+            return (scale * (probs - (drawn[start:stop].unsqueeze(2) == classes).to(probs.dtype))).to(dtype)
+
+    elif loss.name == "bce_with_logits":
+        _, mass = binary_weights(loss, work, y)
+        check_mass(loss, mass)
+        scale, probs = (mass / mc_samples).sqrt(), work.sigmoid()
+        drawn = draw_bits(work, mc_samples, generator)
+
+        def columns(start: int, stop: int) -> Tensor:
+            return (scale * (probs - drawn[start:stop].to(probs.dtype))).to(dtype)
+
+    elif loss.name == "mse_loss":
+        mass = squared_error_mass(loss, work)
+        check_mass(loss, mass)
+        scale = (mass / mc_samples).sqrt()
+        drawn = draw_normal(work, mc_samples, generator)
+
+        def columns(start: int, stop: int) -> Tensor:
+            return (scale * drawn[start:stop]).to(dtype)
+
+    else:
+        factor = autodiff_factor(loss, work, y) / math.sqrt(mc_samples)
+        drawn = draw_normal(flat(work), mc_samples, generator)
+
+        def columns(start: int, stop: int) -> Tensor:
+            return torch.einsum("ncd,vnd->vnc", factor, drawn[start:stop]).reshape(stop - start, *shape).to(dtype)
+
+    return Root(mc_samples, columns)
+
+
+def draw_categories(logits: Tensor, mc_samples: int, generator: torch.Generator | None) -> Tensor:
+    """Draw classes from softmax(logits) for logits [N, C, *d]: [M, N, *d], an exponential race (argmin_c E_c / p_c).
+
+    Out of place, so it runs under ``vmap(randomness="different")`` and compiled. E = -log u with 0 < u < 1 is positive
+    and finite, so no class can win because of its noise alone: u = 0, which ``torch.rand`` may draw, is moved up.
+    """
+    u = torch.rand((mc_samples, *logits.shape), generator=generator, device=logits.device, dtype=logits.dtype)
+    exponential = -u.clamp(min=torch.finfo(u.dtype).tiny).log()
+    return (logits.log_softmax(1) - exponential.log()).argmax(2)
+
+
+def draw_bits(logits: Tensor, mc_samples: int, generator: torch.Generator | None) -> Tensor:
+    """Draw from Bernoulli(sigmoid(logits)) for logits of any shape: boolean [M, *shape]."""
+    u = torch.rand((mc_samples, *logits.shape), generator=generator, device=logits.device, dtype=logits.dtype)
+    return u < logits.sigmoid()
+
+
+def draw_normal(like: Tensor, mc_samples: int, generator: torch.Generator | None) -> Tensor:
+    """Draw standard normal noise [M, *shape] of the shape, device and dtype of ``like``."""
+    return torch.randn((mc_samples, *like.shape), generator=generator, device=like.device, dtype=like.dtype)

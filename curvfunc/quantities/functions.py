@@ -1,0 +1,433 @@
+"""Every quantity: a cotangent and a contraction.
+
+A spec names what is backpropagated (``cotangent``), what each layer makes of it (``contractions``), and how the parts
+become the result (``finish``). Each public function asks `curvfunc.compute` for one spec.
+
+What a sample's gradient is: with f the outputs of the whole batch, gₙ = R ∂ℓₙ(fₙ)/∂θ, everything else held as it is. Other
+samples may enter fₙ as data, or detached; where the gradient of fₙ would flow to other samples (normalization over the
+batch), the model is refused. Of a batch whose samples need the others as data, a subset costs as much as the whole.
+
+Shared by all functions below:
+
+Args:
+    model_fn: ``(params, X) -> output [N, ...]``, from `curvfunc.functionalize` or any function.
+    params: Pytree of real floating-point tensors, usually ``{name: tensor}``; what is not in it stays fixed.
+    X: Input, a tensor or a pytree of tensors with leading sample axis N.
+    y: Targets, likewise.
+    loss_fn: ``(output, y) -> scalar`` that sums or averages over samples: L = R Σₙ ℓ(fₙ, yₙ), R = 1/N for a mean, 1 for
+        a sum. Results follow it. Default: cross-entropy, averaged.
+    subsampling: Indices of samples (a sequence or a tensor, repeats allowed). Per-sample results are those of the listed
+        samples, sums run over them, and R stays that of the whole batch. The cost is that of the subset. A sample that is
+        listed twice has the same Monte-Carlo draws both times.
+    chunk_size: Number of vectors that are backpropagated together; by default chosen by memory. It changes results by
+        rounding only.
+    mc_samples: 0 for the exact loss Hessian, else the number of Monte-Carlo draws per sample.
+    generator: Source of the draws; the default generator if None. Cannot be used inside ``torch.compile``.
+
+Returns:
+    A pytree like ``params``. A parameter that the output does not depend on gets zeros.
+
+Raises:
+    TypeError, ValueError: For input that has no answer; the message names the argument, the shapes and the remedy.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from curvfunc.quantities.call import compute
+from curvfunc.quantities.quantity import Quantity
+from curvfunc.quantities.specs import (
+    KFAC,
+    KFLR,
+    KFRA,
+    BatchDiagGGN,
+    BatchDiagHessian,
+    BatchGrad,
+    BatchL2,
+    DiagGGN,
+    DiagHessian,
+    SqrtGGN,
+    SumGradSquared,
+    Variance,
+)
+
+__all__ = [
+    "batch_diag_ggn",
+    "batch_diag_hessian",
+    "batch_grad",
+    "batch_l2",
+    "diag_ggn",
+    "diag_hessian",
+    "kfac",
+    "kflr",
+    "kfra",
+    "sqrt_ggn",
+    "sum_grad_squared",
+    "variance",
+]
+
+Model = Callable[[Any, Any], Tensor]
+LossFunction = Callable[[Tensor, Any], Tensor]
+Indices = Sequence[int] | Tensor
+
+
+def batch_grad(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    subsampling: Indices | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Per-sample gradients, gₙ = R ∇ℓ(fₙ, yₙ).
+
+    Returns:
+        [N, *shape] per parameter; they add up to the gradient. Arguments: see `curvfunc.quantities`.
+
+    References:
+        BackPACK's ``BatchGrad`` (``p.grad_batch``).
+    """
+    return _one(BatchGrad(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+
+
+def batch_l2(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    subsampling: Indices | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Squared Euclidean norms of the per-sample gradients, ‖gₙ‖², without forming them where that is cheaper.
+
+    Returns:
+        [N] per parameter. Arguments: see `curvfunc.quantities`.
+
+    References:
+        BackPACK's ``BatchL2Grad`` (``p.batch_l2``); Goodfellow 2015, "Efficient per-example gradient computations", sec. 4.
+    """
+    return _one(BatchL2(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+
+
+def sum_grad_squared(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    subsampling: Indices | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Sum of the squared per-sample gradients, Σₙ gₙ² (N² times the uncentered second moment for a mean loss).
+
+    Returns:
+        [*shape] per parameter. Arguments: see `curvfunc.quantities`.
+
+    References:
+        BackPACK's ``SumGradSquared`` (``p.sum_grad_squared``); Dangel, Kunstner, Hennig 2020, "BackPACK", appendix A.
+    """
+    return _one(SumGradSquared(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+
+
+def variance(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    subsampling: Indices | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Variance of the per-sample gradients, (1/N) Σₙ gₙ² − ((1/N) Σₙ gₙ)², with gₙ as in `batch_grad`.
+
+    Returns:
+        [*shape] per parameter. Arguments: see `curvfunc.quantities`.
+
+    References:
+        BackPACK's ``Variance`` (``p.variance``).
+    """
+    return _one(Variance(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+
+
+def diag_ggn(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    mc_samples: int = 0,
+    subsampling: Indices | None = None,
+    generator: Generator | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Diagonal of the generalized Gauss-Newton matrix, diag(R Σₙ Jₙᵀ ∇²ℓₙ Jₙ).
+
+    With ``mc_samples`` the loss Hessian is replaced by draws from the likelihood that the loss implies; for
+    cross-entropy, squared error and BCE with logits the matrix is the Fisher information, so this is an unbiased estimate.
+
+    Returns:
+        [*shape] per parameter. Arguments: see `curvfunc.quantities`.
+
+    Raises:
+        ValueError: Besides the common errors, if a custom loss has an indefinite Hessian.
+
+    References:
+        BackPACK's ``DiagGGNExact``, ``DiagGGNMC``; Schraudolph 2002; Martens 2020, "New insights and perspectives on
+        the natural gradient method", secs. 8 and 9.
+    """
+    return _one(DiagGGN(mc_samples), model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
+
+
+def batch_diag_ggn(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    mc_samples: int = 0,
+    subsampling: Indices | None = None,
+    generator: Generator | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Each sample's part of the GGN's diagonal, diag(R Jₙᵀ ∇²ℓₙ Jₙ); over n they add up to `diag_ggn`.
+
+    Returns:
+        [N, *shape] per parameter. Arguments: see `curvfunc.quantities`.
+
+    Raises:
+        ValueError: As `diag_ggn`.
+
+    References:
+        BackPACK's ``BatchDiagGGNExact``, ``BatchDiagGGNMC``.
+    """
+    return _one(BatchDiagGGN(mc_samples), model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
+
+
+def diag_hessian(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    subsampling: Indices | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Diagonal of the Hessian of the loss, diag(∇²L), exact for every model and every twice differentiable loss.
+
+    With Jₙ the Jacobian of the output, and for each operation m that is not linear by pieces, Jₙₘ that of its input and Rₙₘ
+    its second derivative contracted with the loss gradient at its output,
+
+        ∇²L = R Σₙ Jₙᵀ ∇²ℓₙ Jₙ + Σₙₘ Jₙₘᵀ Rₙₘ Jₙₘ.
+
+    The first term costs as much as `diag_ggn`, and for models that are linear by pieces there is no other. Each smooth
+    elementwise operation (an activation, ``exp``, ``z ** 2``) adds one column to backpropagate for each entry of z, of
+    one sample, but none to the layer directly before it. Parameters before any other operation (softmax, attention, norms,
+    products of activations) take one Hessian-vector product for each entry of their layer's output or of the parameter;
+    parameters that are used again on what they produced (recurrent layers, tied embeddings) one for each entry of theirs.
+
+    Returns:
+        [*shape] per parameter. Arguments: see `curvfunc.quantities`.
+
+    Raises:
+        RuntimeError: If an operation has no second derivative in PyTorch, for instance cuDNN's recurrent layers.
+
+    References:
+        BackPACK's ``DiagHessian``; Dangel, Harmeling, Hennig 2020, "Modular block-diagonal curvature approximations for
+        feedforward architectures", eq. 4.
+    """
+    return _one(DiagHessian(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+
+
+def batch_diag_hessian(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    subsampling: Indices | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Each sample's part of the Hessian's diagonal, diag(R ∇²ℓₙ); over n they add up to `diag_hessian`.
+
+    Returns:
+        [N, *shape] per parameter. Arguments: see `curvfunc.quantities`.
+
+    Raises:
+        RuntimeError: As `diag_hessian`.
+
+    References:
+        BackPACK's ``BatchDiagHessian``.
+    """
+    return _one(BatchDiagHessian(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+
+
+def sqrt_ggn(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    mc_samples: int = 0,
+    subsampling: Indices | None = None,
+    generator: Generator | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """A root of the generalized Gauss-Newton matrix: G = Σ_vn s[v,n] s[v,n]ᵀ, s[v,n] = √R Jₙᵀ Sₙ[:, v], Sₙ Sₙᵀ = ∇²ℓₙ.
+
+    Returns:
+        [V, N, *shape] per parameter; V is the number of outputs of one sample, or ``mc_samples``. Arguments: see
+        `curvfunc.quantities`.
+
+    Raises:
+        ValueError: As `diag_ggn`.
+
+    References:
+        BackPACK's ``SqrtGGNExact``, ``SqrtGGNMC``.
+    """
+    return _one(SqrtGGN(mc_samples), model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
+
+
+def kfac(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    mc_samples: int = 1,
+    kfac_approx: str | None = None,
+    subsampling: Indices | None = None,
+    generator: Generator | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Kronecker factors whose product approximates each parameter's GGN block, GGN ≈ B ⊗ A.
+
+    With output cotangents g and layer inputs x (k features, o outputs), and shared positions s (time steps, pixels, or
+    the uses of a tied weight):
+
+    - ``kfac_approx="expand"``: B = Σ_vns g gᵀ, A = 1/(N S) Σ_ns x xᵀ.
+    - ``kfac_approx="reduce"``: B = Σ_vn (Σ_s g)(Σ_s g)ᵀ, A = 1/N Σₙ (1/S Σ_s x)(1/S Σ_s x)ᵀ.
+    - None: BackPACK's convention for convolutions, B = Σ_vn (Σ_s g)(Σ_s g)ᵀ and A = 1/N Σ_ns x xᵀ, with x the patches;
+      expand for all else.
+
+    Without shared positions they all are B = Σ_vn g gᵀ, A = 1/N Σₙ x xᵀ. With groups, A is the mean of the groups'. An
+    embedding has one-hot inputs. Any other parameter has its exact block as its one factor. For a weight whose axes are
+    those of the inputs first, as in x @ W, the order is (A, B).
+
+    Returns:
+        A tuple per parameter: (B [o, o], A [k, k]) for weights, (B [numel, numel],) for others. Arguments: see
+        `curvfunc.quantities`.
+
+    Raises:
+        ValueError: As `diag_ggn`.
+        NotImplementedError: If a large parameter has no Kronecker structure.
+
+    References:
+        Martens and Grosse 2015, eq. 1 ff.; Grosse and Martens 2016, eq. 32; Eschenhagen et al. 2023, eq. 22 (expand).
+        BackPACK's ``KFAC`` (``p.kfac``).
+    """
+    return _one(KFAC(mc_samples, kfac_approx), model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
+
+
+def kflr(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    kfac_approx: str | None = None,
+    subsampling: Indices | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Kronecker factors as `kfac`, with the exact loss Hessian in place of draws.
+
+    Returns:
+        A tuple per parameter, as `kfac`. Arguments: see `curvfunc.quantities`.
+
+    Raises:
+        ValueError, NotImplementedError: As `kfac`.
+
+    References:
+        Botev, Ritter, Barber 2017, sec. 3.3. BackPACK's ``KFLR`` (``p.kflr``).
+    """
+    return _one(KFLR(kfac_approx), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+
+
+def kfra(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    subsampling: Indices | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Kronecker factors whose output factor comes from one matrix, averaged over samples at each step back.
+
+    The matrix G over the entries of one sample's activation starts as the loss Hessian with respect to the output, summed
+    over samples, and goes back through each operation with Jacobians Jₙ by
+
+        G ← (1/N) Σₙ Jₙᵀ G Jₙ.
+
+    At a layer z = W x + b the factors are B = G for W and b, and A = (1/N) Σₙ x xᵀ for W. With shared positions s, G has
+    blocks G_st: convolutions sum them, B = Σ_st G_st and A = (1/N) Σₙₛ x xᵀ (BackPACK's convention); linear layers have
+    B = Σ_s G_ss and A = 1/(N S) Σₙₛ x xᵀ. For N = 1 and no shared positions, B ⊗ A is the exact block of the GGN.
+
+    The model must be a chain of linear layers, convolutions, also transposed, elementwise operations, max, average and
+    adaptive pooling, padding, reshapes, dropout, batch norm in evaluation mode, and other operations that are linear with
+    constant coefficients. Branches that meet again, such as x σ(x), count as one operation, which must be elementwise or
+    linear as a whole. G has as many rows as one sample's activation has entries, at each operation after the first layer
+    with parameters; two such matrices are held at once, for max pooling a third one. ``chunk_size`` has no effect.
+
+    Returns:
+        A tuple per parameter, as `kfac`. Arguments: see `curvfunc.quantities`.
+
+    Raises:
+        ValueError: As `diag_ggn`.
+        NotImplementedError: If the graph branches otherwise, or for an operation without a rule; the message names it.
+
+    References:
+        Botev, Ritter, Barber 2017, "Practical Gauss-Newton optimisation for deep learning", sec. 3.2, eqs. 19 ff.; Grosse and
+        Martens 2016, eq. 32, for convolutions. BackPACK's ``KFRA`` (``p.kfra``).
+    """
+    return _one(KFRA(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+
+
+def _one(
+    spec: Quantity,
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    loss_fn: LossFunction,
+    subsampling: Indices | None,
+    generator: Generator | None,
+    chunk_size: int | None,
+) -> Any:
+    return compute(
+        model_fn,
+        params,
+        X,
+        y,
+        spec,
+        loss_fn=loss_fn,
+        subsampling=subsampling,
+        generator=generator,
+        chunk_size=chunk_size,
+    )

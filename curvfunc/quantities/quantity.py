@@ -1,0 +1,54 @@
+"""What can be asked for: a cotangent, contractions, and how the parts become the result."""
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from curvfunc.engine.cotangents import AveragedHessian, FullHessian, LossGradient, LossRoot
+
+__all__ = ["GaussNewton", "Quantity"]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What `compute` can be asked for; results are one per parameter unless ``forward`` is set."""
+
+    contractions: ClassVar[tuple[str, ...]] = ()
+    forward: ClassVar[str | None] = None
+    whole_batch: ClassVar[bool] = False
+    averages: ClassVar[bool] = False  # over samples, so that there has to be one
+
+    @property
+    def cotangent(self) -> LossGradient | LossRoot | FullHessian | AveragedHessian:
+        """What is backpropagated."""
+        return LossGradient()
+
+    def lead(self, columns: int, samples: int) -> tuple[int, ...] | None:
+        """Axes before the parameter's in a result that is formed in the caller's memory; None where it is copied there."""
+        return None
+
+    def finish(self, samples: int, *parts: Any) -> Any:
+        """The result for one parameter from its contractions, for that many samples."""
+        return parts[0]
+
+    def key(self) -> tuple[Any, ...]:
+        """The constructor's arguments."""
+        return tuple([getattr(self, f.name) for f in fields(self)])
+
+
+@dataclass(frozen=True)
+class GaussNewton(Quantity):
+    """A quantity of the generalized Gauss-Newton matrix."""
+
+    mc_samples: int = 0
+
+    def __post_init__(self) -> None:
+        m = self.mc_samples
+        if isinstance(m, bool) or not isinstance(m, int):
+            raise TypeError(f"{type(self).__name__}: mc_samples must be an int, got {m!r} of type {type(m).__name__}.")
+        if m < 0:
+            raise ValueError(f"{type(self).__name__}: mc_samples must be 0 (exact) or positive, got {m}.")
+
+    @property
+    def cotangent(self) -> LossRoot:
+        """Columns of a root of the loss Hessian."""
+        return LossRoot(self.mc_samples, fewest=not self.mc_samples)

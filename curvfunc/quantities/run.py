@@ -1,0 +1,294 @@
+"""One forward pass and what is made of it: one backward pass per kind of cotangent, shared by all specs."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch._C import _functorch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from curvfunc import losses
+from curvfunc.engine import scripted
+from curvfunc.engine.capture import Entangled, capture, check_output, check_subset
+from curvfunc.engine.chance import Chance
+from curvfunc.engine.cotangents import AveragedHessian, FullHessian, LossRoot, common
+from curvfunc.engine.effects import Attributes
+from curvfunc.engine.leaves import leaf
+from curvfunc.engine.model import without_recomputation
+from curvfunc.engine.passes import FACTORS, BackwardPass, Prepared, check_unchanged, sums_of_nothing
+from curvfunc.engine.sites import Layouts, Trace
+from curvfunc.hessian import diagonal as hessian
+from curvfunc.hessian import kfra
+from curvfunc.hessian.residuals import Curvature, curvature
+from curvfunc.quantities.quantity import Quantity
+from curvfunc.rules.kernels import INSTEAD, Instead
+from curvfunc.rules.nonlinear import COMPOSITES
+from curvfunc.tensors.buffers import deliver, parameter_buffers
+from curvfunc.tensors.inputs import Batch, explain_limits, flatten_params, forward_errors, read_batch
+from curvfunc.tensors.ownership import apart
+from curvfunc.tensors.samples import tensors_of
+
+__all__ = ["DrawnError", "Run", "of_nothing", "trace"]
+
+
+class DrawnError(Exception):
+    """A forward pass drew random numbers, and another one would draw others."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One forward pass and what is made of it."""
+
+    model_fn: Callable[..., Any]
+    names: Sequence[str]
+    rebuild: Callable[[Sequence[Any]], Any]
+    batch: Batch
+    loss: losses.Loss
+    generator: Generator | None
+    chunk_size: int | None
+    differentiable: bool
+    params: Any = None
+    buffers: list[Any] | None = None
+    watched: bool = False  # raises if the forward pass draws random numbers
+    chosen: Tensor | None = None  # the samples of the batch that all but the specs of the whole batch are of
+
+    def evaluate(self, params: list[Tensor], specs: list[Quantity]) -> list[Any]:
+        """The results: the output or a loss, or a list of one per parameter; where the caller has memory for one, this."""
+        try:
+            return self._evaluate(params, specs)
+        except RuntimeError as error:
+            explain_limits(error)
+            raise
+
+    def _evaluate(self, params: list[Tensor], specs: list[Quantity]) -> list[Any]:
+        """The results, with a graph of its own level where torch.func transforms are active."""
+        differentiable = self.differentiable
+        if _functorch.peek_interpreter_stack() is None:
+            with torch.enable_grad():
+                leaves = [p.view_as(p) if p.requires_grad and differentiable else leaf(p) for p in params]
+                return self._results(leaves, specs, differentiable)[1]
+
+        def forward(*leaves: Tensor) -> tuple[Tensor, list[Any]]:
+            return self._results(list(leaves), specs, differentiable)
+
+        with scripted.refused() if differentiable else nullcontext():
+            found: tuple[Any, ...] = torch.func.vjp(forward, *params, has_aux=True)
+        return found[-1]
+
+    def _results(self, leaves: list[Tensor], specs: list[Quantity], differentiable: bool) -> tuple[Tensor, list[Any]]:
+        cotangents = common([s.cotangent for s in specs])
+        curves = any(isinstance(s.cotangent, FullHessian) for s in specs)
+        averaged = any(isinstance(s.cotangent, AveragedHessian) for s in specs)
+        layouts = Layouts(COMPOSITES) if curves else Layouts() if averaged else None
+        sites = any(s.contractions and (self._picks(s) or s.contractions != ("total",)) for s in specs)
+        sites &= bool(self.batch.total)
+        chance = Chance([*leaves, *tensors_of(self.batch.X)]) if self.watched or (curves and len(specs) > 1) else None
+        with chance or nullcontext():
+            trace = self._forward(leaves, sites, layouts, faster=layouts is None)
+        drawn = chance is not None and chance.drawn
+        if chance is not None and drawn and self.watched:
+            chance.undo()
+            trace.restart()
+            raise DrawnError
+        if not trace.out.numel():
+            return trace.out, self._of_nothing(leaves, specs, trace.out)
+        curved = self._curvature(trace, leaves, layouts) if layouts is not None and curves else None
+        if curved is not None and drawn and curved[0] is not trace:
+            if any(not FACTORS.isdisjoint(s.contractions) for s in specs):
+                raise NotImplementedError(
+                    "the diagonal of the Hessian needs a forward pass of its own here, as a parameter is used twice, and this "
+                    "model draws random numbers, which Kronecker factors in the same call would not share. Ask for them in "
+                    "another call, or switch the randomness off: module.eval()."
+                )
+            trace = curved[0]
+        device = trace.out.device.type
+        full_precision = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        with nullcontext() if differentiable else torch.no_grad(), full_precision:
+            out = trace.out if differentiable else trace.out.detach()
+            whole = self.batch.spread(out)
+            losses.check(self.loss, whole, self.batch.y)
+            parts: dict[tuple[Any, str], list[Any]] = {}
+            wanted: dict[Any, dict[str, None]] = {}
+            keys = [(cotangent, self._picks(s)) for s, cotangent in zip(specs, cotangents, strict=True)]
+            for s, key in zip(specs, keys, strict=True):
+                if s.contractions:
+                    wanted.setdefault(key, {}).update(dict.fromkeys(s.contractions))
+            if curved is not None:  # first, since the graph ends with the last of the others
+                key = FullHessian(), self.chosen is not None
+                names = wanted.pop(key)
+                batched = "sample_squares" in names or self.chosen is not None
+                diagonal = self._hessian(*curved, leaves, batched, differentiable)
+                if self.chosen is not None:
+                    diagonal = [d[self.chosen.to(d.device)] for d in diagonal]
+                parts[key, "sample_squares"] = diagonal
+                parts[key, "squares"] = [d.sum(0) for d in diagonal] if batched else diagonal
+            if layouts is not None and averaged:
+                if self.chosen is not None:
+                    raise NotImplementedError(
+                        "kfra averages over the samples of one forward pass, and this model draws random numbers or lets the "
+                        "data of samples meet, so that the subset cannot have one beside that of the whole batch, or with "
+                        "repeated indices. Ask for KFRA in a call of its own, with each index once, switch the randomness off "
+                        "(module.eval()), or leave subsampling away."
+                    )
+                key = AveragedHessian(), False
+                wanted.pop(key)
+                summed = losses.summed_hessian(self.loss, whole, self.batch.y, self.batch.select)
+                parts[key, "factors"] = kfra.factors(trace, leaves, self.names, layouts, summed, differentiable)
+            columns: dict[Any, losses.Root] = {}
+            prepared = Prepared()
+            for i, (key, names) in enumerate(wanted.items()):
+                cotangent, picks = key
+                if cotangent not in columns:
+                    columns[cotangent] = cotangent.root(self.loss, whole, self.batch.y, self.generator)
+                last = i == len(wanted) - 1
+                outs = self._outs(leaves, specs, keys, key, columns[cotangent].num)
+                given = (self.chunk_size, differentiable, self.chosen if picks else None)
+                backward = BackwardPass(trace, leaves, self.names, self.batch.select, *given, prepared)
+                found = backward.run(columns[cotangent], list(names), retain_graph=not last, outs=outs)
+                parts.update({(key, name): result for name, result in found.items()})
+            results = [self._finish(s, key, out, parts) for s, key in zip(specs, keys, strict=True)]
+        return trace.out, self._delivered(specs, results)
+
+    def _of_nothing(self, leaves: list[Tensor], specs: list[Quantity], out: Tensor) -> list[Any]:
+        """The results where there are no samples, or no entries of their outputs: sums of nothing."""
+        out = out if self.differentiable else out.detach()
+        losses.check(self.loss, self.batch.spread(out) if len(out) else out, self.batch.y)
+        entries = out.shape[1:].numel()
+        results = [
+            self._finish(s, None, out, {}) if s.forward else of_nothing(s, leaves, self._samples(s), entries) for s in specs
+        ]
+        return self._delivered(specs, results)
+
+    def _delivered(self, specs: list[Quantity], results: list[Any]) -> list[Any]:
+        """The results, or where the caller has memory for one, this."""
+        if self.buffers is None:
+            return results
+        return [
+            r if b is None else deliver(type(s).__name__, r if s.forward else self.rebuild(r), b)
+            for s, r, b in zip(specs, results, self.buffers, strict=True)
+        ]
+
+    def _outs(
+        self, leaves: list[Tensor], specs: list[Quantity], keys: list[Any], wanted: Any, columns: int
+    ) -> dict[str, list[Tensor]]:
+        """The caller's buffers for the parts of large results, by contraction."""
+        found = {}
+        for s, key, buffer in zip(specs, keys, self.buffers or (), strict=False):
+            if buffer is not None and key == wanted and (lead := s.lead(columns, self._samples(s))) is not None:
+                own = parameter_buffers(type(s).__name__, self.params, self.names, leaves, buffer, lead)
+                (name,) = s.contractions
+                found[name] = [b[None] for b in own] if name == "per_sample" and len(lead) == 1 else own
+        return found
+
+    def _forward(
+        self,
+        leaves: list[Tensor],
+        sites: bool,
+        layouts: Layouts | None = None,
+        generic: Sequence[int] = (),
+        faster: bool = False,
+    ) -> Trace:
+        X, samples = self.batch.inputs(), self.batch.size
+        with forward_errors(self.names, leaves, X):
+            order = 3 if self.differentiable else 1 if layouts is None else 2
+            if sites:  # fused attention has no second derivative
+                with sdpa_kernel(SDPBackend.MATH) if self.differentiable or layouts is not None else nullcontext():
+                    given: dict[str, Any] = {"generic": generic, "layouts": layouts, "faster": faster, "order": order}
+                    trace = capture(self.model_fn, leaves, self.rebuild, X, samples, **given)
+                    try:
+                        check_subset(self.model_fn, leaves, self.rebuild, self.batch, trace, trace.out)
+                    except Entangled:
+                        trace.restart()
+                        raise
+                    return trace
+            attributes = Attributes.of(self.model_fn)
+            with Instead(INSTEAD[order]), without_recomputation():  # reentrant checkpoints know but one kind of backward pass
+                out = self.model_fn(self.rebuild(leaves), X)
+            attributes.take_back()
+        check_output(out, samples)
+        return Trace(out, [], "plain")
+
+    def _curvature(self, trace: Trace, leaves: list[Tensor], layouts: Layouts) -> tuple[Trace, Curvature]:
+        """What curves; after another forward pass if some parameters' Hessians need copies of them for each sample."""
+        while True:
+            found = curvature(trace, leaves, layouts)
+            generic = [i for i in range(len(leaves)) if found.split >> i & 1]
+            if not generic:
+                return trace, found
+            generic += [i for i in trace.reasons if i is not None]
+            trace.restart()
+            trace = self._forward(leaves, True, layouts, generic)
+
+    def _hessian(
+        self, trace: Trace, curved: Curvature, leaves: list[Tensor], batched: bool, differentiable: bool
+    ) -> list[Tensor]:
+        """The Hessian's diagonal per parameter."""
+        for site in trace.sites:
+            check_unchanged(site)
+        whole = self.batch.spread(trace.out if differentiable else trace.out.detach())
+        root, weights = losses.signed_root(self.loss, whole, self.batch.y)
+        gradient = losses.gradient(self.loss, whole, self.batch.y, create_graph=differentiable)
+        if differentiable and curved.curved and self.batch.has_repeats():
+            raise NotImplementedError("diag_hessian of this model cannot be differentiated with repeated subsampling indices.")
+
+        def columns(start: int, stop: int) -> Tensor:
+            return self.batch.select(root.columns(start, stop)).to(trace.out.dtype)
+
+        return hessian.diagonal(
+            trace,
+            leaves,
+            curved,
+            hessian.Columns(root.num, columns, None if weights is None else self.batch.select(weights)),
+            self.batch.select(gradient[None])[0],
+            batched=batched,
+            chunk_size=self.chunk_size,
+            differentiable=differentiable,
+        )
+
+    def _picks(self, spec: Quantity) -> bool:
+        """Whether a spec is of samples chosen from the forward pass."""
+        return self.chosen is not None and not spec.whole_batch
+
+    def _samples(self, spec: Quantity) -> int:
+        """The number of samples that a spec is of."""
+        return len(self.chosen) if self.chosen is not None and not spec.whole_batch else self.batch.size
+
+    def _finish(self, spec: Quantity, key: Any, out: Tensor, parts: dict[tuple[Any, str], list[Any]]) -> Any:
+        if spec.forward == "output":  # a detached one is another tensor than the model's own
+            return out.clone() if self.differentiable and not torch.compiler.is_compiling() else out
+        if spec.forward == "loss":
+            return apart(self.loss(out, self.batch.y))
+        lists = [parts[key, name] for name in spec.contractions]
+        values = [spec.finish(self._samples(spec), *p) for p in zip(*lists, strict=True)]
+        # autograd may return what a backward pass of the model's own keeps
+        total = spec.contractions == ("total",)
+        return [apart(t) if isinstance(t, Tensor) and (total or t._base is not None) else t for t in values]
+
+
+def of_nothing(spec: Quantity, params: Sequence[Tensor], samples: int, entries: int) -> list[Any]:
+    """The results per parameter where the output has no entries: sums of nothing.
+
+    Args:
+        spec: The quantity.
+        params: The parameters.
+        samples: Number of samples, which may be none.
+        entries: Number of entries of one sample's output, which may be none.
+
+    Raises:
+        ValueError: If it is a mean over samples, and there are none.
+    """
+    if samples == 0 and spec.averages:
+        raise ValueError(f"{type(spec).__name__} takes a mean over samples, and there are none (N = 0). Leave it out.")
+    columns = spec.cotangent.mc_samples or entries if isinstance(spec.cotangent, LossRoot) else 1
+    return [spec.finish(samples, *[sums_of_nothing(name, p, columns, samples) for name in spec.contractions]) for p in params]
+
+
+def trace(model_fn: Callable[..., Any], params: Any, X: Any) -> tuple[list[str], Trace]:
+    """Names of the parameters and one forward pass, as `compute` makes it."""
+    names, leaves, rebuild = flatten_params(params)
+    batch = read_batch(X, X, None)
+    with forward_errors(names, leaves, X):
+        return names, capture(model_fn, [leaf(p) for p in leaves], rebuild, X, batch.size)

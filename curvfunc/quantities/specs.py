@@ -1,0 +1,204 @@
+"""The quantities, one row each; see `curvfunc.quantities.functions` for what they are."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvfunc.engine.cotangents import AveragedHessian, FullHessian, LossRoot
+from curvfunc.quantities.quantity import GaussNewton, Quantity
+
+__all__ = [
+    "KFAC",
+    "KFLR",
+    "KFRA",
+    "BatchDiagGGN",
+    "BatchDiagHessian",
+    "BatchGrad",
+    "BatchL2",
+    "DiagGGN",
+    "DiagHessian",
+    "Grad",
+    "Loss",
+    "Output",
+    "SqrtGGN",
+    "SumGradSquared",
+    "Variance",
+]
+
+
+@dataclass(frozen=True)
+class Loss(Quantity):
+    """The loss, a scalar; of the whole batch."""
+
+    forward = "loss"
+    whole_batch = True
+
+
+@dataclass(frozen=True)
+class Output(Quantity):
+    """The model's output [N, ...], detached unless the call is differentiated; of the whole batch."""
+
+    forward = "output"
+    whole_batch = True
+
+
+@dataclass(frozen=True)
+class Grad(Quantity):
+    """The gradient of the loss, [*shape]; of the whole batch."""
+
+    contractions = ("total",)
+    whole_batch = True
+
+
+@dataclass(frozen=True)
+class BatchGrad(Quantity):
+    """Per-sample gradients gₙ = R ∇ℓₙ, [N, *shape]."""
+
+    contractions = ("per_sample",)
+
+    def lead(self, columns: int, samples: int) -> tuple[int, ...]:
+        """N."""
+        return (samples,)
+
+    def finish(self, samples: int, *parts: Tensor) -> Tensor:
+        """The only column."""
+        return parts[0][0]
+
+
+@dataclass(frozen=True)
+class BatchL2(Quantity):
+    """Squared norms ‖gₙ‖² of the per-sample gradients, [N]."""
+
+    contractions = ("sample_norms",)
+
+
+@dataclass(frozen=True)
+class SumGradSquared(Quantity):
+    """Σₙ gₙ², [*shape]."""
+
+    contractions = ("squares",)
+
+
+@dataclass(frozen=True)
+class Variance(Quantity):
+    """(1/N) Σₙ gₙ² − ((1/N) Σₙ gₙ)², [*shape]."""
+
+    contractions = ("squares", "total")
+    averages = True
+
+    def finish(self, samples: int, *parts: Tensor) -> Tensor:
+        """Second moment minus squared mean."""
+        squared, total = parts
+        return torch.addcmul(squared, total, total, value=-1 / samples) / samples
+
+
+@dataclass(frozen=True)
+class DiagGGN(GaussNewton):
+    """Diagonal of the generalized Gauss-Newton matrix, [*shape]."""
+
+    contractions = ("squares",)
+
+
+@dataclass(frozen=True)
+class BatchDiagGGN(GaussNewton):
+    """Each sample's part of the diagonal of the generalized Gauss-Newton matrix, [N, *shape]."""
+
+    contractions = ("sample_squares",)
+
+    def lead(self, columns: int, samples: int) -> tuple[int, ...]:
+        """N."""
+        return (samples,)
+
+
+@dataclass(frozen=True)
+class DiagHessian(Quantity):
+    """Diagonal of the Hessian, [*shape]."""
+
+    contractions = ("squares",)
+    cotangent = FullHessian()
+
+
+@dataclass(frozen=True)
+class BatchDiagHessian(Quantity):
+    """Each sample's part of the diagonal of the Hessian, [N, *shape]."""
+
+    contractions = ("sample_squares",)
+    cotangent = FullHessian()
+
+
+@dataclass(frozen=True)
+class SqrtGGN(GaussNewton):
+    """Root of the generalized Gauss-Newton matrix, [V, N, *shape]."""
+
+    contractions = ("per_sample",)
+
+    def lead(self, columns: int, samples: int) -> tuple[int, ...]:
+        """V and N."""
+        return columns, samples
+
+    @property
+    def cotangent(self) -> LossRoot:
+        """All columns, as they are returned."""
+        return LossRoot(self.mc_samples)
+
+
+@dataclass(frozen=True)
+class KFAC(GaussNewton):
+    """Kronecker factors of each parameter's GGN block, a tuple; see `kfac`."""
+
+    mc_samples: int = 1
+    kfac_approx: str | None = None
+
+    averages = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_approximation(self.kfac_approx)
+
+    @property
+    def contractions(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Both factors, in the chosen approximation."""
+        return _factors(self.kfac_approx)
+
+    def finish(self, samples: int, *parts: Any) -> tuple[Tensor, ...]:
+        """(B, A) in the order of the parameter's axes, or (B,) for a parameter without input factor."""
+        B, A = parts
+        if A is None:
+            return (B,)
+        return (A.factor, B) if A.first else (B, A.factor)
+
+
+@dataclass(frozen=True)
+class KFLR(Quantity):
+    """Kronecker factors as `KFAC`, from the exact loss Hessian."""
+
+    kfac_approx: str | None = None
+    cotangent = LossRoot(0, fewest=True)
+
+    def __post_init__(self) -> None:
+        _check_approximation(self.kfac_approx)
+
+    contractions = KFAC.contractions
+    averages = True
+    finish = KFAC.finish
+
+
+@dataclass(frozen=True)
+class KFRA(Quantity):
+    """Kronecker factors from the loss Hessian, averaged over samples at each step back, a tuple; see `kfra`."""
+
+    contractions = ("factors",)
+    averages = True
+    cotangent = AveragedHessian()
+
+
+def _factors(approximation: str | None) -> tuple[str, ...]:
+    suffix = f"_{approximation}" if approximation else ""
+    return "output_factor" + suffix, "input_factor" + suffix
+
+
+def _check_approximation(approximation: str | None) -> None:
+    if approximation not in (None, "expand", "reduce"):
+        raise ValueError(f'kfac_approx must be "expand", "reduce" or None, got {approximation!r}.')
