@@ -132,7 +132,7 @@ def test_fallbacks(name: str, quantity: str, mode: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("curvfunc.engine.observer.RULES", {})
     if mode == "loop":
-        monkeypatch.setattr("curvfunc.engine.capture._Runs.vmapped", refuse)
+        monkeypatch.setattr("curvfunc.engine.runs.Runs.vmapped", refuse)
     problem = PROBLEMS[name].make()
     assert trace(problem).mode == mode
     assert_close(evaluate(quantity, problem), specified(quantity, problem))

@@ -211,6 +211,49 @@ def test_constants_of_the_model_are_no_doubt() -> None:
     assert set(sizes) == {2}
 
 
+AT_ZERO: dict[str, Model] = {
+    "data": lambda p, x: x @ p["w"] + p["c"] * x.flip(0),
+    "hidden": lambda p, x: (lambda h: h + p["c"] * h.flip(0))(x @ p["w"]),
+    "count": lambda p, x: x @ p["w"] + p["c"] * len(x),
+    "place": lambda p, x: x @ p["w"] + p["c"] * torch.arange(len(x))[:, None],
+    "square of data": lambda p, x: x @ p["w"] + p["c"] ** 2 * x.flip(0),
+    "square of hidden": lambda p, x: (lambda h: h + p["c"] ** 2 * h.flip(0))(x @ p["w"]),
+    "square of count": lambda p, x: x @ p["w"] + p["c"] ** 2 * len(x),
+}
+
+
+@pytest.mark.parametrize("subset", [None, [1], [1, 0, 0], [3, 2, 1, 0]], ids=str)
+@pytest.mark.parametrize("name", AT_ZERO)
+def test_coefficients_that_are_zero_as_yet(name: str, subset: list[int] | None) -> None:
+    """What others do to a sample's output shows in derivatives alone, of first or second order: right, or refused."""
+    (X, y), params, model = batch(), {"w": torch.randn(D, D), "c": torch.zeros(())}, AT_ZERO[name]
+    leaves = {k: p.clone().requires_grad_() for k, p in params.items()}
+    out = model(leaves, X)
+    total = sum(F.cross_entropy(out[n : n + 1], y[n : n + 1]) / N for n in subset or range(N))
+    flat = torch.cat([g.flatten() for g in torch.autograd.grad(total, [*leaves.values()], create_graph=True)])
+    rows = [torch.autograd.grad(g, [*leaves.values()], retain_graph=True, materialize_grads=True) for g in flat]
+    H = torch.stack([torch.cat([t.flatten() for t in row]) for row in rows])
+    v = {k: torch.randn_like(p) for k, p in params.items()}
+    wanted = {
+        "batch_grad": flat.detach(),
+        "hessian_vp": H @ torch.cat([t.flatten() for t in v.values()]),
+        "diag_hessian": H.diagonal(),
+    }
+    refused = 0
+    for quantity, want in wanted.items():
+        given = (v,) if quantity == "hessian_vp" else ()
+        try:
+            found = getattr(curvfunc, quantity)(model, params, X, y, *given, subsampling=subset)
+        except ValueError as error:
+            assert "mixes the samples" in str(error)
+            refused += 1
+            continue
+        if quantity == "batch_grad":
+            found = {k: t.sum(0) for k, t in found.items()}
+        assert_close(torch.cat([t.flatten() for t in found.values()]), want)
+    assert refused < 3  # the product is always that of the batch
+
+
 class OnlyTheBatch(torch.autograd.Function):
     """As kernels of torch's do, it runs forwards under vmap, and not backwards."""
 

@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvfunc import losses
 from curvfunc.checks.trials import Calls, gradient, inner, mixes, name_of, relative_errors, same_draws, trial
-from curvfunc.engine.capture import capture, check_output
+from curvfunc.engine.capture import capture
+from curvfunc.engine.outputs import check_output
 from curvfunc.engine.passes import BackwardPass
 from curvfunc.engine.sites import Trace
 from curvfunc.operators.products import hessian_vp

@@ -3,8 +3,9 @@
 The gradient of sample n is that of its own term of the loss with everything else held as it is, gₙ = ∂ℓₙ(f(θ, X)ₙ)/∂θ. A
 model that runs on one sample at a time gives it if f(θ, X)ₙ = h(θ, xₙ) for all θ. So two forward passes are compared, that of
 the whole batch and that of the samples by themselves: outputs, and gradients of one and the same combination of all outputs,
-for what is equal here may differ in a neighbourhood (a coefficient that is zero as yet). Where they differ, it may be by
-chance: both run again without it, all random operations replaced by constants.
+for what is equal here may differ in a neighbourhood (a coefficient that is zero as yet). Where second derivatives are wanted,
+both run at other parameters too, for gradients may be equal where these are not (the square of a coefficient that is zero).
+Where they differ, it may be by chance: both run again without it, all random operations replaced by constants.
 """
 
 import random
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["ALONE", "MIXES", "SEEDED", "Outcome", "base", "differ", "holds", "outcome", "require", "same_chance"]
+__all__ = ["ALONE", "MIXES", "SEEDED", "Outcome", "base", "differ", "holds", "moved", "outcome", "require", "same_chance"]
 
 ALONE = (
     "the model mixes the samples of a batch, or cannot run on one sample: they cannot be followed through it ({why}), and for "
@@ -58,6 +59,20 @@ def outcome(out: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool) -> Out
     combination = (0.5 + numbers.cos()).to(out.dtype).view(out.shape)  # no draws: nobody's random state moves on
     gradients = torch.autograd.grad(out, leaves, combination, retain_graph=retain_graph, allow_unused=True)
     return Outcome(out.detach(), [None if g is None else g.detach() for g in gradients])
+
+
+def moved(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Other parameters: entries changed by up to a fifth, or by half where all are the same, as after initialization."""
+    found = []
+    for p in leaves:
+        if not p.numel():
+            found.append(p)
+            continue
+        values, numbers = p.detach(), torch.arange(1, p.numel() + 1, device=p.device)
+        low, high, size = values.amin(), values.amax(), values.abs().mean()
+        step = torch.where(low == high, 0.5 * torch.where(size == 0, 1.0, size), 0.2 * size)
+        found.append(p + step * (1.7 * numbers).cos().to(p.dtype).view(p.shape))
+    return found
 
 
 def differ(whole: Outcome, apart: Outcome) -> Tensor:

@@ -27,8 +27,8 @@ from torch._C import _functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvfunc import losses
-from curvfunc.engine.capture import Entangled, check_leaves, check_output, check_subset, nothing_hidden
 from curvfunc.engine.chance import Chance
+from curvfunc.engine.company import Entangled, check_subset
 from curvfunc.engine.cotangents import CHUNK_BYTES
 from curvfunc.engine.effects import Attributes, Effects
 from curvfunc.engine.leaves import leaf
@@ -43,6 +43,8 @@ from curvfunc.engine.observer import (
     takes_batch_statistics,
     tensors_in,
 )
+from curvfunc.engine.outputs import check_leaves, check_output
+from curvfunc.engine.runs import nothing_hidden
 from curvfunc.rules.batch_axis import mutates
 from curvfunc.rules.kernels import INSTEAD, Instead, standardized
 from curvfunc.tensors.inputs import Batch, check_generator, check_used, flatten_params, forward_errors, read_batch
@@ -144,7 +146,7 @@ class Problem:
             try:
                 if None in subset.reasons or subset.axis_of(out) != 0:  # not followed, so that derivatives may mix
                     raise Entangled("the samples could not be followed to the output")
-                check_subset(self.model_fn, leaves, self.rebuild, batch, subset, out)
+                check_subset(self.model_fn, leaves, self.rebuild, batch, subset, out, order=2)
             except Entangled:
                 subset.effects.rewind()
                 attributes.restore()

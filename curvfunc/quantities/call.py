@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from curvfunc import losses
 from curvfunc.engine import compiled
-from curvfunc.engine.capture import Entangled
+from curvfunc.engine.company import Entangled
 from curvfunc.engine.leaves import will_be_differentiated
 from curvfunc.engine.model import check_function
 from curvfunc.quantities.quantity import Quantity

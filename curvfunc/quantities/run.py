@@ -12,12 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvfunc import losses
 from curvfunc.engine import scripted
-from curvfunc.engine.capture import Entangled, capture, check_output, check_subset
+from curvfunc.engine.capture import capture
 from curvfunc.engine.chance import Chance
+from curvfunc.engine.company import Entangled, check_subset
 from curvfunc.engine.cotangents import AveragedHessian, FullHessian, LossRoot, common
 from curvfunc.engine.effects import Attributes
 from curvfunc.engine.leaves import leaf
 from curvfunc.engine.model import without_recomputation
+from curvfunc.engine.outputs import check_output
 from curvfunc.engine.passes import FACTORS, BackwardPass, Prepared, check_unchanged, sums_of_nothing
 from curvfunc.engine.sites import Layouts, Trace
 from curvfunc.hessian import diagonal as hessian
@@ -199,7 +201,7 @@ class Run:
                     given: dict[str, Any] = {"generic": generic, "layouts": layouts, "faster": faster, "order": order}
                     trace = capture(self.model_fn, leaves, self.rebuild, X, samples, **given)
                     try:
-                        check_subset(self.model_fn, leaves, self.rebuild, self.batch, trace, trace.out)
+                        check_subset(self.model_fn, leaves, self.rebuild, self.batch, trace, trace.out, order)
                     except Entangled:
                         trace.restart()
                         raise

@@ -246,11 +246,12 @@ def _logcumsumexp(input: Tensor, dim: int) -> Tensor:
     """The derivative of the backward kernel by the cotangent is zero at zero, and the next one is nan."""
     if input.is_complex() or input.ndim == 0:
         return torch.logcumsumexp(input, dim)
-    x, step = input.movedim(dim, -1), 1
-    while step < x.shape[-1]:  # after step k, each entry stands for itself and the 2**k - 1 before it
-        x = torch.cat([x[..., :step], torch.logaddexp(x[..., step:], x[..., :-step])], dim=-1)
+    x, step, size = input, 1, input.shape[dim]
+    while step < size:  # after step k, each entry stands for itself and the 2**k - 1 before it
+        later, earlier = x.narrow(dim, step, size - step), x.narrow(dim, 0, size - step)
+        x = torch.cat([x.narrow(dim, 0, step), torch.logaddexp(later, earlier)], dim)
         step *= 2
-    return x.movedim(-1, dim)
+    return x if x is not input else input.clone()
 
 
 def _sinc(input: Tensor) -> Tensor:
