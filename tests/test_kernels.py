@@ -30,6 +30,11 @@ def first_order(function: Callable[..., Any], *tensors: Tensor) -> list[Tensor]:
 def same(function: Any, *tensors: Tensor, order: int = 3, **options: Any) -> None:
     want = first_order(lambda *t: function(*t, **options), *tensors)
     assert_close(first_order(lambda *t: INSTEAD[order][function](*t, **options), *tensors), want, 1e-9)
+    with torch.no_grad():
+        for first in {tensors[0], tensors[0].mT.contiguous().mT if tensors[0].ndim > 1 else tensors[0]}:
+            found, like = (f(first, *tensors[1:], **options) for f in (INSTEAD[order][function], function))
+            # draws by an operation that follows are laid out as its input is
+            assert found.stride() == like.stride(), f"strides {found.stride()}, torch's are {like.stride()}"
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, math.inf])

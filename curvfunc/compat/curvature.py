@@ -18,6 +18,7 @@ from curvfunc.compat.memory import earlier
 from curvfunc.compat.notes import Call, LossCall, Repeated, nodes, notes
 from curvfunc.compat.upstream import Curved, Upstream, whole_model
 from curvfunc.engine.cotangents import AveragedHessian, FullHessian, LossRoot, chunks, common
+from curvfunc.engine.effects import shares_memory
 from curvfunc.engine.passes import CONTRACTIONS, Prepared, check_block, combine, contracted, keep
 from curvfunc.hessian import diagonal as hessian
 from curvfunc.hessian.kfra import factors
@@ -192,16 +193,19 @@ def _diagonals(call: LossCall, curved: Curved, exts: list[BackpropExtension], cu
 
 
 class _Watched(Repeated):
-    """Keeps the outputs, to compare them."""
+    """Keeps the outputs at these parameters, to compare them."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, params: dict[str, Tensor]) -> None:
         super().__init__(call)
+        self.params = params
         self.outputs: list[Tensor] = []
 
     def __call__(self, params: dict[str, Tensor], X: Sequence[Tensor]) -> Any:
         """Run it."""
-        self.outputs.append(super().__call__(params, X))
-        return self.outputs[-1]
+        out = super().__call__(params, X)
+        if all(shares_memory(params[name], p) for name, p in self.params.items() if p.numel()):
+            self.outputs.append(out)
+        return out
 
 
 def _rerun(call: LossCall, graph: Upstream, exts: list[BackpropExtension], current: Pass) -> None:
@@ -219,7 +223,7 @@ def _rerun(call: LossCall, graph: Upstream, exts: list[BackpropExtension], curre
         raise RuntimeError(FREED)
     params = dict(zip(region.names, region.params, strict=True))
     data = params if torch.is_grad_enabled() else {k: p.detach() for k, p in params.items()}
-    model_fn = _Watched(region.inputs)
+    model_fn = _Watched(region.inputs, data)
     specs = {e.savefield: e.quantity() for e in exts if not isinstance(e, MatrixProduct)}
     results = compute(model_fn, data, region.inputs.X, call.y, specs, loss_fn=call.loss) if specs else {}
     for ext in exts:

@@ -239,7 +239,7 @@ def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """The derivative of the backward kernel is wrong."""
     others = [d for d in range(v.ndim) if dim == -1 or d != dim % v.ndim]
-    return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1))
+    return (v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1))).contiguous()
 
 
 def _logcumsumexp(input: Tensor, dim: int) -> Tensor:
@@ -319,7 +319,7 @@ def _layer_norm(
     cudnn_enable: bool = True,
 ) -> Tensor:
     """In the third derivative of norms, the statistics are taken for constants."""
-    return _affine(_normalized(input, [*range(-len(normalized_shape), 0)], eps), weight, bias)
+    return _affine(_normalized(input, [*range(-len(normalized_shape), 0)], eps), weight, bias).contiguous()
 
 
 def _group_norm(
@@ -392,7 +392,7 @@ def _in_order_of_torch(instance_norm: Callable[..., Tensor]) -> Callable[..., Te
 def _rms_norm(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     eps = torch.finfo(input.dtype).eps if eps is None else eps
     axes = [*range(-len(normalized_shape), 0)]
-    return _affine(input * (input.square().mean(axes, keepdim=True) + eps).rsqrt(), weight, None)
+    return _affine(input * (input.square().mean(axes, keepdim=True) + eps).rsqrt(), weight, None).contiguous()
 
 
 def standardized(
