@@ -97,7 +97,7 @@ def with_masks(model: Masked) -> tuple[Callable[..., Tensor], list[Tensor]]:
 
     def model_fn(p: Any, x: Tensor) -> Tensor:
         mask = model.draw(len(x))
-        if torch.is_grad_enabled():  # else it is looked whether a seed makes them
+        if p["w"].is_leaf:  # else it is looked whether a seed makes them, or whether samples have each other as data
             seen.append(mask)
         return model.given(p, x, mask)
 

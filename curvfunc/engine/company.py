@@ -69,7 +69,7 @@ def check_subset(
     try:
         if found.random and not compiling:
             with chance:
-                passes = [company.subset(leaves).detach() for _ in range(2)]
+                passes = [company.subset(leaves) for _ in range(2)]
             chance.undo()
             seeded = torch.equal(*map(base, passes))  # draws that come out the same belong to their place in the batch
         if not (whole or seeded or found.counts):
@@ -95,9 +95,9 @@ class _Company:
     rebuild: Callable[[Sequence[Tensor]], Any]
     batch: Batch
 
-    def subset(self, leaves: Sequence[Tensor]) -> Tensor:
+    def subset(self, leaves: Sequence[Tensor], graph: bool = False) -> Tensor:
         """The output of the subset."""
-        return self._run(leaves, self.batch.inputs(), self.batch.size)
+        return self._run(leaves, self.batch.inputs(), self.batch.size, graph)
 
     def beside_all(self, leaves: Sequence[Tensor], mine: Tensor | None) -> tuple[Outcome, Outcome]:
         """The subset in the whole batch, and by itself, which is ``mine`` unless it has to run again."""
@@ -105,7 +105,7 @@ class _Company:
         same_chance()
         theirs = self._run(leaves, self.batch.X, self.batch.total)[self.batch.index.to(leaves[0].device)]
         same_chance()
-        again = self.subset(leaves) if mine is None else mine
+        again = self.subset(leaves, graph=True) if mine is None else mine
         return outcome(theirs, leaves, retain_graph=False), outcome(again, leaves, retain_graph=True)
 
     def beside_one(self, leaves: Sequence[Tensor], mine: Tensor | None) -> tuple[Outcome, Outcome]:
@@ -122,11 +122,11 @@ class _Company:
         alone, beside = found
         return Outcome(torch.cat([alone.out] * 2), alone.gradients), Outcome(torch.cat([beside.out, again]), beside.gradients)
 
-    def _run(self, leaves: Sequence[Tensor], X: Any, samples: int) -> Tensor:
+    def _run(self, leaves: Sequence[Tensor], X: Any, samples: int, graph: bool = True) -> Tensor:
         mode = Observer({}, None, samples)  # for what it writes
         attributes = Attributes.of(self.model_fn).now()
         try:
-            with torch.enable_grad(), mode:
+            with torch.set_grad_enabled(graph), mode:
                 result: Tensor = self.model_fn(self.rebuild([p.clone() for p in leaves]), X)
             check_output(result, samples)
         finally:
