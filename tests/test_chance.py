@@ -97,7 +97,8 @@ def with_masks(model: Masked) -> tuple[Callable[..., Tensor], list[Tensor]]:
 
     def model_fn(p: Any, x: Tensor) -> Tensor:
         mask = model.draw(len(x))
-        if p["w"].is_leaf:  # else it is looked whether a seed makes them, or whether samples have each other as data
+        copied = type(p["w"].grad_fn).__name__ == "CloneBackward0"
+        if torch.is_grad_enabled() and not copied:  # else it is looked for seeds, or for data of other samples
             seen.append(mask)
         return model.given(p, x, mask)
 
