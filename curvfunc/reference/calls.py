@@ -17,15 +17,16 @@ __all__ = ["Call", "Chain", "Point", "derivative", "record"]
 
 @dataclass(frozen=True)
 class Point:
-    """A tensor as it was at one time of the forward pass: where autograd knows it, and its shape."""
+    """A tensor as it was at one time of the forward pass: where autograd knows it, its shape, dtype and device."""
 
     edge: GradientEdge
     shape: torch.Size
+    kind: dict[str, Any]
 
     @classmethod
     def of(cls, t: Tensor) -> "Point":
         """The place of a tensor as it is now."""
-        return cls(get_gradient_edge(t), t.shape)
+        return cls(get_gradient_edge(t), t.shape, {"dtype": t.dtype, "device": t.device})
 
     @property
     def key(self) -> Any:
@@ -65,6 +66,7 @@ def record(model_fn: Callable[[Any, Any], Tensor], params: Any, x: Any) -> tuple
     """The model's output for one sample, the parameters that it can be differentiated by, and its calls in order."""
     leaves, tree = optree.tree_flatten(params)
     leaves = [p.detach().requires_grad_() for p in leaves]
+    x = optree.tree_map(torch.Tensor.detach, x)
     with torch.enable_grad(), TwiceDifferentiable():
         given = [p.view_as(p) for p in leaves]
         with _Calls(given, x) as calls:
@@ -88,7 +90,8 @@ class _Calls(TorchFunctionMode):
         given, tree = optree.tree_flatten(called)
         tensors = {k: t for k, t in enumerate(given) if isinstance(t, Tensor)}
         inputs = {k: Point.of(t) for k, t in tensors.items() if t.requires_grad}
-        of_data = any(id(t) in self.data for t in tensors.values()) or any(self._known(func, z) for z in inputs.values())
+        known = [self._known(func, z) for z in inputs.values()]
+        of_data = any(known) or any(id(t) in self.data for t in tensors.values())
         values = [t.detach().clone() if isinstance(t, Tensor) else t for t in given]
         out = func(*args, **(kwargs or {}))
         results = [t for t in _leaves(out, args) if isinstance(t, Tensor)]
@@ -128,8 +131,7 @@ def derivative(output: Point, inputs: Sequence[Any]) -> Tensor:
         parts = [unit.new_zeros(z.shape) if g is None else g for g, z in zip(grads, inputs, strict=True)]
         return torch.cat([g.reshape(-1) for g in parts])
 
-    dtype = output.edge.node._input_metadata[output.edge.output_nr].dtype
-    return torch.stack([row(unit) for unit in torch.eye(output.shape.numel(), dtype=dtype)])
+    return torch.stack([row(unit) for unit in torch.eye(output.shape.numel(), **output.kind)])
 
 
 class Chain:
@@ -143,9 +145,10 @@ class Chain:
 
     def __init__(self, model_fn: Callable[[Any, Any], Tensor], params: Any, x: Any) -> None:
         out, self.parameters, calls = record(model_fn, params, x)
-        end = Point.of(out)
+        end = [Point.of(out)] if out.requires_grad else []  # otherwise it depends on no parameter
         made = {z.key: z for call in calls if call.of_data for z in call.outputs.values()}
-        self.z = [z for z in made.values() if _depends(end, z.edge)]
+        made |= {z.key: z for z in end}
+        self.z = [z for z in made.values() if _depends(end[0], z.edge)] if end else []
         number = {z.key: k for k, z in enumerate(self.z)}
         spans = [
             (number[a.key], number[b.key])
@@ -155,7 +158,6 @@ class Chain:
             if a.key in number and b.key in number
         ]
         self.links = [k for k in range(len(self.z)) if not any(a < k < b for a, b in spans)]
-        assert self.z[self.links[-1]].key == end.key
 
     def use(self, i: int) -> int | None:
         """The number of the tensor in which parameter i is used: the first that depends on it, and the way of all the rest."""
@@ -177,5 +179,5 @@ class Chain:
 
 
 def _depends(z: Point, source: Any) -> bool:
-    unit = torch.ones(z.shape, dtype=z.edge.node._input_metadata[z.edge.output_nr].dtype)
-    return torch.autograd.grad([z.edge], [source], [unit], retain_graph=True, allow_unused=True)[0] is not None
+    ones = torch.ones(z.shape, **z.kind)
+    return torch.autograd.grad([z.edge], [source], [ones], retain_graph=True, allow_unused=True)[0] is not None

@@ -22,6 +22,7 @@ __all__ = [
     "gradient",
     "hessian",
     "jacobian",
+    "outputs",
     "pick",
     "picked",
     "root",
@@ -51,6 +52,11 @@ def pick(per_sample: Tensor, subsampling: Indices) -> Tensor:
 
 def _index(subsampling: Sequence[int] | Tensor) -> Tensor:
     return torch.as_tensor(subsampling, device="cpu")
+
+
+def outputs(model_fn: ModelFn, params: Any, X: Any) -> Tensor:
+    """Outputs ``[N, *out]``, one sample at a time."""
+    return torch.cat([model_fn(params, sample(X, n)).detach() for n in range(len(optree.tree_leaves(X)[0]))])
 
 
 def jacobian(model_fn: ModelFn, params: Any, X: Any) -> tuple[Tensor, Any]:

@@ -1,5 +1,6 @@
 """Kronecker factors."""
 
+import itertools
 from typing import Any
 
 import optree
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvfunc.reference.calls import Chain
-from curvfunc.reference.dense import Indices, LossFn, ModelFn, curvature, jacobian, pick, picked, sample
+from curvfunc.reference.dense import Indices, LossFn, ModelFn, curvature, jacobian, outputs, pick, picked, sample
 from curvfunc.reference.layers import layers
 
 __all__ = ["kfac", "kflr", "kfra"]
@@ -161,24 +162,24 @@ def kfra(
         Botev, Ritter & Barber, Practical Gauss-Newton optimisation for deep learning, ICML 2017, sec. 3.2, eqs. 19 ff.
         Grosse & Martens, A Kronecker-factored approximate Fisher matrix for convolution layers, ICML 2016, eq. 32.
     """
-    samples = [sample(X, n) for n in picked(len(optree.tree_leaves(X)[0]), subsampling)]
-    out, _ = jacobian(model_fn, params, X)
+    out = outputs(model_fn, params, X)
+    samples = [sample(X, n) for n in picked(len(out), subsampling)]
     chains = [Chain(model_fn, params, x) for x in samples]
     of_samples = [layers(model_fn, params, x) for x in samples]
 
     def back(G: Tensor, jacobians: list[Tensor]) -> Tensor:
         return torch.stack([J.mT @ G @ J for J in jacobians]).mean(0)
 
-    *before, last = chains[0].links
-    G = {last: pick(curvature(loss_fn, out, y, 0, None), subsampling).sum(0)}
-    for k, after in reversed(list(zip(before, chains[0].links[1:], strict=True))):
+    links = chains[0].links
+    G = dict.fromkeys(links[-1:], pick(curvature(loss_fn, out, y, 0, None), subsampling).sum(0))
+    for k, after in reversed(list(itertools.pairwise(links))):
         G[k] = back(G[after], [chain.jacobian(after, k) for chain in chains])
 
     def factors(i: int, p: Tensor) -> tuple[Tensor, ...]:
         k = chains[0].use(i)
         if k is None:
             return (p.new_zeros(p.numel(), p.numel()),)
-        after = min(link for link in chains[0].links if link >= k)
+        after = min(link for link in links if link >= k)
         at_k = G[k] if k in G else back(G[after], [chain.jacobian(after, k) for chain in chains])
         uses = [layer for of_sample in of_samples if (layer := of_sample[i]) is not None]
         if not uses:

@@ -19,6 +19,7 @@ from curvfunc.reference.dense import (
     gradient,
     hessian,
     jacobian,
+    outputs,
     pick,
     picked,
     sample,
@@ -119,7 +120,7 @@ def pchmp(
         Chen, Chou & Chang, BDA-PCH: Block-diagonal approximation of positive-curvature Hessian for training neural
         networks, arXiv:1802.06502.
     """
-    out, _ = jacobian(model_fn, params, X)
+    out = outputs(model_fn, params, X)
     dL = torch.func.grad(loss_fn)(out, y)
     exact = positive = _ggn(model_fn, params, X, y, loss_fn, 0, None, subsampling)
     for n in picked(len(out), subsampling):
