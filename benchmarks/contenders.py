@@ -25,7 +25,7 @@ Result = tuple[dict[str, Tensor], dict[str, Any] | None]
 Step = Callable[[], Result]
 LARGEST = {"cpu": 2e9, "cuda": 16e9}  # bytes of results: where there are more, the batch is halved
 COLUMNS = 1000  # an exact quantity of more outputs per sample than these is not measured
-JACOBIAN = 1e9  # bytes up to which the reference may form one
+JACOBIAN = 1e9  # bytes up to which the reference may form one, or a Hessian for each sample
 
 
 class Unsupported(Exception):
@@ -165,8 +165,10 @@ def reference(problem: Problem) -> Step:
     if function is None:
         raise Unsupported(f"curvfunc.reference has no {problem.quantity}")
     size = 4 * len(problem.X) * problem.outputs * sum(p.numel() for p in problem.module.parameters())
+    if "hessian" in problem.quantity or problem.quantity == "kfra":
+        size = 4 * len(problem.X) * sum(p.numel() for p in problem.module.parameters()) ** 2
     if size > JACOBIAN:
-        raise Unsupported(f"its Jacobian takes {size / 1e9:.1f} GB")
+        raise Unsupported(f"its dense matrices take {size / 1e9:.1f} GB")
     arguments = {"mc_samples": 1} if problem.quantity.endswith("_mc") else {}
     model_fn, params = cf.functionalize(problem.module)
     plain = gradient(problem)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import hessian, jacrev, vmap
 
 import curvfunc as cf
+from curvfunc import reference
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -83,6 +84,14 @@ def test_backpack(name: str) -> None:
     assert_close(got, backpack_factors(net, X, y, nn.CrossEntropyLoss()), rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", CHAINS)
+def test_is_what_the_specification_says(name: str) -> None:
+    build, shape = CHAINS[name]
+    model_fn, params = cf.functionalize(build())
+    X, y = torch.randn(N, *shape), torch.arange(N) % C
+    assert_close(cf.kfra(model_fn, params, X, y), reference.kfra(model_fn, params, X, y))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("loss", [nn.MSELoss, nn.CrossEntropyLoss])
 def test_backpack_losses(loss: type[nn.Module], reduction: str) -> None:
@@ -143,6 +152,7 @@ def test_every_kind_of_operation() -> None:
         "17.bias": (G[17],),
     }
     assert_close(got, want)
+    assert_close(got, reference.kfra(*cf.functionalize(net), X, y))
 
 
 def _grouped_patches(x: Tensor) -> Tensor:
@@ -186,6 +196,7 @@ def test_operations_of_several_parts(name: str) -> None:
     want = {"0.weight": (G[0], X.mT @ X / N), "0.bias": (G[0],)}
     got = cf.kfra(*cf.functionalize(net), X, y)
     assert_close({name: got[name] for name in want}, want)
+    assert_close(got, reference.kfra(*cf.functionalize(net), X, y))
 
 
 def test_two_first_layers() -> None:
@@ -210,6 +221,7 @@ def test_two_first_layers() -> None:
 
         chain = mlp(getattr(net, name), Lambda(f), Lambda(add), nn.Tanh(), net.out)
         assert_close(got[f"{name}.weight"], (averaged(chain, X, y)[0], X.mT @ X / N))
+    assert_close(got, reference.kfra(*cf.functionalize(net), X, y))
 
 
 def test_chunks_of_rows_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:

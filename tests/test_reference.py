@@ -1,5 +1,6 @@
 """The specification against pen and paper, loops over samples with autograd, and dense Hessians."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import curvfunc
 from curvfunc import reference
 from curvfunc.reference.layers import _conv_inputs, layers
 
@@ -122,6 +124,45 @@ def hessian_blocks(model_fn: Any, params: dict[str, Tensor], X: Tensor, objectiv
 def kron(B: Tensor, A: Tensor) -> Tensor:
     """The Kronecker product: block (o, p) is B[o, p] A."""
     return torch.einsum("op,kl->okpl", B, A).reshape(len(B) * len(A), -1)
+
+
+# --- the list ---------------------------------------------------------------------------------------------------------
+
+# What is public, in lower case, and no quantity.
+NO_QUANTITIES = {
+    "check", "check_rule", "compute", "eigsh", "explain", "fisher_operator", "functionalize", "ggn_operator", "hessian_operator",
+    "hutchinson_diag", "hutchinson_trace", "hutchpp_trace", "operation", "reference", "rule", "spectral_density", "xdiag",
+}  # fmt: skip
+PUBLIC = sorted(name for name in curvfunc.__all__ if name.islower() and name not in NO_QUANTITIES)
+
+
+def parameters(function: Callable[..., Any]) -> inspect.Signature:
+    """Names, kinds and defaults, without types and whatever the order of keywords."""
+    signature = inspect.signature(function)
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    return inspect.Signature(bare)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_quantity_is_specified_with_its_signature(name: str) -> None:
+    assert name in reference.__all__, f"{name} has no definition in curvfunc.reference; if it is none, list it above"
+    definition = getattr(reference, name)
+    assert parameters(definition) == parameters(getattr(curvfunc, name))
+    assert "``" in (definition.__doc__ or ""), "its docstring has no formula"
+
+
+def test_nothing_else_is_specified() -> None:
+    assert sorted(reference.__all__) == PUBLIC
+    assert set(curvfunc.__all__) >= NO_QUANTITIES
+
+
+# The quantities that are pytrees of tensors like the parameters, each of its own parameter alone.
+TREES = [
+    name
+    for name in reference.__all__
+    if {"y", "v"} & set(inspect.signature(getattr(reference, name)).parameters) == {"y"}
+    and not name.endswith(("_total", "_gram", "mp"))
+]
 
 
 # --- first order ------------------------------------------------------------------------------------------------------
@@ -401,7 +442,7 @@ def test_trees_of_parameters_inputs_and_targets() -> None:
     def flat_fn(params: Any, X: Tensor) -> Tensor:
         return params["scale"] * F.linear(X, params["weight"], params["bias"])
 
-    for name in reference.__all__:
+    for name in TREES:
         quantity = getattr(reference, name)
         exact = {"mc_samples": 0} if name == "kfac" else {}
         want = quantity(flat_fn, flat, X["left"] * X["right"][0], y["target"], loss_fn=F.mse_loss, **exact)
@@ -415,12 +456,12 @@ def test_trees_of_parameters_inputs_and_targets() -> None:
 
 def test_chunk_size_has_no_effect() -> None:
     model_fn, params, X, y, _ = problem(SMOOTH, "tanh", "cross-entropy")
-    for name in set(reference.__all__) - {"kfac"}:
+    for name in set(TREES) - {"kfac"}:
         quantity = getattr(reference, name)
         assert_close(quantity(model_fn, params, X, y, chunk_size=1), quantity(model_fn, params, X, y), rtol=0.0)
 
 
-@pytest.mark.parametrize("name", reference.__all__)
+@pytest.mark.parametrize("name", TREES)
 def test_outputs_without_and_with_further_axes(name: str) -> None:
     """Two outputs of one entry each, [N], side by side as [N, 1, 2]; the loss is a sum over all entries."""
     rows, X, y = torch.randn(2, 5), torch.randn(N, 5), torch.rand(N, 2)

@@ -46,7 +46,7 @@ def layers(model_fn: Callable[[Any, Any], Tensor], params: Any, x: Any) -> list[
     if calls.probes:
         found: tuple[Any, ...] = torch.func.vjp(from_probes, calls.probes, has_aux=True)
         out, pullback, inputs = found
-        rows = [pullback(row)[0] for row in torch.eye(len(out), dtype=out.dtype)]
+        rows = [pullback(row)[0] for row in torch.eye(len(out), dtype=out.dtype, device=out.device)]
         jacobians = [torch.stack(row) for row in zip(*rows, strict=True)]
 
     def jacobian(k: int, axis: int) -> Tensor:
@@ -157,7 +157,7 @@ def _conv_transpose_inputs(
     kernel, channels = weight.shape[2:], weight.shape[0]
     x = input.reshape(-1, *input.shape[-len(kernel) - 1 :])
     convolve = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[len(kernel)]
-    entries = torch.eye(kernel.numel(), dtype=x.dtype).reshape(-1, 1, 1, *kernel)
+    entries = torch.eye(kernel.numel(), dtype=x.dtype, device=x.device).reshape(-1, 1, 1, *kernel)
 
     def entry(one: Tensor) -> Tensor:
         """What this entry of the kernel meets at each position, channel by channel: [n, c, *positions]."""
