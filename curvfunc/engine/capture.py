@@ -29,11 +29,12 @@ from curvfunc.engine.chance import Chance
 from curvfunc.engine.effects import Attributes, Effects, ParameterChanged, all_held, kept_tensors, shares_memory
 from curvfunc.engine.model import without_recomputation
 from curvfunc.engine.observer import Observer, Opaque, calls_may_hide, edge_of, reached, without_fallback_warnings
-from curvfunc.engine.separation import ALONE, SEEDED, Outcome, base, differ, holds, outcome, require, same_chance
+from curvfunc.engine.separation import ALONE, SEEDED, Outcome, differ, holds, outcome, require, same_chance
 from curvfunc.engine.sites import Layouts, Site, Trace
 from curvfunc.rules.kernels import INSTEAD
 from curvfunc.rules.pooling import FASTER
 from curvfunc.tensors.inputs import Batch, check_used
+from curvfunc.tensors.ownership import base
 from curvfunc.tensors.samples import flatten, tree_map
 from curvfunc.uses.forms import Direct
 

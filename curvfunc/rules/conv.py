@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvfunc.rules import Use, rule
+from curvfunc.rules.registry import Use, rule
 from curvfunc.rules.patches import (
     moment_pays,
     paddings,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvfunc.rules import rule
+from curvfunc.rules.registry import rule
 from curvfunc.uses.forms import Direct, Form, Outer
 
 
