@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvfunc.tensors.ownership import base

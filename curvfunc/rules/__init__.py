@@ -1,6 +1,6 @@
 """How operations use their parameters: one function per family of operations, keyed by the operation."""
 
-from curvfunc.rules import attention, conv, embedding, linear, matmul, norm, recurrent, scale
+from curvfunc.rules import attention, axis_table, conv, embedding, linear, matmul, norm, recurrent, scale
 from curvfunc.rules.registry import (
     BUILT_IN,
     DECOMPOSITIONS,
@@ -16,5 +16,5 @@ from curvfunc.rules.registry import (
 
 __all__ = ["DECOMPOSITIONS", "EXPANSIONS", "RULES", "SPLITS", "TRANSPOSES", "Rule", "Use", "operation", "rule"]
 
-_ = (attention, conv, embedding, linear, matmul, norm, recurrent, scale)  # they register themselves
+_ = (attention, axis_table, conv, embedding, linear, matmul, norm, recurrent, scale)  # they register themselves
 BUILT_IN |= {*RULES, *DECOMPOSITIONS}

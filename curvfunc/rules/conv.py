@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvfunc.rules.registry import Use, rule
 from curvfunc.rules.patches import (
     moment_pays,
     paddings,
@@ -18,6 +17,7 @@ from curvfunc.rules.patches import (
     unfold,
     unfold_transpose,
 )
+from curvfunc.rules.registry import Use, rule
 from curvfunc.uses.forms import Direct, Form, Outer
 
 # Kernels for groups of fewer channels, but for one, are slower than patches.

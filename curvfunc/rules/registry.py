@@ -172,4 +172,3 @@ def operation(function: Callable[..., Any]) -> Callable[..., Any]:
 
     visible._curvfunc_operation = True  # type: ignore[attr-defined]
     return visible
-
