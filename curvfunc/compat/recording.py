@@ -32,7 +32,9 @@ from curvfunc.compat import delivery
 from curvfunc.compat.context import CTX, LOCK, state
 from curvfunc.compat.extensions import BatchDiagHessian, DiagHessian, MatrixProduct
 from curvfunc.compat.notes import Call, LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, note
-from curvfunc.engine.observer import BATCH_NORMS, Observer, Opaque, reached, takes_batch_statistics
+from curvfunc.engine.calls import BATCH_NORMS, takes_batch_statistics
+from curvfunc.engine.graph import Opaque, reached
+from curvfunc.engine.observer import Observer
 from curvfunc.rules.batch_axis import mutates
 from curvfunc.rules.kernels import INSTEAD
 from curvfunc.tensors.inputs import not_real

@@ -26,9 +26,11 @@ from torch import Tensor
 from torch._C import _functorch
 
 from curvfunc.engine.chance import Chance
+from curvfunc.engine.columns import without_fallback_warnings
 from curvfunc.engine.effects import Attributes, Effects, ParameterChanged, all_held, kept_tensors, shares_memory
+from curvfunc.engine.graph import Opaque, calls_may_hide, edge_of, reached
 from curvfunc.engine.model import without_recomputation
-from curvfunc.engine.observer import Observer, Opaque, calls_may_hide, edge_of, reached, without_fallback_warnings
+from curvfunc.engine.observer import Observer
 from curvfunc.engine.separation import ALONE, SEEDED, Outcome, differ, holds, outcome, require, same_chance
 from curvfunc.engine.sites import Layouts, Site, Trace
 from curvfunc.rules.kernels import INSTEAD
