@@ -305,7 +305,7 @@ class KFLR(HBP):
 
 
 class KFRA(HBP):
-    """Kronecker factors with averaging at each layer, the list ``p.kfra``; see `curvfunc.hessian.kfra`."""
+    """Kronecker factors with averaging at each layer, the list ``p.kfra``; see `curvfunc.kfra`."""
 
     def __init__(self) -> None:
         super().__init__(

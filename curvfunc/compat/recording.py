@@ -33,7 +33,7 @@ from curvfunc.compat.context import CTX, LOCK, state
 from curvfunc.compat.extensions import BatchDiagHessian, DiagHessian, MatrixProduct
 from curvfunc.compat.notes import Call, LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, note
 from curvfunc.engine.calls import BATCH_NORMS, takes_batch_statistics
-from curvfunc.engine.graph import Opaque, reached
+from curvfunc.engine.graph import Opaque, edge_of, reached
 from curvfunc.engine.observer import Observer
 from curvfunc.rules.batch_axis import mutates
 from curvfunc.rules.kernels import INSTEAD
@@ -230,7 +230,7 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
     sampled = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.ndim and len(t) == len(first)]
     call = Call(weakref.ref(module), list(leaves), rebuild, sampled, _generators() if module.training else None)
     names, tensors, owners = [name for name, _, _ in params], [p for _, p, _ in params], [owner for *_, owner in params]
-    before = [t.grad_fn for t in leaves if isinstance(t, Tensor) and t.grad_fn is not None]
+    before = [edge_of(t) for t in leaves if isinstance(t, Tensor) and t.grad_fn is not None]
     region = Region(type(module).__name__, tensors, names, owners, len(first), call, before)
     twice = CTX.is_extension_active(DiagHessian, BatchDiagHessian, MatrixProduct)
     mode = _Recording(dict(enumerate(tensors)), None, len(first), NodeLayouts(), INSTEAD[2 if twice else 1])
