@@ -17,6 +17,13 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session
+def imports(session: nox.Session) -> None:
+    """The contracts of the packages, in pyproject.toml."""
+    session.install(*CONSTRAINTS, "import-linter")
+    session.run("lint-imports")
+
+
+@nox.session
 def types(session: nox.Session) -> None:
     """Static types of the package."""
     session.install(*CONSTRAINTS, "-e", ".", "mypy")

@@ -157,7 +157,12 @@ def squashed(m: Any, x: Tensor) -> Tensor:
     return (m.d(m.c(m.b(m.a(x)).square().clone().add_(1)).view(-1, 5, 1).squeeze(2))).tanh()
 
 
-BRANCHES = {f.__name__: f for f in (skip, parallel, product, twice, normed, squashed)}
+def reshaped(m: Any, x: Tensor) -> Tensor:
+    h = m.b(m.a(x)).view(1, -1, 5).tanh() + 1  # the samples on another axis
+    return m.d(m.c(h.view(-1).view(-1, 5)))
+
+
+BRANCHES = {f.__name__: f for f in (skip, parallel, product, twice, normed, squashed, reshaped)}
 FUNCTIONS: dict[str, Any] = {
     "DiagGGNExact": curvfunc.diag_ggn,
     "BatchDiagGGNExact": curvfunc.batch_diag_ggn,
@@ -201,6 +206,43 @@ def test_branches(name: str, extension: str) -> None:
     if extension == "KFLR":
         want = {k: list(v) for k, v in want.items()}
     assert_close(got, want, rtol=1e-9)
+
+
+MIXTURES: dict[str, Callable[[Tensor], Tensor]] = {
+    "broadcast": lambda h: h + h.view(1, N),
+    "through views": lambda h: (h.view(N, 1, 1) * h.view(-1).view(1, 1, N)).view(N, N),
+    "maximum": lambda h: torch.maximum(h, h.view(1, N).clone()),
+}
+
+
+@pytest.mark.parametrize("end", [False, True], ids=["between", "before the loss"])
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_elementwise_functions_that_mix_samples_by_their_shapes(mixture: str, end: bool) -> None:
+    """Each operation is elementwise or a view, and none of them is seen; sizes tell where samples meet."""
+    torch.manual_seed(0)
+    a, b = nn.Linear(4, 1), nn.Linear(N, 3)
+    X, y = torch.randn(N, 4), torch.arange(N) % 3
+    extended = compat.extend(a), compat.extend(b), compat.extend(nn.CrossEntropyLoss())
+    out = MIXTURES[mixture](extended[0](X))
+    with compat.backpack(extensions.DiagGGNExact()), pytest.raises(ValueError, match="samples of the batch are mixed"):
+        extended[2](out if end else extended[1](out), y).backward()
+    assert not any(hasattr(p, "diag_ggn_exact") for p in a.parameters())
+
+
+def test_views_that_lead_back_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the table knows is not tried by another backward pass."""
+    from curvfunc.compat import upstream
+
+    pulled: list[int] = []
+    pull = upstream.pull
+    monkeypatch.setattr(upstream, "pull", lambda t, columns, **kw: (pulled.append(1), pull(t, columns, **kw))[1])
+    torch.manual_seed(0)
+    a, b = compat.extend(nn.Conv2d(1, 2, 3)), compat.extend(nn.Linear(8, 3))
+    X, y = torch.randn(N, 1, 6, 6), torch.arange(N) % 3
+    with compat.backpack(extensions.DiagGGNExact()):
+        h = F.max_pool2d(a(X).relu(), 2).view(1, N, -1).squeeze(0)
+        compat.extend(nn.CrossEntropyLoss())(b(h), y).backward()
+    assert pulled == [1]
 
 
 def test_kfra_refuses_branches_and_leaves_nothing() -> None:
@@ -281,7 +323,7 @@ def test_chains_under_create_graph(extension: str) -> None:
     for p in params:
         p.grad = None
     model_fn, tensors = curvfunc.functionalize(nn.Sequential(*chain("two activations")[0]))
-    function = curvfunc.hessian.kfra if extension == "KFRA" else curvfunc.diag_hessian
+    function = curvfunc.kfra if extension == "KFRA" else curvfunc.diag_hessian
 
     def penalty(values: dict[str, Tensor]) -> Tensor:
         leaves = [r for v in function(model_fn, values, X, y).values() for r in (v if extension == "KFRA" else [v])]

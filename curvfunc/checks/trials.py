@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from curvfunc.engine.observer import tensors_in, without_fallback_warnings
+from curvfunc.engine.calls import tensors_in
+from curvfunc.engine.columns import without_fallback_warnings
 from curvfunc.rules.kernels import INSTEAD
 
 __all__ = ["Calls", "gradient", "inner", "mixes", "name_of", "relative_errors", "same_draws", "trial"]

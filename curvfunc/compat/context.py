@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from curvfunc.compat.extensions import BackpropExtension, MatrixProduct
+from curvfunc.compat.backprop_extension import BackpropExtension
+from curvfunc.compat.extensions import MatrixProduct
 
 __all__ = ["CTX", "LOCK", "State", "backpack", "disable", "paused", "retained", "state"]
 

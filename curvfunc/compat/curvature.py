@@ -11,9 +11,10 @@ from torch import Tensor
 
 from curvfunc import losses
 from curvfunc.compat import blocks, graphs
+from curvfunc.compat.backprop_extension import BackpropExtension
 from curvfunc.compat.context import paused
 from curvfunc.compat.delivery import FREED, Pass, check_repeated, forget, select
-from curvfunc.compat.extensions import HMP, PCHMP, BackpropExtension, MatrixProduct
+from curvfunc.compat.extensions import HMP, PCHMP, MatrixProduct
 from curvfunc.compat.memory import earlier
 from curvfunc.compat.notes import Call, LossCall, Repeated, nodes, notes
 from curvfunc.compat.upstream import Curved, Upstream, whole_model

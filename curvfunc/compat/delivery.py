@@ -1,13 +1,6 @@
-"""The backward pass of extended modules: hooks on the graph turn cotangents into results on the parameters.
+"""One backward pass through extended modules: what has arrived in it, and the results that it puts on the parameters.
 
-Three kinds of nodes carry hooks (`curvfunc.compat.recording` puts them there):
-
-- operations that use parameters: the user's own backward pass brings the cotangent, and first-order quantities are
-  contracted on the spot, as soon as every use of the parameter has been reached;
-- outputs of modules for which the plain path does not hold: the functional core runs on the recorded input, with the
-  cotangent that arrived;
-- extended losses: columns of a root of the loss Hessian are pulled through the graph, which the user's backward pass has
-  not freed yet, and second-order quantities are contracted (`curvfunc.compat.curvature`).
+First-order quantities are contracted on the spot, as soon as every use of a parameter has been reached.
 """
 
 from __future__ import annotations
@@ -21,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from curvfunc.compat.context import LOCK, State, no_op, retained, state
-from curvfunc.compat.extensions import BackpropExtension
+from curvfunc.compat.backprop_extension import BackpropExtension
+from curvfunc.compat.context import LOCK, State, no_op, state
 from curvfunc.compat.memory import earlier
 from curvfunc.compat.notes import LossCall, ModuleUse, Region, RegionOutput, nodes, notes
 from curvfunc.engine.capture import capture
@@ -38,91 +31,6 @@ Grads = tuple[Tensor | None, ...]
 # Calls whose graph may still be used: a parameter in two of them waits for the end of the backward pass.
 REGIONS: weakref.WeakSet[Region] = weakref.WeakSet()
 
-
-# -- hooks
-
-
-def on_use(use: ModuleUse, grads: Grads) -> None:
-    """The cotangent of an operation that uses parameters has arrived."""
-    cotangent, now = grads[use.output], state()
-    if now.paused or cotangent is None:
-        return
-    if now.active_exts:
-        try:
-            if use.site is None:
-                raise RuntimeError(FREED)
-            Pass.current(now).deliver(use, cotangent)
-        except Exception:
-            forget(use.region.params, now.active_exts)
-            raise
-    if not _keeps_graph(now) and use.site is not None:  # what the hook holds would live as long as the loss tensor
-        use.site = None
-        use.region.release()
-
-
-def on_output(output: RegionOutput, grads: Grads) -> None:
-    """The cotangent of the output of a module has arrived, and the plain path does not hold for it."""
-    cotangent, now = grads[output.output], state()
-    if now.paused or cotangent is None:
-        return
-    if now.active_exts:
-        try:
-            Pass.current(now).replay(output, cotangent)
-        except Exception:
-            forget(output.region.params, now.active_exts)
-            raise
-    if not _keeps_graph(now) and output.value is not None:
-        output.value = None
-        output.region.release()
-
-
-def on_loss(held: list[LossCall], grads: Grads) -> None:
-    """The backward pass starts at an extended loss; ``held`` is emptied once the graph is freed."""
-    from curvfunc.compat import curvature
-
-    now = state()
-    if now.paused:
-        return
-    if now.active_exts:
-        if not held:
-            raise RuntimeError(FREED)
-        current = Pass.current(now)
-        current.losses.append(held[0])
-        if current.second_order:
-            if (g := grads[0]) is not None and g.numel() == 1 and g.item() != 1:
-                warnings.warn(CHANGED.format(type(held[0].module).__name__), stacklevel=2)
-            curvature.evaluate(held[0], current)
-        current.say("Running extension hook on", held[0].module)
-        current.hook(held[0].module)
-    if not _keeps_graph(now):
-        held.clear()
-
-
-def on_nothing_used(name: str, grads: Grads) -> None:
-    """A backward pass runs through a module whose output depends on none of its parameters."""
-    now = state()
-    if now.active_exts and not now.paused:
-        Pass.current(now).reached = True
-        warnings.warn(NOTHING_USED.format(name, "its output depends on none of them"), stacklevel=2)
-
-
-def on_disabled(grads: Grads) -> None:
-    """A backward pass runs through a module whose forward pass was not recorded."""
-    if state().active_exts:
-        raise RuntimeError(
-            "this forward pass ran inside disable(), which records nothing, so extensions have nothing to work with. "
-            "Leave the disable() block for passes whose backward pass runs in backpack(...)."
-        )
-
-
-NOTHING_USED = (
-    "{0} has parameters that require grad, but {1}, so that extensions deliver nothing for it: look for no_grad or detach "
-    "in its forward pass, and for parameters that are replaced while it runs (as in fully_shard, which is not supported)."
-)
-CHANGED = (
-    "the value of {0} was changed before backward, as in (2 * loss).backward(): second-order quantities are those of the loss "
-    "itself, without the change."
-)
 NOTHING_BEFORE = (
     "no parameter of an extended module lies before {0}, so that extensions deliver nothing: look for no_grad or detach before "
     "it, and for modules that are not extended."
@@ -130,11 +38,6 @@ NOTHING_BEFORE = (
 FREED = (
     "this part of the graph was freed by an earlier backward pass. Call backward(retain_graph=True) on all but the last one."
 )
-
-
-def _keeps_graph(now: State) -> bool:
-    """Whether another backward pass may follow."""
-    return retained() and not now.retained
 
 
 # -- one backward pass

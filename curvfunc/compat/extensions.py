@@ -21,6 +21,22 @@ import torch
 from torch import Tensor
 
 from curvfunc import quantities
+from curvfunc.compat.backprop_extension import (  # noqa: F401  # some for those who look for them here
+    FAIL_ERROR,
+    FAIL_SILENT,
+    FAIL_WARN,
+    WRITE_A_QUANTITY,
+    WRITE_A_RULE,
+    BackpropExtension,
+    BackpropStrategy,
+    Curvature,
+    ExpectationApproximation,
+    FirstOrderBackpropExtension,
+    FirstOrderModuleExtension,
+    LossHessianStrategy,
+    ModuleExtension,
+    SecondOrderBackpropExtension,
+)
 from curvfunc.operators.linearization import GaussNewton, Hessian
 from curvfunc.operators.positive_curvature import PositiveCurvature
 from curvfunc.quantities.quantity import Quantity
@@ -49,70 +65,6 @@ __all__ = [
 
 Product = Callable[[Tensor], Tensor]
 
-FAIL_ERROR, FAIL_WARN, FAIL_SILENT = "ERROR", "WARNING", "SILENT"
-
-WRITE_A_RULE = (
-    "curvfunc knows how an operation differentiates from one rule per operation, for all quantities at once: register a "
-    "function with curvfunc.rule, or do nothing, since an operation without a rule is handled by vmap."
-)
-WRITE_A_QUANTITY = (
-    "A new quantity is a function of curvfunc's results: curvfunc.compute(model_fn, params, X, y, specs), or a subclass "
-    "of curvfunc.Quantity with the names of its contractions."
-)
-
-
-class BackpropExtension:
-    """What `backpack` activates.
-
-    Attributes:
-        savefield: Name of the attribute of each parameter that receives the result.
-    """
-
-    def __init__(
-        self,
-        savefield: str,
-        module_exts: Any = None,
-        fail_mode: str = FAIL_ERROR,
-        subsampling: Sequence[int] | None = None,
-    ) -> None:
-        if fail_mode not in (FAIL_WARN, FAIL_ERROR, FAIL_SILENT):
-            raise AssertionError(f"no valid fail mode: {fail_mode}")
-        if module_exts:
-            raise NotImplementedError(
-                f"{type(self).__name__}: module extensions per layer class are not supported. {WRITE_A_QUANTITY} {WRITE_A_RULE}"
-            )
-        self.savefield = savefield
-        self._fail_mode = fail_mode
-        self._subsampling = subsampling
-
-    def quantity(self) -> Quantity:
-        """The spec of the quantity."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what it computes. {WRITE_A_QUANTITY}")
-
-    def set_module_extension(self, module: Any, extension: Any, overwrite: bool = False) -> None:
-        """Not supported: a layer is added with a rule."""
-        raise NotImplementedError(f"set_module_extension is not supported. {WRITE_A_RULE}")
-
-    def expects_backpropagation_quantities(self) -> bool:
-        """Whether an extended loss is needed."""
-        return True
-
-    def get_subsampling(self) -> Sequence[int] | None:
-        """Indices of the samples, None for all."""
-        return self._subsampling
-
-    def of_two_losses(self, p: Tensor, one: Any, other: Any) -> Any:
-        """The result for the sum of two losses, from those for each of them.
-
-        Raises:
-            ValueError: If it cannot be had from them.
-        """
-        raise ValueError(
-            f"two extended losses of this backward pass depend on a parameter of shape {tuple(p.shape)}, and "
-            f"{type(self).__name__} of their sum cannot be had from that of each. Run one backward pass per loss, or use "
-            "curvfunc's functions, whose loss may be a sum."
-        )
-
 
 def _sum(ext: BackpropExtension, p: Tensor, one: Tensor, other: Tensor) -> Tensor:
     if one.shape != other.shape:
@@ -121,18 +73,6 @@ def _sum(ext: BackpropExtension, p: Tensor, one: Tensor, other: Tensor) -> Tenso
             f"shape {tuple(p.shape)}, so {type(ext).__name__} has no sum. Run one backward pass per loss."
         )
     return one + other
-
-
-class FirstOrderBackpropExtension(BackpropExtension):
-    """What needs the gradients only, and so works with any scalar."""
-
-    def expects_backpropagation_quantities(self) -> bool:
-        """An extended loss is not needed."""
-        return False
-
-
-class SecondOrderBackpropExtension(BackpropExtension):
-    """What needs the loss Hessian, and so an extended loss."""
 
 
 # -- first order
@@ -286,30 +226,6 @@ class SqrtGGNMC(_Sampled, SqrtGGN):
         return quantities.SqrtGGN(self._mc_samples)
 
 
-class Curvature:
-    """The matrices that `HBP` can approximate, as BackPACK names them."""
-
-    HESSIAN, GGN, PCH_CLIP, PCH_ABS = "hessian", "ggn", "pch-clip", "pch-abs"
-
-
-class LossHessianStrategy:
-    """What goes back from the loss: a root of its Hessian, draws, or the sum over samples."""
-
-    EXACT, SAMPLING, SUM = "exact", "sampling", "sum"
-
-
-class BackpropStrategy:
-    """How it goes back: as columns, or averaged over samples at each layer."""
-
-    SQRT, BATCH_AVERAGE = "sqrt", "average"
-
-
-class ExpectationApproximation:
-    """How a layer's block is approximated."""
-
-    BOTEV_MARTENS, CHEN = "E[J^T E(H) J]", "E(J^T) E(H) E(J)"
-
-
 class HBP(SecondOrderBackpropExtension):
     """Kronecker factors of each parameter's block, a list of one or two: `KFAC`, `KFLR` or `KFRA`, by BackPACK's options.
 
@@ -389,7 +305,7 @@ class KFLR(HBP):
 
 
 class KFRA(HBP):
-    """Kronecker factors with averaging at each layer, the list ``p.kfra``; see `curvfunc.hessian.kfra`."""
+    """Kronecker factors with averaging at each layer, the list ``p.kfra``; see `curvfunc.kfra`."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -487,17 +403,3 @@ class PCHMP(MatrixProduct):
     def matrix(self) -> Any:
         """The positive-curvature Hessian."""
         return PositiveCurvature(self._modify)
-
-
-class ModuleExtension:
-    """BackPACK's base class for what one layer class does for one extension. Not supported: see the error."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        raise NotImplementedError(f"{cls.__name__}: module extensions are not supported. {WRITE_A_RULE}")
-
-
-class FirstOrderModuleExtension:
-    """BackPACK's base class for first-order module extensions. Not supported: see the error."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        raise NotImplementedError(f"{cls.__name__}: module extensions are not supported. {WRITE_A_RULE}")

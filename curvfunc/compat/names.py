@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from curvfunc.compat import context, examples, extensions, hessianfree, kronecker_lists, modules
-from curvfunc.compat.extensions import WRITE_A_RULE
+from curvfunc.compat.backprop_extension import WRITE_A_RULE
 
 __all__ = ["install", "register"]
 
@@ -145,16 +145,14 @@ def install() -> None:
         >>> curvfunc.compat.install()  # doctest: +SKIP
         >>> from backpack import backpack, extend  # doctest: +SKIP
     """
-    import curvfunc.compat
-
-    present = sys.modules.get("backpack")
-    if present is curvfunc.compat:
+    ours, present = sys.modules["curvfunc.compat"], sys.modules.get("backpack")
+    if present is ours:
         return
     if present is not None:
         raise RuntimeError(
             f"BackPACK is imported already, from {getattr(present, '__file__', '?')}. Call curvfunc.compat.install() before "
             "anything imports backpack."
         )
-    sys.modules["backpack"] = curvfunc.compat
+    sys.modules["backpack"] = ours
     for name in LAYOUT:
         sys.modules[f"backpack.{name}"] = sys.modules[f"curvfunc.compat.{name}"]

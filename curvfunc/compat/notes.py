@@ -42,7 +42,7 @@ class Region:
         owners: The modules they belong to.
         samples: Number of samples.
         inputs: The call itself, to be able to repeat it; None once the graph was freed.
-        before: The nodes that made its inputs.
+        before: The gradient edges of its inputs.
         versions: The parameters' version counters after the call.
         uses: How often each parameter is used, by index.
         calls: Modules without submodules, in the order of their calls.
@@ -57,7 +57,7 @@ class Region:
     owners: list["weakref.ref[nn.Module]"]
     samples: int
     inputs: "Call | None"
-    before: list[Node]
+    before: list[GradientEdge]
     versions: list[int] = field(default_factory=list)
     uses: dict[int, int] = field(default_factory=dict)
     calls: list["weakref.ref[nn.Module]"] = field(default_factory=list)

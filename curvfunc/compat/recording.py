@@ -2,7 +2,7 @@
 
 `extend` replaces ``module.forward`` by an object that runs the original under curvfunc's capture mode. The outermost
 extended module that is called makes a *region*. For each use of a parameter in it, a hook on the autograd node of that
-operation waits for the backward pass (`curvfunc.compat.delivery`). Nothing is kept on modules or globally: hooks and notes
+operation waits for the backward pass (`curvfunc.compat.hooks`). Nothing is kept on modules or globally: hooks and notes
 live on the graph's nodes and refer only to what comes before these nodes, so they go when the graph goes, without cycles.
 
 Where the capture does not hold on the plain path (a parameter is used without a rule, the sample axis is not proven), the
@@ -28,11 +28,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.loss import _Loss
 
 from curvfunc import losses
-from curvfunc.compat import delivery
+from curvfunc.compat import delivery, hooks
 from curvfunc.compat.context import CTX, LOCK, state
 from curvfunc.compat.extensions import BatchDiagHessian, DiagHessian, MatrixProduct
 from curvfunc.compat.notes import Call, LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, note
-from curvfunc.engine.observer import BATCH_NORMS, Observer, Opaque, reached, takes_batch_statistics
+from curvfunc.engine.calls import BATCH_NORMS, takes_batch_statistics
+from curvfunc.engine.graph import Opaque, edge_of, reached
+from curvfunc.engine.observer import Observer
 from curvfunc.rules.batch_axis import mutates
 from curvfunc.rules.kernels import INSTEAD
 from curvfunc.tensors.inputs import not_real
@@ -214,7 +216,7 @@ def _record_loss(module: nn.Module, forward: Callable[..., Any], args: tuple[Any
     out, y = named.get("input"), named.get("target")
     if isinstance(value, Tensor) and value.grad_fn is not None and isinstance(out, Tensor):
         call = LossCall(module, losses.normalize(module), out, y)
-        value.grad_fn.register_prehook(partial(delivery.on_loss, [call]))
+        value.grad_fn.register_prehook(partial(hooks.on_loss, [call]))
     return value
 
 
@@ -228,7 +230,7 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
     sampled = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.ndim and len(t) == len(first)]
     call = Call(weakref.ref(module), list(leaves), rebuild, sampled, _generators() if module.training else None)
     names, tensors, owners = [name for name, _, _ in params], [p for _, p, _ in params], [owner for *_, owner in params]
-    before = [t.grad_fn for t in leaves if isinstance(t, Tensor) and t.grad_fn is not None]
+    before = [edge_of(t) for t in leaves if isinstance(t, Tensor) and t.grad_fn is not None]
     region = Region(type(module).__name__, tensors, names, owners, len(first), call, before)
     twice = CTX.is_extension_active(DiagHessian, BatchDiagHessian, MatrixProduct)
     mode = _Recording(dict(enumerate(tensors)), None, len(first), NodeLayouts(), INSTEAD[2 if twice else 1])
@@ -246,7 +248,7 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
         _LOCAL.region = None
     outputs = [t for t in _tensors_in(out) if t.grad_fn is not None]
     if params and not outputs and state().active_exts and any(t.is_floating_point() for t in _tensors_in(out)):
-        warnings.warn(delivery.NOTHING_USED.format(region.name, "its output has no graph"), stacklevel=2)
+        warnings.warn(hooks.NOTHING_USED.format(region.name, "its output has no graph"), stacklevel=2)
     region.versions = [p._version for p in tensors]
     _judge(region, mode, outputs)
     _attach(region, mode, outputs)
@@ -317,16 +319,16 @@ def _attach(region: Region, mode: _Recording, outputs: list[Tensor]) -> None:
             region.uses[i] = region.uses.get(i, 0) + 1
         region.pending += 1
         note(node, use)
-        node.register_prehook(partial(delivery.on_use, use))
+        node.register_prehook(partial(hooks.on_use, use))
     for t in outputs:
         node, output, *_ = get_gradient_edge(t)
         result = RegionOutput(region, output, mode.axis_or_none(t) or 0, t.shape, None if plain else t.detach(), t._version)
         note(node, result)
         if not plain:
             region.pending += 1
-            node.register_prehook(partial(delivery.on_output, result))
+            node.register_prehook(partial(hooks.on_output, result))
         elif region.params and not region.uses:
-            node.register_prehook(partial(delivery.on_nothing_used, region.name))
+            node.register_prehook(partial(hooks.on_nothing_used, region.name))
     if region.params:
         with LOCK:
             delivery.REGIONS.add(region)
@@ -336,5 +338,5 @@ def _watched(out: Any) -> Any:
     """Have a backward pass under active extensions raise, since nothing was recorded."""
     for t in _tensors_in(out):
         if t.grad_fn is not None:
-            t.grad_fn.register_prehook(delivery.on_disabled)
+            t.grad_fn.register_prehook(hooks.on_disabled)
     return out

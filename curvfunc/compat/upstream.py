@@ -16,7 +16,8 @@ from curvfunc.compat.notes import LossCall, ModuleUse, NodeLayouts, Region, Regi
 from curvfunc.engine.cotangents import chunks, pull
 from curvfunc.engine.sites import Site, Trace
 from curvfunc.hessian.residuals import Curvature, curvature
-from curvfunc.rules.nonlinear import is_diagonal, is_once_differentiable, is_reshape
+from curvfunc.rules.graph_axis import CONSTANT, follow, inputs_of, shape_of
+from curvfunc.rules.nonlinear import is_once_differentiable
 from curvfunc.uses.forms import Form, flat_vectors
 
 __all__ = ["Curved", "Upstream", "whole_model"]
@@ -119,23 +120,24 @@ class Upstream:
         return True
 
     def _outside_is_known(self) -> bool:
-        """Whether what lies between the calls, and before the loss, is elementwise or pools; or there is one sample only."""
+        """Whether the sample axis can be followed through what lies between the calls, and before the loss; or there is one."""
         if len(self.trace.out) == 1:
             return True
-        seen: set[Node] = set()
-        stack: list[Node | None] = [get_gradient_edge(self.trace.out).node]
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            calls = [note.region for note in notes(node) if isinstance(note, RegionOutput)]
-            if calls:
-                stack.extend(before for region in calls for before in region.before)
-            elif not node.next_functions or is_diagonal(node) or is_reshape(node) or "Pool" in node.name():
-                stack.extend(n for n, _ in node.next_functions)
-            else:
+        met: list[Region] = []
+
+        def of_call(edge: GradientEdge) -> int | None:
+            calls = outputs_of_calls(edge)
+            met.extend(note.region for note in calls)
+            return calls[0].axis if calls else None
+
+        found: dict[GradientEdge, int] = {}
+        seen: set[Region] = set()
+        edges = [get_gradient_edge(self.trace.out)]
+        while edges:
+            if follow(edges.pop(), of_call, found) not in (0, CONSTANT):
                 return False
+            edges += [edge for region in {*met} - seen for edge in region.before]
+            seen.update(met)
         return True
 
     def is_twice_differentiable(self) -> bool:
@@ -195,25 +197,24 @@ def _by_identity(forms: dict[int, Form], params: list[Tensor]) -> dict[int, Form
 
 
 class OutsideLayouts(NodeLayouts):
-    """Layouts between calls of extended modules too, where nothing was recorded: of outputs, and of what is elementwise."""
+    """Layouts between calls of extended modules too, where nothing was recorded."""
 
     def __init__(self, out: Tensor) -> None:
         super().__init__()
         self._out = out
+        self._axes: dict[GradientEdge, int] = {}
 
     def of(self, edge: GradientEdge) -> tuple[int, torch.Size] | None:
         """Sample axis and shape of a tensor."""
-        while True:
-            if (known := super().of(edge)) is not None:
-                return known
-            for note in notes(edge.node):
-                if isinstance(note, RegionOutput) and note.output == edge.output_nr and note.region.reason is None:
-                    return note.axis, note.shape
-            shape = _shape(edge)
-            same = [e for e in _inputs(edge.node) if _shape(e) == shape] if is_diagonal(edge.node) else []
-            if not same or shape is None:
-                return None
-            edge = same[0]
+        if (known := super().of(edge)) is not None:
+            return known
+        axis, shape = follow(edge, self._known, self._axes), shape_of(edge)
+        return None if axis < 0 or shape is None else (axis, shape)
+
+    def _known(self, edge: GradientEdge) -> int | None:
+        if (known := super().of(edge)) is not None:
+            return known[0]
+        return next((note.axis for note in outputs_of_calls(edge) if note.region.reason is None), None)
 
     def several(self, node: Node) -> bool:
         """Whether an operation took several tensors that depend on samples, or may have."""
@@ -226,34 +227,27 @@ class OutsideLayouts(NodeLayouts):
         for end in nodes(self._out):
             for note in notes(end):
                 if isinstance(note, RegionOutput):
-                    before, stack = set(note.region.before), [end]
+                    before, stack = {edge.node for edge in note.region.before}, [end]
                     while stack:
                         node = stack.pop()
                         if node not in found and node not in before:
                             found.add(node)
-                            stack.extend(e.node for e in _inputs(node))
+                            stack.extend(e.node for e in inputs_of(node))
         return found
 
 
-def _inputs(node: Node) -> list[GradientEdge]:
-    return [GradientEdge(n, number) for n, number in node.next_functions if n is not None]
-
-
-def _shape(edge: GradientEdge) -> torch.Size | None:
-    """Of the tensor at an edge; None for a parameter."""
-    metadata = getattr(edge.node, "_input_metadata", ())
-    return torch.Size(metadata[edge.output_nr].shape) if edge.output_nr < len(metadata) else None
+def outputs_of_calls(edge: GradientEdge) -> list[RegionOutput]:
+    """The calls of extended modules that made this tensor; one that returned what it was given has not."""
+    return [
+        note
+        for note in notes(edge.node)
+        if isinstance(note, RegionOutput)
+        and note.output == edge.output_nr
+        and not any((e.node, e.output_nr) == (edge.node, edge.output_nr) for e in note.region.before)
+    ]
 
 
 def whole_model(call: LossCall, params: Collection[int]) -> Region | None:
     """The call whose output went straight into the loss, if it has all of these parameters, by identity."""
-    edge = get_gradient_edge(call.out)
-    for note in notes(edge.node):
-        if (
-            isinstance(note, RegionOutput)
-            and note.output == edge.output_nr
-            and set(map(id, note.region.params)).issuperset(params)
-        ):
-            region: Region = note.region
-            return region
-    return None
+    calls = [note.region for note in outputs_of_calls(get_gradient_edge(call.out))]
+    return next((region for region in calls if {id(p) for p in region.params} >= set(params)), None)

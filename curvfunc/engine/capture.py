@@ -23,7 +23,8 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from curvfunc.engine.effects import Attributes, Effects, ParameterChanged
-from curvfunc.engine.observer import Observer, reached
+from curvfunc.engine.graph import reached
+from curvfunc.engine.observer import Observer
 from curvfunc.engine.outputs import check_leaves, visible
 from curvfunc.engine.runs import CHANGING, UNFOLLOWED, Runs, hides_calls, nothing_hidden
 from curvfunc.engine.separation import SEEDED, outcome

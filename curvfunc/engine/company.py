@@ -12,9 +12,10 @@ from curvfunc.engine.chance import Chance
 from curvfunc.engine.effects import Attributes, all_held
 from curvfunc.engine.observer import Observer
 from curvfunc.engine.outputs import check_output, visible
-from curvfunc.engine.separation import Outcome, base, differ, holds, moved, outcome, require, same_chance
+from curvfunc.engine.separation import Outcome, differ, holds, moved, outcome, require, same_chance
 from curvfunc.engine.sites import Trace
 from curvfunc.tensors.inputs import Batch
+from curvfunc.tensors.ownership import base
 from curvfunc.tensors.samples import tree_map
 
 __all__ = ["Entangled", "check_subset"]

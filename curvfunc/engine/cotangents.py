@@ -14,7 +14,8 @@ from torch import Generator, Tensor
 from torch.autograd.graph import Node
 
 from curvfunc import losses
-from curvfunc.engine.observer import edge_of, over_columns
+from curvfunc.engine.columns import over_columns
+from curvfunc.engine.graph import edge_of
 from curvfunc.engine.sites import Site, Trace
 from curvfunc.tensors.inputs import check_used
 

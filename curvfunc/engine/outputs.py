@@ -8,8 +8,8 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from curvfunc.engine.effects import kept_tensors, shares_memory
-from curvfunc.engine.observer import reached
-from curvfunc.engine.separation import base
+from curvfunc.engine.graph import reached
+from curvfunc.tensors.ownership import base
 
 __all__ = ["check_leaves", "check_output", "visible"]
 

@@ -11,13 +11,16 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch._C import _functorch
 
+from curvfunc.engine.columns import without_fallback_warnings
 from curvfunc.engine.effects import Attributes, ParameterChanged
+from curvfunc.engine.graph import Opaque, calls_may_hide, edge_of, reached
 from curvfunc.engine.model import without_recomputation
-from curvfunc.engine.observer import Observer, Opaque, calls_may_hide, edge_of, reached, without_fallback_warnings
+from curvfunc.engine.observer import Observer
 from curvfunc.engine.outputs import check_leaves, check_output
-from curvfunc.engine.separation import ALONE, Outcome, base, differ, holds, moved, outcome, require, same_chance
+from curvfunc.engine.separation import ALONE, Outcome, differ, holds, moved, outcome, require, same_chance
 from curvfunc.engine.sites import Layouts, Site, Trace
 from curvfunc.rules.kernels import INSTEAD
+from curvfunc.tensors.ownership import base
 from curvfunc.tensors.samples import flatten, tree_map
 from curvfunc.uses.forms import Direct
 

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["ALONE", "MIXES", "SEEDED", "Outcome", "base", "differ", "holds", "moved", "outcome", "require", "same_chance"]
+from curvfunc.tensors.ownership import base
+
+__all__ = ["ALONE", "MIXES", "SEEDED", "Outcome", "differ", "holds", "moved", "outcome", "require", "same_chance"]
 
 ALONE = (
     "the model mixes the samples of a batch, or cannot run on one sample: they cannot be followed through it ({why}), and for "
@@ -103,13 +104,6 @@ def _exceeds(a: Tensor, b: Tensor, eps: float, least: Tensor | float) -> Tensor:
 
 def _largest(t: Tensor) -> Tensor:
     return t.abs().nan_to_num(0.0, 0.0, 0.0).max()
-
-
-def base(t: Tensor) -> Tensor:
-    """The values below all levels of torch.func."""
-    while _functorch.is_functorch_wrapped_tensor(t):
-        t = _functorch.get_unwrapped(t)
-    return t
 
 
 def holds(difference: Tensor, compiling: bool, why: str = MIXES) -> bool:

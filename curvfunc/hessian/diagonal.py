@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from curvfunc.engine.columns import over_columns
 from curvfunc.engine.cotangents import CHUNK_BYTES
-from curvfunc.engine.observer import over_columns
 from curvfunc.engine.passes import Prepared
 from curvfunc.engine.sites import Site, Trace
 from curvfunc.hessian.products import HessianProducts

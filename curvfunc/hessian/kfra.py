@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from curvfunc.engine.columns import over_columns
 from curvfunc.engine.cotangents import CHUNK_BYTES
-from curvfunc.engine.observer import edge_of, over_columns
+from curvfunc.engine.graph import edge_of
 from curvfunc.engine.sites import Layouts, Site, Trace
 from curvfunc.hessian.residuals import is_affine
 from curvfunc.rules.nonlinear import is_diagonal, is_linear, is_reshape, operation, takes_data

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from curvfunc.engine.observer import over_columns
+from curvfunc.engine.columns import over_columns
 from curvfunc.engine.sites import Trace
 from curvfunc.hessian.residuals import is_affine
 from curvfunc.tensors.precision import wide

@@ -27,22 +27,16 @@ from torch._C import _functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvfunc import losses
+from curvfunc.engine.calls import BATCH_NORMS, BATCH_STATISTICS, takes_batch_statistics, tensors_in
 from curvfunc.engine.chance import Chance
+from curvfunc.engine.columns import over_columns
 from curvfunc.engine.company import Entangled, check_subset
 from curvfunc.engine.cotangents import CHUNK_BYTES
 from curvfunc.engine.effects import Attributes, Effects
+from curvfunc.engine.graph import Opaque, reached
 from curvfunc.engine.leaves import leaf
 from curvfunc.engine.model import without_recomputation
-from curvfunc.engine.observer import (
-    BATCH_NORMS,
-    BATCH_STATISTICS,
-    Observer,
-    Opaque,
-    over_columns,
-    reached,
-    takes_batch_statistics,
-    tensors_in,
-)
+from curvfunc.engine.observer import Observer
 from curvfunc.engine.outputs import check_leaves, check_output
 from curvfunc.engine.runs import nothing_hidden
 from curvfunc.rules.batch_axis import mutates

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvfunc.rules import DECOMPOSITIONS
+from curvfunc.rules.registry import DECOMPOSITIONS
 
 
 def multi_head_attention(

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvfunc.rules import Use, rule
+from curvfunc.rules.affine import affine
 from curvfunc.rules.patches import (
     moment_pays,
     paddings,
@@ -18,10 +19,44 @@ from curvfunc.rules.patches import (
     unfold,
     unfold_transpose,
 )
+from curvfunc.rules.registry import Use, rule
 from curvfunc.uses.forms import Direct, Form, Outer
 
 # Kernels for groups of fewer channels, but for one, are slower than patches.
 FEWEST_CHANNELS = 8
+
+
+@dataclass(eq=False)  # as forms: quicker to make than if it were frozen
+class Call:
+    """A call of a convolution, or of its transpose.
+
+    Attributes:
+        input: Its input x, [n, *b, c, *space]; a batch axis b inside one sample joins the shared positions.
+        shape: Shape of the weight.
+        dims: Number of axes of the kernel.
+    """
+
+    input: Tensor
+    shape: torch.Size
+    dims: int
+    stride: int | Sequence[int] = 1
+    padding: Any = 0  # numbers, or for convolutions the name of a way
+    dilation: int | Sequence[int] = 1
+    groups: int = 1
+    output_padding: int | Sequence[int] = 0
+
+    @property
+    def kernel(self) -> torch.Size:
+        """Size of the kernel."""
+        return self.shape[2:]
+
+    def images(self, channels: int) -> Tensor:
+        """The input as [(n b q), channels, *space]: a group is as good as another sample."""
+        return self.input.reshape(-1, channels, *self.input.shape[-self.dims :])
+
+    def cotangent(self, g: Tensor) -> Tensor:
+        """g [v, n, *b, o, *space] as [v, n, q, (b s), o]."""
+        return _grouped(g.reshape(*g.shape[:2], -1, g.shape[-self.dims - 1], math.prod(g.shape[-self.dims :])), self.groups)
 
 
 @rule(
@@ -31,53 +66,34 @@ FEWEST_CHANNELS = 8
     arguments="input weight bias stride padding dilation groups",
     parameters="weight bias",
 )
-def conv(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: str | int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-    *,
-    use: Use,
-) -> dict[str, Form]:
-    """x [n, *b, c, *space], g [v, n, *b, o, *space]; a batch axis b inside one sample joins the shared positions."""
+def conv(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, use: Use, **settings: Any) -> dict[str, Form]:
+    """x are the patches of the input that each position of the output sees, [n, q, (b s), c k]."""
     dims = weight.ndim - 2 - ("weight" in use.sampled)  # a weight that is data has its samples first
+    call = Call(input, weight.shape, dims, **settings)
+    sizes = (call.kernel, call.stride, call.padding, call.dilation)
+    groups, channels = call.groups, input.shape[-dims - 1] // call.groups
 
     def inputs(samples: slice = slice(None)) -> Tensor:
         some = input[samples]
-        flat = some.reshape(-1, *some.shape[-dims - 1 :])
-        patches = unfold(flat, weight.shape[2:], stride, padding, dilation, samples_first=groups > 1)
+        patches = unfold(some.reshape(-1, *some.shape[-dims - 1 :]), *sizes, samples_first=groups > 1)
         return _grouped(patches.unflatten(0, (some.shape[0], -1)), groups)  # of [n, b, c k, s]
-
-    def cotangent(g: Tensor) -> Tensor:
-        return _grouped(g.reshape(*g.shape[:2], -1, g.shape[-dims - 1], math.prod(g.shape[-dims:])), groups)
-
-    channels = input.shape[-dims - 1] // groups
-
-    def moment() -> Tensor:  # a group is as good as another sample
-        x = input.reshape(-1, channels, *input.shape[-dims:])
-        return patch_moment(x, weight.shape[2:], stride, padding, dilation)
 
     usual = "weight" not in use.sampled and input.numel() > 0
     grouped = torch.Size((input.shape[:-dims].numel() // max(1, channels), channels, *input.shape[-dims:]))
-    shared = usual and moment_pays(grouped, weight.shape[2:], stride, padding, dilation)
-    made = usual and math.prod(weight.shape[2:]) > 1
-    positions = math.prod(size // step for size, step in zip(input.shape[-dims:], per_dimension(stride, dims), strict=True))
-    few = channels == 1 or (channels >= FEWEST_CHANNELS and channels * math.prod(weight.shape[-dims:]) <= positions)
-    settings = (stride, padding, dilation, groups)
-    outer = Outer(
-        *(inputs, cotangent, weight.shape),
-        sum_positions=True,
-        moment=moment if shared else None,
-        part=inputs if made else None,
-        instead=_as_groups(input, weight.shape, False, *settings) if usual and groups > 1 and few else None,
+    shared = usual and moment_pays(grouped, *sizes)
+    made = usual and math.prod(call.kernel) > 1
+    positions = math.prod(
+        size // step for size, step in zip(input.shape[-dims:], per_dimension(call.stride, dims), strict=True)
     )
-    forms: dict[str, Form] = {"weight": outer}
-    if bias is not None:
-        forms["bias"] = Direct(lambda g: _sum_positions(g, dims), bias.shape, sums=outer, reads=False)
-    return forms
+    few = channels == 1 or (channels >= FEWEST_CHANNELS and channels * math.prod(weight.shape[-dims:]) <= positions)
+    outer = Outer(
+        *(inputs, call.cotangent, weight.shape),
+        sum_positions=True,
+        moment=(lambda: patch_moment(call.images(channels), *sizes)) if shared else None,
+        part=inputs if made else None,
+        instead=_as_groups(call, transposed=False) if usual and groups > 1 and few else None,
+    )
+    return affine(outer, bias, behind=dims)
 
 
 @rule(
@@ -87,28 +103,15 @@ def conv(
     arguments="input weight bias stride padding output_padding groups dilation",
     parameters="weight bias",
 )
-def conv_transpose(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    output_padding: int | Sequence[int] = 0,
-    groups: int = 1,
-    dilation: int | Sequence[int] = 1,
-    *,
-    use: Use,
-) -> dict[str, Form]:
+def conv_transpose(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, use: Use, **settings: Any) -> dict[str, Form]:
     """As `conv`, with the patches of the input that each position of the output sees; weight [c, o, *kernel]."""
-    dims, shape, kernel = weight.ndim - 2 - ("weight" in use.sampled), weight.shape, weight.shape[2:]
+    dims, shape = weight.ndim - 2 - ("weight" in use.sampled), weight.shape
+    call = Call(input, shape, dims, **settings)
+    kernel, stride, padding, more, groups = call.kernel, call.stride, call.padding, call.output_padding, call.groups
 
     def inputs() -> Tensor:
-        x = input.reshape(-1, *input.shape[-dims - 1 :])
-        patches = unfold_transpose(x, kernel, stride, padding, output_padding, dilation)
+        patches = unfold_transpose(call.images(input.shape[-dims - 1]), kernel, stride, padding, more, call.dilation)
         return _grouped(patches.unflatten(0, (input.shape[0], -1)), groups)
-
-    def cotangent(g: Tensor) -> Tensor:
-        return _grouped(g.reshape(*g.shape[:2], -1, g.shape[-dims - 1], math.prod(g.shape[-dims:])), groups)
 
     def arrange(result: Tensor) -> Tensor:  # [..., q, o, c k] to [..., q c, o, *kernel]
         result = result.unflatten(-1, (shape[0] // groups, -1)).transpose(-3, -2)
@@ -116,7 +119,7 @@ def conv_transpose(
 
     def patches_of_outputs(g: Tensor) -> Tensor:  # [v, n, *b, o, *space] to [v, n, q, (b s), o k]
         lead = g.shape[:2]
-        patches = unfold(g.reshape(-1, *g.shape[-dims - 1 :]), kernel, stride, padding, dilation, samples_first=True)
+        patches = unfold(g.reshape(-1, *g.shape[-dims - 1 :]), kernel, stride, padding, call.dilation, samples_first=True)
         return _grouped(patches.unflatten(0, (*lead, -1)), groups)
 
     def inputs_alone() -> Tensor:
@@ -125,27 +128,19 @@ def conv_transpose(
     # the other way round, in which a convolution is the transpose of this one: patches of g meet entries of x
     instead: Outer | Direct = Outer(inputs_alone, patches_of_outputs, shape, inputs_first=True)
     # with more padding of outputs, which dilation allows, there are more patches of outputs than entries of x
-    matches = all(p < s for p, s in zip(per_dimension(output_padding, dims), per_dimension(stride, dims), strict=True))
+    matches = all(p < s for p, s in zip(per_dimension(more, dims), per_dimension(stride, dims), strict=True))
     usual = matches and "weight" not in use.sampled and input.numel() > 0
     if usual and groups == shape[0] > 1:
-        instead = _as_groups(input, shape, True, stride, padding, dilation, groups, output_padding)
-    channels = shape[0] // groups
-
-    def moment() -> Tensor:  # a group is as good as another sample
-        x = input.reshape(-1, channels, *input.shape[-dims:])
-        return transposed_moment(x, kernel, stride, padding, output_padding)
-
-    dense = usual and set(per_dimension(dilation, dims)) == {1}
+        instead = _as_groups(call, transposed=True)
+    dense = usual and set(per_dimension(call.dilation, dims)) == {1}
+    moment = lambda: transposed_moment(call.images(shape[0] // groups), kernel, stride, padding, more)
     outer = Outer(
-        *(inputs, cotangent, shape, arrange),
+        *(inputs, call.cotangent, shape, arrange),
         sum_positions=True,
         moment=moment if dense else None,
         instead=instead if usual else None,
     )
-    forms: dict[str, Form] = {"weight": outer}
-    if bias is not None:
-        forms["bias"] = Direct(lambda g: _sum_positions(g, dims), bias.shape, sums=outer, reads=False)
-    return forms
+    return affine(outer, bias, behind=dims)
 
 
 def _grouped(t: Tensor, groups: int) -> Tensor:
@@ -157,29 +152,14 @@ def _grouped(t: Tensor, groups: int) -> Tensor:
     return t.movedim(-4, -2).reshape(*t.shape[:-4], groups, t.shape[-2], b * s).mT
 
 
-def _sum_positions(g: Tensor, dims: int) -> Tensor:
-    """[v, n, *b, o, *space] to [v, n, o]."""
-    g = g.flatten(-dims).sum(-1)
-    return g.flatten(2, -2).sum(2) if g.ndim > 3 else g
-
-
-def _as_groups(
-    input: Tensor,
-    shape: torch.Size,
-    transposed: bool,
-    stride: int | Sequence[int],
-    padding: str | int | Sequence[int],
-    dilation: int | Sequence[int],
-    groups: int,
-    output_padding: int | Sequence[int] = 0,
-) -> Direct:
+def _as_groups(call: Call, transposed: bool) -> Direct:
     """The use of a weight with few channels in a group, by gradients that need no patches.
 
     Those of all samples are one gradient, of a convolution that has the groups of each sample as its own.
     """
-    dims = len(shape) - 2
-    stride, dilation, output_padding = (per_dimension(a, dims) for a in (stride, dilation, output_padding))
-    before, after = paddings(padding, shape[2:], dilation)
+    input, shape, dims, groups = call.input, call.shape, call.dims, call.groups
+    stride, dilation, output_padding = (per_dimension(a, dims) for a in (call.stride, call.dilation, call.output_padding))
+    before, after = paddings(call.padding, shape[2:], dilation)
 
     def gradient(g: Tensor) -> Tensor:  # [v, n, *b, o, *space] to [v, n, *shape]
         n = len(input)

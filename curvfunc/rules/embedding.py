@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvfunc.rules import rule
+from curvfunc.rules.registry import rule
 from curvfunc.uses.forms import Rows
 
 

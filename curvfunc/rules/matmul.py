@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvfunc.rules import Use, rule
+from curvfunc.rules.registry import Use, rule
 from curvfunc.uses.forms import Direct, Form, Outer, sum_to_shape
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvfunc.rules import Use, rule
+from curvfunc.rules.registry import Use, rule
 from curvfunc.uses.forms import Direct, Form, sum_to_shape
 
 

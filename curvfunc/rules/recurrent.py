@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvfunc.rules import DECOMPOSITIONS
+from curvfunc.rules.registry import DECOMPOSITIONS
 
 Weights = Sequence[Any]  # W of the input, W of the state, their biases or None, and an optional projection
 Cell = Callable[[Tensor, tuple[Tensor, ...], Weights], tuple[Tensor, ...]]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvfunc.rules import DECOMPOSITIONS, Use, rule
+from curvfunc.rules.registry import DECOMPOSITIONS, Use, rule
 from curvfunc.uses.forms import Direct, Form, sum_to_shape
 
 

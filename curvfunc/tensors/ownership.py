@@ -12,9 +12,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
-from curvfunc.engine.separation import base
-
-__all__ = ["apart", "check_apart", "own"]
+__all__ = ["apart", "base", "check_apart", "own"]
 
 
 def own(results: Iterable[Tensor], given: Callable[[], Iterable[Any]] = tuple) -> list[Tensor]:
@@ -63,6 +61,13 @@ def _own_within(results: Iterable[Tensor], given: list[Tensor]) -> list[Tensor]:
         taken.update(storages)
         found.append(t)
     return found
+
+
+def base(t: Tensor) -> Tensor:
+    """The values below all levels of torch.func."""
+    while _functorch.is_functorch_wrapped_tensor(t):
+        t = _functorch.get_unwrapped(t)
+    return t
 
 
 def apart(t: Tensor) -> Tensor:

@@ -1,0 +1,113 @@
+"""Autograd's graph of a forward pass: its edges, and what of the parameters it reaches."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from curvfunc.engine.columns import over_columns
+from curvfunc.engine.sites import Site
+
+__all__ = ["Opaque", "Reached", "calls_may_hide", "edge_of", "pullback", "reached", "viewed"]
+
+
+class Opaque(Exception):
+    """The model runs in a way that hides calls from the mode, and that can be switched off."""
+
+
+# Nodes behind which calls were hidden.
+HIDING = ("CheckpointFunctionBackward", "CompiledFunctionBackward")
+
+
+def calls_may_hide() -> bool:
+    """Whether this is not yet the attempt with nothing hidden."""
+    return torch.utils.checkpoint.CheckpointFunction.__module__ == "torch.utils.checkpoint"
+
+
+def edge_of(t: Tensor) -> GradientEdge:
+    """The gradient edge of a tensor with a gradient; as torch's own function, which takes longer."""
+    node = t.grad_fn
+    return get_gradient_edge(t) if node is None or isinstance(node, torch._C._FunctionBase) else GradientEdge(node, t.output_nr)
+
+
+def viewed(t: Tensor) -> Tensor:
+    """The tensor that a view shows whole, in the same order; otherwise ``t``.
+
+    A change in place of a view replaces the view's graph node, but not the one that its base had before.
+    """
+    base = t._base
+    same = base is not None and base.numel() == t.numel() and base.is_contiguous() and t.is_contiguous()
+    return base if same and base.requires_grad else t  # type: ignore[return-value, union-attr]
+
+
+def pullback(edge: GradientEdge, leaf: Tensor) -> Callable[[Tensor], Tensor]:
+    """Takes gradients [v, n, ...] at ``edge`` to gradients [v, n, *shape] of ``leaf``."""
+
+    def one(g: Tensor) -> Tensor:
+        create = torch.is_grad_enabled()
+        found = torch.autograd.grad(edge, leaf, g, retain_graph=True, create_graph=create, materialize_grads=True)
+        return found[0]
+
+    def pull(g: Tensor) -> Tensor:
+        found: Tensor = over_columns(lambda column: over_columns(one, column), g)
+        return found
+
+    return pull
+
+
+class Reached(NamedTuple):
+    """What the graph of an output reaches.
+
+    Attributes:
+        params: Parameters, by index, other than through sites.
+        leaves: All other leaves.
+        sites: Those among what was reached.
+    """
+
+    params: list[int]
+    leaves: list[Tensor]
+    sites: list[Site]
+
+
+def reached(outputs: Sequence[Tensor], sites: list[Site], tracked: dict[int, Tensor], stops: Sequence[Tensor] = ()) -> Reached:
+    """What the graph of the outputs reaches other than through the sites, by walking the graph.
+
+    Args:
+        outputs: Of the forward pass.
+        sites: What is known of it.
+        tracked: Parameters by index.
+        stops: Tensors of this forward pass behind which nothing is looked for.
+
+    Returns:
+        A `Reached`.
+    """
+    ends: dict[Any, int] = {id(p) if p.grad_fn is None else p.grad_fn: i for i, p in tracked.items()}
+    producers: dict[Node, list[Node]] = {edge_of(t).node: [] for t in stops}
+    for site in sites:
+        producers.setdefault(site.edge.node, []).extend(site.producers)
+    seen: set[Node] = set()
+    stack = [edge_of(out).node for out in outputs if out.requires_grad]
+    found: set[int] = set()
+    leaves: dict[int, Tensor] = {}
+    may_hide = calls_may_hide()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if may_hide and type(node).__name__ in HIDING:
+            raise Opaque
+        leaf = getattr(node, "variable", None)
+        end = node if leaf is None else id(leaf)
+        if end in ends:
+            found.add(ends[end])
+        elif node in producers:
+            stack.extend(producers[node])
+        elif leaf is not None:
+            leaves[id(leaf)] = leaf
+        else:
+            stack.extend([n for n, _ in node.next_functions if n is not None])
+    return Reached(sorted(found), list(leaves.values()), [site for site in sites if site.edge.node in seen])

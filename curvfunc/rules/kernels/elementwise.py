@@ -1,0 +1,50 @@
+"""Elementwise functions."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["hardsigmoid", "i1", "precise_hardsigmoid", "sinc"]
+
+
+def precise_hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """In double precision, the kernel's slope is 1/6 in single precision."""
+    return hardsigmoid(input, inplace) if input.dtype == torch.float64 else F.hardsigmoid(input, inplace)
+
+
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """The backward kernel has no derivative."""
+    out = F.relu6(input + 3) / 6
+    return input.copy_(out) if inplace else out
+
+
+def sinc(input: Tensor) -> Tensor:
+    """The second derivative is nan at 0."""
+    if input.is_complex():
+        return torch.sinc(input)
+    x = torch.pi * input
+    near = x.abs() < 0.5
+    far = torch.where(near, 1.0, x)
+    return torch.where(near, _series(torch.where(near, x, 0.0).square(), SINC), far.sin() / far)
+
+
+SINC = [1 / 1, -1 / 6, 1 / 120, -1 / 5040, 1 / 362880, -1 / 39916800, 1 / 6227020800, -1 / 1307674368000]
+
+
+def i1(input: Tensor) -> Tensor:
+    """The third derivative is wrong at 0."""
+    near = input.abs() < 0.1
+    x = torch.where(near, input, 0.0)
+    return torch.where(near, x / 2 * _series(x.square() / 4, I1), torch.special.i1(torch.where(near, 1.0, input)))
+
+
+I1 = [1.0, 1 / 2, 1 / 12, 1 / 144, 1 / 2880, 1 / 86400]
+
+
+def _series(x: Tensor, coefficients: Sequence[float]) -> Tensor:
+    out = torch.full_like(x, coefficients[-1])
+    for c in coefficients[-2::-1]:
+        out = out * x + c
+    return out
