@@ -68,7 +68,8 @@ def imported() -> Arrows:
                     modules = [alias.name for alias in node.names]
                 else:
                     continue
-                found[name] |= {parts[1] for m in modules if (parts := m.split("."))[0] == "curvfunc"}
+                parts = [m.split(".") for m in modules]
+                found[name] |= {p[1] if len(p) > 1 else "the public names" for p in parts if p[0] == "curvfunc"}
     return {name: found[name] - {name} for name in found}
 
 
