@@ -36,6 +36,28 @@ def page() -> Iterator[SimpleNamespace]:
         registry.update(entries)
 
 
+# -- the table
+
+
+def test_every_cell_is_its_cotangent_and_its_contraction() -> None:
+    lines = [line.strip("|").split("|") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    columns, _, *rows = [[re.findall(r"`(\w+)`", cell) for cell in line] for line in lines]
+    specs = {name.lower(): spec for name in curvfunc.__all__ if is_spec(spec := getattr(curvfunc, name))}
+    told = 0
+    for (cotangent,), *cells in rows:
+        for contractions, functions in zip(columns[1:], cells, strict=True):
+            for function in functions:
+                spec = specs[function.replace("_", "")]()
+                assert type(spec.cotangent).__name__ == cotangent
+                assert {*contractions} <= {*spec.contractions}
+                told += 1
+    assert told > 10
+
+
+def is_spec(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, curvfunc.Quantity)
+
+
 # -- the drawing
 
 
