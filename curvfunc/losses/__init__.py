@@ -1,7 +1,20 @@
 """What a loss is to the engine: its gradient, and columns whose squares sum up to its Hessian. Knows nothing of models."""
 
+from curvfunc.losses.closed_forms import diagonal_root
 from curvfunc.losses.custom import check_separable
-from curvfunc.losses.normal_form import Loss, Root, check, is_sum, no_loss, normalize, rebuild, values_visible
+from curvfunc.losses.normal_form import (
+    CLOSED_FORMS,
+    ClosedForm,
+    Loss,
+    Root,
+    check,
+    check_entries,
+    is_sum,
+    no_loss,
+    normalize,
+    rebuild,
+    values_visible,
+)
 from curvfunc.losses.roots import (
     draw_bits,
     draw_categories,
@@ -14,10 +27,14 @@ from curvfunc.losses.roots import (
 )
 
 __all__ = [
+    "CLOSED_FORMS",
+    "ClosedForm",
     "Loss",
     "Root",
     "check",
+    "check_entries",
     "check_separable",
+    "diagonal_root",
     "draw_bits",
     "draw_categories",
     "draw_normal",

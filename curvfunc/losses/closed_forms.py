@@ -3,19 +3,24 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from curvfunc.losses.normal_form import Loss, Root, flat, label, values_visible
 
 __all__ = [
     "along_classes",
+    "binary_gradient",
+    "binary_root",
     "binary_weights",
     "check_mass",
     "class_mass",
     "cross_entropy_gradient",
+    "cross_entropy_root",
     "diagonal_root",
-    "softmax_root",
+    "squared_error_gradient",
     "squared_error_mass",
+    "squared_error_root",
 ]
 
 
@@ -79,6 +84,24 @@ def cross_entropy_gradient(loss: Loss, work: Tensor, y: Tensor) -> Tensor:
     return target.sum(1, keepdim=True) * probs - target
 
 
+def cross_entropy_root(loss: Loss, work: Tensor, y: Tensor, dtype: torch.dtype, fewest: bool) -> Root:
+    """Columns sqrt(m p_c) (e_c - p) at each position, or C - 1 others."""
+    return _softmax_root(work, class_mass(loss, work, y), dtype, fewest and work.shape[1] > 1)
+
+
+def squared_error_gradient(loss: Loss, work: Tensor, y: Tensor) -> Tensor:
+    """Gradient m (f - y)."""
+    residual: Tensor = work - y.to(work.dtype)
+    return squared_error_mass(loss, work) * residual
+
+
+def squared_error_root(loss: Loss, work: Tensor, y: Tensor, dtype: torch.dtype, fewest: bool) -> Root:
+    """Columns sqrt(m) e_v."""
+    mass = squared_error_mass(loss, work)
+    check_mass(loss, mass)
+    return diagonal_root(mass.sqrt().expand(work.shape), dtype)
+
+
 def squared_error_mass(loss: Loss, work: Tensor) -> Tensor:
     """Twice the weight of each squared error, of the output's shape or a scalar."""
     weight = loss.tensors.get("weight")
@@ -87,6 +110,21 @@ def squared_error_mass(loss: Loss, work: Tensor) -> Tensor:
         return torch.full((), 2.0 / work.numel() if mean else 2.0, dtype=work.dtype, device=work.device)
     weight = weight.to(work.dtype)
     return 2 * weight / weight.sum() if mean else 2 * weight
+
+
+def binary_gradient(loss: Loss, work: Tensor, y: Tensor) -> Tensor:
+    """Gradient m s - T1."""
+    positive, mass = binary_weights(loss, work, y)
+    return mass * work.sigmoid() - positive
+
+
+def binary_root(loss: Loss, work: Tensor, y: Tensor, dtype: torch.dtype, fewest: bool) -> Root:
+    """Columns sqrt(m s (1 - s)) e_v."""
+    _, mass = binary_weights(loss, work, y)
+    check_mass(loss, mass)
+    # sqrt(s (1 - s)) in log space: neither factor underflows first, and the derivative stays finite
+    deviation = ((F.logsigmoid(work) + F.logsigmoid(-work)) / 2).exp()
+    return diagonal_root(mass.sqrt() * deviation, dtype)
 
 
 def binary_weights(loss: Loss, work: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +139,7 @@ def binary_weights(loss: Loss, work: Tensor, y: Tensor) -> tuple[Tensor, Tensor]
     return positive * weight.to(work.dtype) * scale, mass * weight.to(work.dtype) * scale
 
 
-def softmax_root(work: Tensor, mass: Tensor, dtype: torch.dtype, fewest: bool = False) -> Root:
+def _softmax_root(work: Tensor, mass: Tensor, dtype: torch.dtype, fewest: bool = False) -> Root:
     """Columns sqrt(m p_c) (e_c - p) at position d, for v = (c, d); or the fewest. work [N, C, *d], mass [N, 1, *d]."""
     num, num_classes, positions = work.shape[0], work.shape[1], math.prod(work.shape[2:])
     shape, device = work.shape, work.device

@@ -3,20 +3,23 @@
 import functools
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvfunc.tensors.samples import leaves
 
 __all__ = [
+    "CLOSED_FORMS",
+    "ClosedForm",
     "Loss",
     "Root",
     "check",
+    "check_classes",
+    "check_entries",
     "flat",
     "is_sum",
     "label",
@@ -29,24 +32,13 @@ __all__ = [
 
 Constants = tuple[tuple[str, Any], ...]
 
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "cross_entropy": {"reduction": "mean", "ignore_index": -100, "label_smoothing": 0.0},
-    "mse_loss": {"reduction": "mean"},
-    "bce_with_logits": {"reduction": "mean"},
-}
-TENSORS: dict[str, tuple[str, ...]] = {
-    "cross_entropy": ("weight",),
-    "mse_loss": ("weight",),
-    "bce_with_logits": ("weight", "pos_weight"),
-}
-
 
 @dataclass(frozen=True, eq=False)
 class Loss:
     """A loss in normal form: what it is called, and its options as constants and as tensors.
 
     Attributes:
-        name: ``"cross_entropy"``, ``"mse_loss"``, ``"bce_with_logits"``, or None for a custom loss.
+        name: Its key in `CLOSED_FORMS`, such as ``"cross_entropy"``, or None for a custom loss.
         fn: The callable, ``fn(out, y, **options, **tensors)``.
         options: Pairs (key, value) of the options that are no tensors: all of a named loss, for a custom
             one those of a partial.
@@ -93,11 +85,43 @@ class Root:
     columns: Callable[[int, int], Tensor]
 
 
+@dataclass(frozen=True)
+class ClosedForm:
+    """A loss with known derivatives by the output, convex in it unless weights or soft targets are negative.
+
+    In the functions, ``loss`` has the options, ``work`` is the output in float32 at least, and the factor R of the reduction
+    is in the results.
+
+    Attributes:
+        function: ``(out, y, **options, **tensors) -> scalar``; by this very function the loss is recognized.
+        check: Raises unless options, output and target fit: ``(loss, out, y)``.
+        gradient: That of the loss: ``(loss, work, y) -> [N, *out]``.
+        root: Columns of a root of the Hessian, in a dtype, and with ``fewest`` others if these are fewer:
+            ``(loss, work, y, dtype, fewest) -> Root``.
+        sampled: Columns that are a root in expectation, from labels that the likelihood gives:
+            ``(loss, work, y, mc_samples, generator) -> (start, stop) -> [stop - start, N, *out]``.
+        module: The module that does the same, with the options as its attributes.
+        options: The options that are no tensors, with their defaults, "reduction" among them; with any other a loss is custom.
+        tensors: The names of the options that are tensors.
+    """
+
+    function: Callable[..., Tensor]
+    check: Callable[[Loss, Tensor, Tensor], None]
+    gradient: Callable[[Loss, Tensor, Tensor], Tensor]
+    root: Callable[[Loss, Tensor, Tensor, torch.dtype, bool], Root]
+    sampled: Callable[..., Callable[[int, int], Tensor]]
+    module: type[nn.Module] | None = None
+    options: Mapping[str, Any] = field(default_factory=lambda: {"reduction": "mean"})
+    tensors: tuple[str, ...] = ()
+
+
+CLOSED_FORMS: dict[str, ClosedForm] = {}  # filled by curvfunc.losses.roots
+
+
 def normalize(loss_fn: Callable[..., Tensor]) -> Loss:
     """Recognize the losses that have a closed form.
 
-    These are ``F.cross_entropy``, ``F.mse_loss`` and ``F.binary_cross_entropy_with_logits``, a ``functools.partial`` of
-    them with keyword arguments only, and ``nn.CrossEntropyLoss``, ``nn.MSELoss`` and ``nn.BCEWithLogitsLoss``.
+    These are the functions of `CLOSED_FORMS`, a ``functools.partial`` of them with keyword arguments only, and their modules.
     Everything else is custom, among it subclasses of these modules and the deprecated ``size_average`` and ``reduce``.
 
     Args:
@@ -116,31 +140,24 @@ def normalize(loss_fn: Callable[..., Tensor]) -> Loss:
     keywords: dict[str, Any] = {}
     while isinstance(fn, functools.partial) and not fn.args:
         fn, keywords = fn.func, {**fn.keywords, **keywords}
-    if type(loss_fn) is nn.CrossEntropyLoss:
-        fn, keywords = F.cross_entropy, {
-            "weight": loss_fn.weight,
-            "reduction": loss_fn.reduction,
-            "ignore_index": loss_fn.ignore_index,
-            "label_smoothing": loss_fn.label_smoothing,
-        }  # fmt: skip
-    elif type(loss_fn) is nn.MSELoss:
-        fn, keywords = F.mse_loss, {"reduction": loss_fn.reduction}
-    elif type(loss_fn) is nn.BCEWithLogitsLoss:
-        fn, keywords = F.binary_cross_entropy_with_logits, {
-            "weight": loss_fn.weight,
-            "pos_weight": loss_fn.pos_weight,
-            "reduction": loss_fn.reduction,
-        }  # fmt: skip
-    name = _name(fn)
+    name = None
+    for key, form in CLOSED_FORMS.items():
+        if form.module is not None and type(loss_fn) is form.module:
+            fn = form.function
+            keywords = {k: getattr(loss_fn, k) for k in (*form.options, *form.tensors) if hasattr(loss_fn, k)}
+        if fn is form.function:
+            name = key
+            break
     given = {key: value for key, value in keywords.items() if value is not None or name is None}
     tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
     options = {key: value for key, value in given.items() if not isinstance(value, Tensor)}
     if name is None:
         plain = isinstance(fn, types.FunctionType)
         return Loss(None, fn, tuple(options.items()), tensors) if plain else Loss(None, loss_fn)
-    if any(key not in TENSORS[name] for key in tensors) or any(key not in DEFAULTS[name] for key in options):
+    form = CLOSED_FORMS[name]
+    if any(key not in form.tensors for key in tensors) or any(key not in form.options for key in options):
         return Loss(None, loss_fn)
-    return Loss(name, fn, tuple({**DEFAULTS[name], **options}.items()), tensors)
+    return Loss(name, fn, tuple({**form.options, **options}.items()), tensors)
 
 
 def rebuild(name: str | None, fn: Callable[..., Tensor], options: Constants, tensors: dict[str, Tensor]) -> Loss:
@@ -200,9 +217,12 @@ def check(loss: Loss, out: Tensor, y: Any) -> None:
         )
     if not isinstance(y, Tensor):
         raise TypeError(f"{what} needs a tensor of targets and got {type(y).__name__}. Pass y as a tensor.")
-    if loss.name == "cross_entropy":
-        _check_classes(loss, out, y)
-        return
+    CLOSED_FORMS[loss.name].check(loss, out, y)
+
+
+def check_entries(loss: Loss, out: Tensor, y: Tensor) -> None:
+    """A target for each entry of the output, and weights that fit these."""
+    what = label(loss)
     if y.shape != out.shape or not y.is_floating_point():
         raise ValueError(
             f"{what}: the output has shape {tuple(out.shape)} and the target {tuple(y.shape)} of {y.dtype}; the target "
@@ -217,7 +237,7 @@ def check(loss: Loss, out: Tensor, y: Any) -> None:
             )
 
 
-def _check_classes(loss: Loss, out: Tensor, y: Tensor) -> None:
+def check_classes(loss: Loss, out: Tensor, y: Tensor) -> None:
     """Targets of cross-entropy: indices [N, *d] in [0, C) or ``ignore_index``, or probabilities [N, C, *d]."""
     what = label(loss)
     if out.ndim < 2:
@@ -254,16 +274,6 @@ def _check_classes(loss: Loss, out: Tensor, y: Tensor) -> None:
             f"{what}: target {wrong[0].item()} is out of range for C = {num_classes} classes (output of shape "
             f"{tuple(out.shape)}). Classes are 0 to {num_classes - 1}; mark positions to leave out with ignore_index."
         )
-
-
-def _name(fn: Any) -> str | None:
-    if fn is F.cross_entropy:
-        return "cross_entropy"
-    if fn is F.mse_loss:
-        return "mse_loss"
-    if fn is F.binary_cross_entropy_with_logits:
-        return "bce_with_logits"
-    return None
 
 
 def label(loss: Loss) -> str:

@@ -24,20 +24,37 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvfunc.losses.closed_forms import (
     along_classes,
+    binary_gradient,
+    binary_root,
     binary_weights,
     check_mass,
     class_mass,
     cross_entropy_gradient,
-    diagonal_root,
-    softmax_root,
+    cross_entropy_root,
+    squared_error_gradient,
     squared_error_mass,
+    squared_error_root,
 )
 from curvfunc.losses.custom import autodiff_factor, autodiff_gradient, autodiff_hessian, check_separable
-from curvfunc.losses.normal_form import Loss, Root, check, flat, is_sum, no_loss, normalize, rebuild, values_visible
+from curvfunc.losses.normal_form import (
+    CLOSED_FORMS,
+    ClosedForm,
+    Loss,
+    Root,
+    check,
+    check_classes,
+    check_entries,
+    flat,
+    is_sum,
+    no_loss,
+    normalize,
+    rebuild,
+    values_visible,
+)
 from curvfunc.tensors.precision import at_least_float32
 
 __all__ = [
@@ -86,13 +103,7 @@ def gradient(loss: Loss, out: Tensor, y: Any, *, create_graph: bool = False) -> 
         check_separable(loss, out, y, custom)
         return custom
     work = at_least_float32(out)
-    if loss.name == "cross_entropy":
-        return cross_entropy_gradient(loss, work, y).to(out.dtype)
-    if loss.name == "mse_loss":
-        residual: Tensor = work - y.to(work.dtype)
-        return (squared_error_mass(loss, work) * residual).to(out.dtype)
-    positive, mass = binary_weights(loss, work, y)
-    return (mass * work.sigmoid() - positive).to(out.dtype)
+    return CLOSED_FORMS[loss.name].gradient(loss, work, y).to(out.dtype)
 
 
 def exact_root(loss: Loss, out: Tensor, y: Any, *, fewest: bool = False) -> Root:
@@ -130,18 +141,8 @@ def exact_root(loss: Loss, out: Tensor, y: Any, *, fewest: bool = False) -> Root
         columns is that of BackPACK.
     """
     work = at_least_float32(out)
-    if loss.name == "cross_entropy":
-        return softmax_root(work, class_mass(loss, work, y), out.dtype, fewest and work.shape[1] > 1)
-    if loss.name == "mse_loss":
-        mass = squared_error_mass(loss, work)
-        check_mass(loss, mass)
-        return diagonal_root(mass.sqrt().expand(out.shape), out.dtype)
-    if loss.name == "bce_with_logits":
-        _, mass = binary_weights(loss, work, y)
-        check_mass(loss, mass)
-        # sqrt(s (1 - s)) in log space: neither factor underflows first, and the derivative stays finite
-        deviation = ((F.logsigmoid(work) + F.logsigmoid(-work)) / 2).exp()
-        return diagonal_root(mass.sqrt() * deviation, out.dtype)
+    if loss.name is not None:
+        return CLOSED_FORMS[loss.name].root(loss, work, y, out.dtype, fewest)
     factor = autodiff_factor(loss, work, y)
     shape = out.shape
 
@@ -257,42 +258,47 @@ def sampled_root(loss: Loss, out: Tensor, y: Any, mc_samples: int, generator: to
     if mc_samples < 1:
         raise ValueError(f"mc_samples is {mc_samples}; a Monte-Carlo root needs at least 1 (an exact root needs none).")
     work = at_least_float32(out)
-    shape, dtype = out.shape, out.dtype
-    if loss.name == "cross_entropy":
-        scale = (class_mass(loss, work, y) / mc_samples).sqrt()
-        probs = work.softmax(1)
-        drawn = draw_categories(work, mc_samples, generator)
-        classes = along_classes(torch.arange(work.shape[1], device=work.device), work)
+    sampled = _sampled_custom if loss.name is None else CLOSED_FORMS[loss.name].sampled
+    columns = sampled(loss, work, y, mc_samples, generator)
+    return Root(mc_samples, lambda start, stop: columns(start, stop).to(out.dtype))
 
-        def columns(start: int, stop: int) -> Tensor:
-            return (scale * (probs - (drawn[start:stop].unsqueeze(2) == classes).to(probs.dtype))).to(dtype)
 
-    elif loss.name == "bce_with_logits":
-        _, mass = binary_weights(loss, work, y)
-        check_mass(loss, mass)
-        scale, probs = (mass / mc_samples).sqrt(), work.sigmoid()
-        drawn = draw_bits(work, mc_samples, generator)
+def _sampled_cross_entropy(
+    loss: Loss, work: Tensor, y: Tensor, mc_samples: int, generator: torch.Generator | None
+) -> Callable[[int, int], Tensor]:
+    scale = (class_mass(loss, work, y) / mc_samples).sqrt()
+    probs = work.softmax(1)
+    drawn = draw_categories(work, mc_samples, generator)
+    classes = along_classes(torch.arange(work.shape[1], device=work.device), work)
+    return lambda start, stop: scale * (probs - (drawn[start:stop].unsqueeze(2) == classes).to(probs.dtype))
 
-        def columns(start: int, stop: int) -> Tensor:
-            return (scale * (probs - drawn[start:stop].to(probs.dtype))).to(dtype)
 
-    elif loss.name == "mse_loss":
-        mass = squared_error_mass(loss, work)
-        check_mass(loss, mass)
-        scale = (mass / mc_samples).sqrt()
-        drawn = draw_normal(work, mc_samples, generator)
+def _sampled_bits(
+    loss: Loss, work: Tensor, y: Tensor, mc_samples: int, generator: torch.Generator | None
+) -> Callable[[int, int], Tensor]:
+    _, mass = binary_weights(loss, work, y)
+    check_mass(loss, mass)
+    scale, probs = (mass / mc_samples).sqrt(), work.sigmoid()
+    drawn = draw_bits(work, mc_samples, generator)
+    return lambda start, stop: scale * (probs - drawn[start:stop].to(probs.dtype))
 
-        def columns(start: int, stop: int) -> Tensor:
-            return (scale * drawn[start:stop]).to(dtype)
 
-    else:
-        factor = autodiff_factor(loss, work, y) / math.sqrt(mc_samples)
-        drawn = draw_normal(flat(work), mc_samples, generator)
+def _sampled_squared_error(
+    loss: Loss, work: Tensor, y: Tensor, mc_samples: int, generator: torch.Generator | None
+) -> Callable[[int, int], Tensor]:
+    mass = squared_error_mass(loss, work)
+    check_mass(loss, mass)
+    scale = (mass / mc_samples).sqrt()
+    drawn = draw_normal(work, mc_samples, generator)
+    return lambda start, stop: scale * drawn[start:stop]
 
-        def columns(start: int, stop: int) -> Tensor:
-            return torch.einsum("ncd,vnd->vnc", factor, drawn[start:stop]).reshape(stop - start, *shape).to(dtype)
 
-    return Root(mc_samples, columns)
+def _sampled_custom(
+    loss: Loss, work: Tensor, y: Any, mc_samples: int, generator: torch.Generator | None
+) -> Callable[[int, int], Tensor]:
+    factor = autodiff_factor(loss, work, y) / math.sqrt(mc_samples)
+    drawn = draw_normal(flat(work), mc_samples, generator)
+    return lambda start, stop: torch.einsum("ncd,vnd->vnc", factor, drawn[start:stop]).reshape(stop - start, *work.shape)
 
 
 def draw_categories(logits: Tensor, mc_samples: int, generator: torch.Generator | None) -> Tensor:
@@ -315,3 +321,35 @@ def draw_bits(logits: Tensor, mc_samples: int, generator: torch.Generator | None
 def draw_normal(like: Tensor, mc_samples: int, generator: torch.Generator | None) -> Tensor:
     """Draw standard normal noise [M, *shape] of the shape, device and dtype of ``like``."""
     return torch.randn((mc_samples, *like.shape), generator=generator, device=like.device, dtype=like.dtype)
+
+
+CLOSED_FORMS.update(
+    cross_entropy=ClosedForm(
+        function=F.cross_entropy,
+        module=nn.CrossEntropyLoss,
+        options={"reduction": "mean", "ignore_index": -100, "label_smoothing": 0.0},
+        tensors=("weight",),
+        check=check_classes,
+        gradient=cross_entropy_gradient,
+        root=cross_entropy_root,
+        sampled=_sampled_cross_entropy,
+    ),
+    mse_loss=ClosedForm(
+        function=F.mse_loss,
+        module=nn.MSELoss,
+        tensors=("weight",),
+        check=check_entries,
+        gradient=squared_error_gradient,
+        root=squared_error_root,
+        sampled=_sampled_squared_error,
+    ),
+    bce_with_logits=ClosedForm(
+        function=F.binary_cross_entropy_with_logits,
+        module=nn.BCEWithLogitsLoss,
+        tensors=("weight", "pos_weight"),
+        check=check_entries,
+        gradient=binary_gradient,
+        root=binary_root,
+        sampled=_sampled_bits,
+    ),
+)

@@ -1,0 +1,32 @@
+"""Pages whose Python blocks are to run as printed."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```$(?:\s*^```text\n(?P<output>.*?)^```$)?", re.MULTILINE | re.DOTALL)
+
+
+def run(page: Path) -> dict[str, Any]:
+    """Run the blocks of a page in one session, and compare what each prints with the text block after it; all names then."""
+    text = page.read_text(encoding="utf-8")
+    blocks = list(BLOCK.finditer(text))
+    assert blocks
+    namespace: dict[str, Any] = {}  # a later block may use the names of an earlier one
+    for block in blocks:
+        first_line = text[: block.start()].count("\n") + 1
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile("\n" * first_line + block["code"], str(page), "exec"), namespace)
+        assert printed.getvalue() == (block["output"] or "")
+    return namespace
+
+
+def dead_links(page: Path) -> list[str]:
+    """Links into the repository that lead nowhere."""
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert targets
+    return [target for target in targets if not (page.parent / target).exists()]
