@@ -181,6 +181,8 @@ class Truth:
             return per(self.along(self.flat(vector), index))
         if name == "hmp":
             return self._blocks(self.hessian, vector)
+        if name == "batch_jac":
+            return {k: J.reshape(len(J), *self.out.shape[1:], *J.shape[2:]) for k, J in per(self.jacobian[index]).items()}
         root = self.root[:, index]
         if name == "sqrt_ggn":
             return per(root)

@@ -217,6 +217,8 @@ def disagreements(
     yield "ggn_vp", cf.ggn_vp(*given, v, loss_fn=loss_fn), t.split(ggn.sum(0) @ flat)
     yield "jvp", {"": cf.jvp(model_fn, params, X, v)}, {"": (t.flat() @ flat).reshape(t.out.shape)}
     products = {k: f(several[k]) for k, f in cf.ggnmp(*given, loss_fn=loss_fn).items()}
+    jacobian = cf.batch_jac(model_fn, params, X)
+    yield "batch_jac", jacobian, {k: J.reshape(jacobian[k].shape) for k, J in t.J.items()}
     yield "ggnmp", products, {k: (_flat(s, 1) @ blocks[k]).reshape(s.shape) for k, s in several.items()}
     if not hessian:
         return

@@ -37,6 +37,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from curvfunc import losses
 from curvfunc.quantities.call import compute
 from curvfunc.quantities.quantity import Quantity
 from curvfunc.quantities.specs import (
@@ -46,6 +47,7 @@ from curvfunc.quantities.specs import (
     BatchDiagGGN,
     BatchDiagHessian,
     BatchGrad,
+    BatchJac,
     BatchL2,
     DiagGGN,
     DiagHessian,
@@ -58,6 +60,7 @@ __all__ = [
     "batch_diag_ggn",
     "batch_diag_hessian",
     "batch_grad",
+    "batch_jac",
     "batch_l2",
     "diag_ggn",
     "diag_hessian",
@@ -93,6 +96,51 @@ def batch_grad(
         BackPACK's ``BatchGrad`` (``p.grad_batch``).
     """
     return _one(BatchGrad(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+
+
+def batch_jac(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    *,
+    subsampling: Indices | None = None,
+    chunk_size: int | None = None,
+    out: Any = None,
+) -> Any:
+    """The Jacobian of each sample's output, Jₙ[c, p] = ∂fₙ[c] / ∂θ[p]; there is no loss.
+
+    With a loss, `batch_grad` is Jₙᵀ ∂L/∂fₙ, and `sqrt_ggn` Jₙᵀ √R Sₙ. Each entry of a sample's output is a column to
+    backpropagate, and the result has as many numbers as samples times entries times parameters: where products with the
+    Jacobian do, `curvfunc.jvp` and `curvfunc.vjp` never form it. What `compute` gives for `BatchJac` does not depend on y
+    and loss_fn.
+
+    Args:
+        model_fn: ``(params, X) -> output [N, *out]``.
+        params: Pytree of real floating-point tensors.
+        X: Input with leading sample axis N, of which there may be none.
+        subsampling: Indices of samples, repeats allowed.
+        chunk_size: Number of entries that are backpropagated together; by default chosen by memory.
+        out: The result of an earlier call, in whose memory this one is formed. Other tensors of its shapes will do, but the
+            result is copied into these if they have another layout, such as contiguous ones.
+
+    Returns:
+        [N, *out, *shape] per parameter, in memory with the samples after the output's axes; zeros where the output does not
+        depend on it.
+
+    Raises:
+        TypeError, ValueError: For input that has no answer, as `curvfunc.quantities`: a complex output, for instance.
+
+    References:
+        Daxberger et al. 2021, "Laplace Redux – effortless Bayesian deep learning", for what it is needed for.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3))))
+        >>> jacobian = batch_jac(model_fn, params, torch.randn(8, 4))
+        >>> jacobian["0.weight"].shape, jacobian["0.bias"].shape
+        (torch.Size([8, 2, 3, 6, 4]), torch.Size([8, 2, 3, 6]))
+    """
+    given: dict[str, Any] = {"subsampling": subsampling, "chunk_size": chunk_size, "out": out}
+    return compute(model_fn, params, X, X, BatchJac(), loss_fn=losses.no_loss, **given)
 
 
 def batch_l2(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvfunc.engine.cotangents import AveragedHessian, FullHessian, LossRoot
+from curvfunc.engine.cotangents import AveragedHessian, FullHessian, LossRoot, OutputEntries
 from curvfunc.quantities.quantity import GaussNewton, Quantity
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "BatchDiagGGN",
     "BatchDiagHessian",
     "BatchGrad",
+    "BatchJac",
     "BatchL2",
     "DiagGGN",
     "DiagHessian",
@@ -65,6 +66,19 @@ class BatchGrad(Quantity):
     def finish(self, samples: int, *parts: Tensor) -> Tensor:
         """The only column."""
         return parts[0][0]
+
+
+@dataclass(frozen=True)
+class BatchJac(Quantity):
+    """The Jacobian of each sample's output, [N, *out, *shape]; whatever the loss."""
+
+    contractions = ("per_sample",)
+    of_entries = True
+    cotangent = OutputEntries()
+
+    def finish(self, samples: int, *parts: Tensor) -> Tensor:
+        """A column for each entry of the output, samples first."""
+        return parts[0].transpose(0, 1)
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,12 @@ from curvfunc.reference.definitions import (
     sum_grad_squared,
     variance,
 )
+from curvfunc.reference.jacobians import batch_jac
 
 __all__ = [
     "batch_diag_ggn",
     "batch_grad",
+    "batch_jac",
     "batch_l2",
     "diag_ggn",
     "kfac",
