@@ -183,6 +183,9 @@ class Truth:
             return self._blocks(self.hessian, vector)
         if name == "batch_jac":
             return {k: J.reshape(len(J), *self.out.shape[1:], *J.shape[2:]) for k, J in per(self.jacobian[index]).items()}
+        if name == "ntk":
+            J = {k: t.reshape(*t.shape[:2], -1) for k, t in per(self.jacobian[index]).items()}
+            return {k: torch.einsum("ncp,mdp->ncmd", t, t) for k, t in J.items()}
         root = self.root[:, index]
         if name == "sqrt_ggn":
             return per(root)

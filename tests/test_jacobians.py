@@ -1,5 +1,6 @@
-"""Jacobians of the output, sample by sample, against plain autograd: one sample and one entry at a time."""
+"""Jacobians of the output and their inner products, against plain autograd: one sample and one entry at a time."""
 
+from collections import UserDict
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 import curvfunc
-from curvfunc import BatchGrad, BatchJac, Output, SqrtGGN, compute, reference
+from curvfunc import NTK, BatchDot, BatchGrad, BatchJac, Output, SqrtGGN, compute, reference
+from curvfunc.uses import second_moments
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -243,3 +245,187 @@ def test_what_has_no_jacobian_is_refused() -> None:
     net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     with pytest.raises(ValueError, match=r"(?i)batch"):
         curvfunc.batch_jac(*curvfunc.functionalize(net), X)
+
+
+# -- ntk
+
+
+def products(J: Any, K: Any, params: Any) -> Any:
+    """Inner products of Jacobians, [N, C, M, C]."""
+
+    def kernel(p: Tensor, j: Tensor, k: Tensor) -> Tensor:
+        j, k = (t.reshape(len(t), t.shape[1 : t.ndim - p.ndim].numel(), p.numel()) for t in (j, k))
+        return torch.einsum("ncp,mdp->ncmd", j, k)
+
+    return optree.tree_map(kernel, params, J, K)
+
+
+def total(tree: Any) -> Tensor:
+    return sum(optree.tree_leaves(tree))
+
+
+def halves(X: Any, at: int = 1) -> tuple[Any, Any]:
+    """The first samples, and the others."""
+    return optree.tree_map(lambda x: x[:at], X), optree.tree_map(lambda x: x[at:], X)
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_ntk(name: str) -> None:
+    model_fn, params, X = problem(name)
+    J = truth(name)
+    want = products(J, J, params)
+    assert_close(curvfunc.ntk(model_fn, params, X), want)
+    assert_close(curvfunc.ntk(model_fn, params, X, chunk_size=1), want)
+    assert_close(curvfunc.ntk_total(model_fn, params, X), total(want))
+    some = optree.tree_map(lambda j: j[[0, 0]], J)
+    assert_close(curvfunc.ntk(model_fn, params, X, subsampling=[0, 0]), products(some, some, params))
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_ntk_of_two_batches(name: str) -> None:
+    model_fn, params, X = problem(name)
+    first, second = halves(X)
+    J, K = halves(truth(name))
+    want = products(J, K, params)
+    assert_close(curvfunc.ntk(model_fn, params, first, second), want)
+    assert_close(curvfunc.ntk(model_fn, params, second, first, chunk_size=1), products(K, J, params))
+    assert_close(curvfunc.ntk_total(model_fn, params, first, second), total(want))
+    twice = optree.tree_map(lambda j: j[[0, 0]], J)
+    assert_close(curvfunc.ntk(model_fn, params, first, X, subsampling=[0, 0]), products(twice, truth(name), params))
+
+
+@pytest.mark.parametrize("name", ["conv2d, groups", "tied weight", "low-rank update", "keyword inputs", "classes at positions"])
+def test_ntk_is_that_of_the_reference(name: str) -> None:
+    model_fn, params, X = problem(name)
+    first, second = halves(X, 2)
+    for of in ("ntk", "ntk_total"):
+        ours, theirs = getattr(curvfunc, of), getattr(reference, of)
+        assert_close(ours(model_fn, params, X, subsampling=[1, 1]), theirs(model_fn, params, X, subsampling=[1, 1]))
+        given = (model_fn, params, first, second)
+        assert_close(ours(*given, subsampling=[1, 0, 1]), theirs(*given, subsampling=[1, 0, 1]))
+
+
+@pytest.mark.parametrize("block", [1 << 22, 64])
+@pytest.mark.parametrize("name", ["mlp: squared error", "classes at pixels", "conv2d, groups", "shared axis", "gpt"])
+def test_ntk_in_blocks_and_by_either_way(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(second_moments, "BLOCK_BYTES", block)
+    model_fn, params, X = problem(name)
+    first, second = halves(X)
+    want = products(*halves(truth(name)), params)
+    for way in ("_gram_of_positions", "_gram_of_gradients"):
+        with monkeypatch.context() as patch:
+            for other in ("_gram_of_positions", "_gram_of_gradients"):
+                patch.setattr(second_moments, other, getattr(second_moments, way))
+            assert_close(curvfunc.ntk(model_fn, params, first, second), want)
+
+
+@pytest.mark.parametrize("name", ["conv2d, groups", "tied weight", "lstm", "keyword inputs"])
+def test_ntk_under_vmap(name: str) -> None:
+    model_fn, params, X = problem(name)
+    other = optree.tree_map(lambda p: 1.2 * p, params)
+    stacked = optree.tree_map(lambda p, q: torch.stack([p, q]), params, other)
+    first, second = halves(X)
+    for given in ((X,), (first, second)):
+        want = [reference.ntk(model_fn, p, *given) for p in (params, other)]
+        got = torch.vmap(lambda p: curvfunc.ntk(model_fn, p, *given), randomness="same")(stacked)  # noqa: B023
+        assert_close(got, optree.tree_map(lambda a, b: torch.stack([a, b]), *want))
+
+
+@pytest.mark.parametrize("subsampling", [None, [1, 0, 1], torch.tensor([1, 0, 1])])
+@pytest.mark.parametrize("name", ["conv2d, groups", "two inputs of one layer", "keyword inputs", "scales"])
+def test_ntk_compiled(name: str, subsampling: Any) -> None:
+    torch.compiler.reset()
+    model_fn, params, X = problem(name)
+    first, second = halves(X, 2)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(params: Any, first: Any, second: Any, index: Any) -> Any:
+        one = curvfunc.ntk(model_fn, params, first, subsampling=index)
+        return one, curvfunc.ntk(model_fn, params, first, second, subsampling=index)
+
+    J, K = halves(truth(name), 2)
+    J = J if subsampling is None else optree.tree_map(lambda j: j[torch.as_tensor(subsampling)], J)
+    assert_close(compiled(params, first, second, subsampling), (products(J, J, params), products(J, K, params)))
+
+
+def test_ntk_is_differentiable() -> None:
+    model_fn, params, X = network()
+    first, second = X[:1], X[1:]
+
+    def by_torch(p: Any) -> Tensor:
+        jacobian = torch.func.jacrev(lambda p: model_fn(p, X))(p)
+        return total(products(*halves(jacobian), p))
+
+    weights = torch.randn(1, 6, 3, 6)
+    got = torch.func.grad(lambda p: (weights * curvfunc.ntk_total(model_fn, p, first, second)).sum())(params)
+    assert_close(got, torch.func.grad(lambda p: (weights * by_torch(p)).sum())(params))
+
+
+def test_ntk_among_other_quantities() -> None:
+    model_fn, params, X = network()
+    y = torch.randn(4, 2, 3)
+    specs = {"ntk": NTK(), "jac": BatchJac(), "dot": BatchDot(), "out": Output()}
+    got = compute(model_fn, params, X, y, specs, loss_fn=F.mse_loss, chunk_size=4)
+    assert_close(got["ntk"], products(got["jac"], got["jac"], params))
+    residual = (2 * (got["out"] - y) / y.numel()).flatten(1)
+    assert_close(got["dot"], {k: torch.einsum("nc,ncmd,md->nm", residual, K, residual) for k, K in got["ntk"].items()})
+    buffers = spoiled(got["ntk"])
+    assert compute(model_fn, params, X, y, NTK(), loss_fn=F.mse_loss, out=buffers) is buffers
+    assert_close(buffers, got["ntk"])
+
+
+def test_ntk_of_two_batches_makes_no_other_products() -> None:
+    """One sample against many takes no memory for the products of the many with each other, and no Jacobian."""
+    model_fn, params = curvfunc.functionalize(nn.Sequential(nn.Linear(50, 60), nn.ReLU(), nn.Linear(60, 2)))
+    X = torch.randn(300, 50)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        curvfunc.ntk(model_fn, params, X[:1], X[1:])
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest < 8 * (2 * 300) ** 2 / 4  # a quarter of the products of all with all
+    assert largest < 8 * 300 * 2 * 50 * 60 / 4  # a quarter of the Jacobian of the first layer
+
+
+def test_ntk_of_no_samples_and_no_entries() -> None:
+    model_fn, params, X = network()
+    ntk = lambda *given: {t.shape for t in curvfunc.ntk(model_fn, params, *given).values()}
+    assert ntk(X[:0]) == {(0, 6, 0, 6)}
+    assert ntk(X[:0], X[:0]) == {(0, 6, 0, 6)}
+    assert ntk(X[:0], X) == {(0, 6, 4, 6)}
+    assert ntk(X, X[:0]) == {(4, 6, 0, 6)}
+    without = lambda *given: {t.shape for t in curvfunc.ntk(lambda p, X: model_fn(p, X)[:, :, :0], params, *given).values()}
+    assert without(X) == {(4, 0, 4, 0)}
+    assert without(X[:1], X[1:]) == {(1, 0, 3, 0)}
+
+
+def test_two_batches_must_be_alike() -> None:
+    model_fn, params, X = network()
+    for other in (X.float(), X[..., :3], {"x": X}, [X, X], 3, X[0, 0, 0, 0]):
+        with pytest.raises(ValueError, match=r"X2 must be like X .* X has torch\.float64 \(4, 1, 4, 4\) on cpu and X2 has"):
+            curvfunc.ntk(model_fn, params, X, other)
+    with pytest.raises(ValueError, match="subsampling has index 2"):
+        curvfunc.ntk(model_fn, params, X[:2], X, subsampling=[2])
+
+
+@pytest.mark.parametrize("mapping", [dict, UserDict])
+def test_two_batches_in_dictionaries_of_another_order(mapping: Any) -> None:
+    """What has the same name goes together, or nothing does."""
+    model_fn = lambda p, X: F.linear(X["a"], p["w"]) + F.linear(X["b"], p["w"]).tanh()
+    params, X = {"w": torch.randn(3, 2)}, {"a": torch.randn(4, 2), "b": torch.randn(4, 2)}
+    first = mapping({k: x[:1] for k, x in X.items()})
+    second = mapping({k: X[k][1:] for k in ("b", "a")})
+    want = curvfunc.reference.ntk(model_fn, params, {k: x[:1] for k, x in X.items()}, {k: x[1:] for k, x in X.items()})
+    if mapping is dict:
+        assert_close(curvfunc.ntk(model_fn, params, first, second), want)
+    else:
+        with pytest.raises(ValueError, match="X2 must be like X"):
+            curvfunc.ntk(model_fn, params, first, second)
+    again = mapping({k: x[1:] for k, x in X.items()})
+    assert_close(curvfunc.ntk(model_fn, params, first, again), want)
+
+
+def test_ntk_of_random_models_has_one_draw_per_sample() -> None:
+    model_fn, params = curvfunc.functionalize(Dropout())
+    X = torch.randn(4, 3)
+    K = curvfunc.ntk_total(model_fn, params, X[:2], X[2:], subsampling=[0, 1, 0])
+    assert torch.equal(K[0], K[2])
+    assert not torch.equal(K[0], K[1])

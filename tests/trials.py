@@ -29,7 +29,7 @@ FIRST = ("batch_grad", "batch_l2", "sum_grad_squared", "variance", "batch_dot")
 GGN = ("diag_ggn", "sqrt_ggn", "batch_diag_ggn", "ggn_gram")
 KRONECKER = ("kfac", "kflr")
 HESSIAN = ("diag_hessian", "hessian_vp", "hmp")
-JACOBIANS = ("jvp", "batch_jac")  # without y and loss_fn
+JACOBIANS = ("jvp", "batch_jac", "ntk")  # without y and loss_fn
 QUANTITIES = (*FIRST, *GGN, *KRONECKER, "ggn_vp", "ggnmp", *HESSIAN, *JACOBIANS)
 SPECS = {"batch_grad": "BatchGrad", "batch_l2": "BatchL2", "sum_grad_squared": "SumGradSquared", "variance": "Variance"}
 SPECS |= {"diag_ggn": "DiagGGN", "batch_diag_ggn": "BatchDiagGGN", "sqrt_ggn": "SqrtGGN", "diag_hessian": "DiagHessian"}
@@ -105,7 +105,7 @@ def together(program: Program) -> Iterator[Trial]:
 
 def subsampling(program: Program) -> Iterator[Trial]:
     picked = (program.shape.n - 1, 0, 0)
-    first = ("batch_grad", "batch_l2", "variance", "batch_dot", "batch_jac")
+    first = ("batch_grad", "batch_l2", "variance", "batch_dot", "batch_jac", "ntk")
     for q in (*first, "diag_ggn", "sqrt_ggn", "hessian_vp", "ggn_vp", "kflr"):
         yield Trial("subsampling", (q,), vectors(q) + got(q, call(q, options=f", subsampling={list(picked)}")), picked)
 

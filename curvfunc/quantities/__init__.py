@@ -15,7 +15,17 @@ from curvfunc.quantities.functions import (
     sum_grad_squared,
     variance,
 )
-from curvfunc.quantities.gram import BatchDot, GGNGram, batch_dot, batch_dot_total, ggn_gram, ggn_gram_total
+from curvfunc.quantities.gram import (
+    NTK,
+    BatchDot,
+    GGNGram,
+    batch_dot,
+    batch_dot_total,
+    ggn_gram,
+    ggn_gram_total,
+    ntk,
+    ntk_total,
+)
 from curvfunc.quantities.quantity import Quantity
 from curvfunc.quantities.specs import (
     KFAC,
@@ -40,6 +50,7 @@ __all__ = [
     "KFAC",
     "KFLR",
     "KFRA",
+    "NTK",
     "BatchDiagGGN",
     "BatchDiagHessian",
     "BatchDot",
@@ -70,6 +81,8 @@ __all__ = [
     "kfac",
     "kflr",
     "kfra",
+    "ntk",
+    "ntk_total",
     "sqrt_ggn",
     "sum_grad_squared",
     "variance",

@@ -31,7 +31,7 @@ from curvfunc.reference.definitions import (
     sum_grad_squared,
     variance,
 )
-from curvfunc.reference.jacobians import batch_jac
+from curvfunc.reference.jacobians import batch_jac, ntk, ntk_total
 
 __all__ = [
     "batch_diag_ggn",
@@ -41,6 +41,8 @@ __all__ = [
     "diag_ggn",
     "kfac",
     "kflr",
+    "ntk",
+    "ntk_total",
     "sqrt_ggn",
     "sum_grad_squared",
     "variance",
