@@ -207,6 +207,13 @@ class Truth:
         flat = {k: t.reshape(*t.shape[:2], -1) for k, t in root.items()}
         return {k: torch.einsum("vnp,vnq->pq", t, t) for k, t in flat.items()}
 
+    def empirical_blocks(self, picked: Sequence[int]) -> Tree:
+        """The exact block [P, P] of the empirical Fisher of each parameter, with R once."""
+        fn = getattr(self.loss_fn, "func", self.loss_fn)
+        terms = 1 if fn is not self.loss_fn else self.out.numel() if fn is F.mse_loss else self.N  # as in `term`
+        flat = {k: g.reshape(len(g), -1) for k, g in self.tree(self.grads[list(picked)]).items()}
+        return {k: terms * g.mT @ g for k, g in flat.items()}
+
     def _diagonal(self, index: Sequence[int]) -> Tensor:
         eye = torch.eye(self.grads.shape[1])
         return torch.stack([self.along(e, index) @ e for e in eye])

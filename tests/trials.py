@@ -27,7 +27,7 @@ __all__ = ["PATHS", "Outcome", "Trial", "outcomes", "text", "trials"]
 
 FIRST = ("batch_grad", "batch_l2", "sum_grad_squared", "variance", "batch_dot")
 GGN = ("diag_ggn", "sqrt_ggn", "batch_diag_ggn", "ggn_gram")
-KRONECKER = ("kfac", "kflr")
+KRONECKER = ("kfac", "kflr", "kfac_empirical")
 HESSIAN = ("diag_hessian", "hessian_vp", "hmp")
 JACOBIANS = ("jvp", "batch_jac", "ntk")  # without y and loss_fn
 QUANTITIES = (*FIRST, *GGN, *KRONECKER, "ggn_vp", "ggnmp", *HESSIAN, *JACOBIANS)
@@ -106,7 +106,7 @@ def together(program: Program) -> Iterator[Trial]:
 def subsampling(program: Program) -> Iterator[Trial]:
     picked = (program.shape.n - 1, 0, 0)
     first = ("batch_grad", "batch_l2", "variance", "batch_dot", "batch_jac", "ntk")
-    for q in (*first, "diag_ggn", "sqrt_ggn", "hessian_vp", "ggn_vp", "kflr"):
+    for q in (*first, "diag_ggn", "sqrt_ggn", "hessian_vp", "ggn_vp", "kflr", "kfac_empirical"):
         yield Trial("subsampling", (q,), vectors(q) + got(q, call(q, options=f", subsampling={list(picked)}")), picked)
 
 
@@ -379,8 +379,8 @@ class Case:
                 values = torch.linalg.eigvalsh(f)
                 if len(values) and values.min() < -1e-9 * max(1e-9, float(values.abs().max())):
                     return f"{name}: a factor has the eigenvalue {values.min():.1e}"
-            if quantity == "kflr" and len(factors) == 1:
-                want = truth.blocks(picked)
+            if quantity in ("kflr", "kfac_empirical") and len(factors) == 1:
+                want = truth.blocks(picked) if quantity == "kflr" else truth.empirical_blocks(picked)
                 if error := difference({name: factors[0]}, {name: want[name]}, max(b.norm() for b in want.values())):
                     return error
         return ""

@@ -19,7 +19,18 @@ from curvfunc.engine.observer import edge_of, over_columns
 from curvfunc.engine.sites import Site, Trace
 from curvfunc.tensors.inputs import check_used
 
-__all__ = ["AveragedHessian", "FullHessian", "LossGradient", "LossRoot", "OutputEntries", "chunks", "common", "pull", "stream"]
+__all__ = [
+    "AveragedHessian",
+    "EmpiricalRoot",
+    "FullHessian",
+    "LossGradient",
+    "LossRoot",
+    "OutputEntries",
+    "chunks",
+    "common",
+    "pull",
+    "stream",
+]
 
 # Columns travel together as long as the largest intermediate stays below this many bytes: on CPU, larger tensors come
 # from fresh memory pages at each call, which costs more than a second pass.
@@ -51,6 +62,15 @@ class LossRoot:
         if self.mc_samples:
             return losses.sampled_root(loss, out, y, self.mc_samples, generator)
         return losses.exact_root(loss, out, y, fewest=self.fewest)
+
+
+@dataclass(frozen=True)
+class EmpiricalRoot:
+    """The loss gradient on the scale of the loss Hessian's root, as if targets were a draw: one column, √R ∇ℓₙ."""
+
+    def root(self, loss: losses.Loss, out: Tensor, y: object, generator: Generator | None) -> losses.Root:
+        """The column as a root of one vector."""
+        return losses.empirical_root(loss, out, y)
 
 
 @dataclass(frozen=True)

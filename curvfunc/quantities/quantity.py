@@ -3,7 +3,14 @@
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from curvfunc.engine.cotangents import AveragedHessian, FullHessian, LossGradient, LossRoot, OutputEntries
+from curvfunc.engine.cotangents import (
+    AveragedHessian,
+    EmpiricalRoot,
+    FullHessian,
+    LossGradient,
+    LossRoot,
+    OutputEntries,
+)
 
 __all__ = ["GaussNewton", "Quantity"]
 
@@ -19,7 +26,7 @@ class Quantity:
     of_entries: ClassVar[bool] = False  # of each sample's output: axis 1 of a result, which gets the shape of the output
 
     @property
-    def cotangent(self) -> LossGradient | LossRoot | OutputEntries | FullHessian | AveragedHessian:
+    def cotangent(self) -> LossGradient | LossRoot | EmpiricalRoot | OutputEntries | FullHessian | AveragedHessian:
         """What is backpropagated."""
         return LossGradient()
 

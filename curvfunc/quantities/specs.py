@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvfunc.engine.cotangents import AveragedHessian, FullHessian, LossRoot, OutputEntries
+from curvfunc.engine.cotangents import AveragedHessian, EmpiricalRoot, FullHessian, LossRoot, OutputEntries
 from curvfunc.quantities.quantity import GaussNewton, Quantity
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "BatchL2",
     "DiagGGN",
     "DiagHessian",
+    "EmpiricalKFAC",
     "Grad",
     "Loss",
     "Output",
@@ -190,6 +191,21 @@ class KFLR(Quantity):
 
     kfac_approx: str | None = None
     cotangent = LossRoot(0, fewest=True)
+
+    def __post_init__(self) -> None:
+        _check_approximation(self.kfac_approx)
+
+    contractions = KFAC.contractions
+    averages = True
+    finish = KFAC.finish
+
+
+@dataclass(frozen=True)
+class EmpiricalKFAC(Quantity):
+    """Kronecker factors as `KFAC` of the empirical Fisher: with the targets in the place of draws; see `kfac_empirical`."""
+
+    kfac_approx: str | None = None
+    cotangent = EmpiricalRoot()
 
     def __post_init__(self) -> None:
         _check_approximation(self.kfac_approx)

@@ -31,6 +31,7 @@ from curvfunc.reference.definitions import (
     sum_grad_squared,
     variance,
 )
+from curvfunc.reference.empirical import kfac_empirical
 from curvfunc.reference.jacobians import batch_jac, ntk, ntk_total
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "batch_l2",
     "diag_ggn",
     "kfac",
+    "kfac_empirical",
     "kflr",
     "ntk",
     "ntk_total",
