@@ -181,6 +181,11 @@ class Truth:
             return per(self.along(self.flat(vector), index))
         if name == "hmp":
             return self._blocks(self.hessian, vector)
+        if name == "batch_jac":
+            return {k: J.reshape(len(J), *self.out.shape[1:], *J.shape[2:]) for k, J in per(self.jacobian[index]).items()}
+        if name == "ntk":
+            J = {k: t.reshape(*t.shape[:2], -1) for k, t in per(self.jacobian[index]).items()}
+            return {k: torch.einsum("ncp,mdp->ncmd", t, t) for k, t in J.items()}
         root = self.root[:, index]
         if name == "sqrt_ggn":
             return per(root)
@@ -201,6 +206,13 @@ class Truth:
         root = self.tree(self.root[:, list(picked)])
         flat = {k: t.reshape(*t.shape[:2], -1) for k, t in root.items()}
         return {k: torch.einsum("vnp,vnq->pq", t, t) for k, t in flat.items()}
+
+    def empirical_blocks(self, picked: Sequence[int]) -> Tree:
+        """The exact block [P, P] of the empirical Fisher of each parameter, with R once."""
+        fn = getattr(self.loss_fn, "func", self.loss_fn)
+        terms = 1 if fn is not self.loss_fn else self.out.numel() if fn is F.mse_loss else self.N  # as in `term`
+        flat = {k: g.reshape(len(g), -1) for k, g in self.tree(self.grads[list(picked)]).items()}
+        return {k: terms * g.mT @ g for k, g in flat.items()}
 
     def _diagonal(self, index: Sequence[int]) -> Tensor:
         eye = torch.eye(self.grads.shape[1])

@@ -217,6 +217,13 @@ def disagreements(
     yield "ggn_vp", cf.ggn_vp(*given, v, loss_fn=loss_fn), t.split(ggn.sum(0) @ flat)
     yield "jvp", {"": cf.jvp(model_fn, params, X, v)}, {"": (t.flat() @ flat).reshape(t.out.shape)}
     products = {k: f(several[k]) for k, f in cf.ggnmp(*given, loss_fn=loss_fn).items()}
+    jacobian = cf.batch_jac(model_fn, params, X)
+    yield "batch_jac", jacobian, {k: J.reshape(jacobian[k].shape) for k, J in t.J.items()}
+    rows = each(lambda J: _flat(J, 2), t.J)
+    yield "ntk", cf.ntk(model_fn, params, X), each(lambda J: torch.einsum("ncp,mdp->ncmd", J, J), rows)
+    first, second = (optree.tree_map(lambda x, part=part: x[part], X) for part in (slice(None, 1), slice(1, None)))
+    want = each(lambda J: torch.einsum("ncp,mdp->ncmd", J[:1], J[1:]), rows)
+    yield "ntk of two batches", cf.ntk(model_fn, params, first, second), want
     yield "ggnmp", products, {k: (_flat(s, 1) @ blocks[k]).reshape(s.shape) for k, s in several.items()}
     if not hessian:
         return

@@ -98,6 +98,8 @@ def test_no_samples(loss: str) -> None:
     v = {k: torch.randn_like(p) for k, p in params.items()}
     for product in (cf.ggn_vp, cf.hessian_vp):
         assert not any(r.any() for r in product(model_fn, params, X[:0], y[:0], v, loss_fn=loss_fn).values())
+    assert cf.jvp(model_fn, params, X[:0], v).shape == (0, C)
+    assert not any(r.any() for r in cf.vjp(model_fn, params, X[:0], torch.zeros(0, C)).values())
     assert not cf.hmp(model_fn, params, X[:0], y[:0], loss_fn=loss_fn)["0.bias"](torch.randn(2, 5)).any()
     stacked = {k: torch.stack([p, p]) for k, p in params.items()}
     found = vmap(lambda p: cf.batch_grad(model_fn, p, X[:0], y[:0], loss_fn=loss_fn))(stacked)

@@ -89,7 +89,9 @@ def test_both_ways_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     for name in ("_gram_of_positions", "_gram_of_gradients"):
         original = getattr(second_moments, name)
-        monkeypatch.setattr(second_moments, name, lambda b, name=name, original=original: (taken.append(name), original(b))[1])
+        monkeypatch.setattr(
+            second_moments, name, lambda *bs, name=name, original=original: (taken.append(name), original(*bs))[1]
+        )
     curvfunc.batch_dot(*make("mlp"))
     assert set(taken) == {"_gram_of_positions"}
     taken.clear()

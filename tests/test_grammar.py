@@ -148,4 +148,4 @@ def test_the_runner(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["fuzz.py", "--seeds", "0", "1", "--pieces", "linear", "--paths", "eager"])
     with redirect_stdout(io.StringIO()) as shown:
         assert fuzz.main() == 0
-    assert "1 models; 17 right, 0 refused, 0 refused although right, 0 crashed, 0 wrong" in shown.getvalue()
+    assert "1 models; 20 right, 0 refused, 0 refused although right, 0 crashed, 0 wrong" in shown.getvalue()

@@ -27,9 +27,10 @@ __all__ = ["PATHS", "Outcome", "Trial", "outcomes", "text", "trials"]
 
 FIRST = ("batch_grad", "batch_l2", "sum_grad_squared", "variance", "batch_dot")
 GGN = ("diag_ggn", "sqrt_ggn", "batch_diag_ggn", "ggn_gram")
-KRONECKER = ("kfac", "kflr")
+KRONECKER = ("kfac", "kflr", "kfac_empirical")
 HESSIAN = ("diag_hessian", "hessian_vp", "hmp")
-QUANTITIES = (*FIRST, *GGN, *KRONECKER, "ggn_vp", "ggnmp", *HESSIAN, "jvp")
+JACOBIANS = ("jvp", "batch_jac", "ntk")  # without y and loss_fn
+QUANTITIES = (*FIRST, *GGN, *KRONECKER, "ggn_vp", "ggnmp", *HESSIAN, *JACOBIANS)
 SPECS = {"batch_grad": "BatchGrad", "batch_l2": "BatchL2", "sum_grad_squared": "SumGradSquared", "variance": "Variance"}
 SPECS |= {"diag_ggn": "DiagGGN", "batch_diag_ggn": "BatchDiagGGN", "sqrt_ggn": "SqrtGGN", "diag_hessian": "DiagHessian"}
 EXTENSIONS = {
@@ -70,6 +71,8 @@ def call(quantity: str, params: str = "params", options: str = "") -> str:
     """A call of one function."""
     if quantity == "jvp":
         return f"curvfunc.jvp(model_fn, {params}, X, v{options})"
+    if quantity in JACOBIANS:
+        return f"curvfunc.{quantity}(model_fn, {params}, X{options})"
     if quantity in ("hmp", "ggnmp"):
         return f"{{k: f(V[k]) for k, f in curvfunc.{quantity}(model_fn, {params}, X, y, loss_fn=loss_fn{options}).items()}}"
     vector = ", v" if quantity in ("hessian_vp", "ggn_vp") else ""
@@ -102,17 +105,18 @@ def together(program: Program) -> Iterator[Trial]:
 
 def subsampling(program: Program) -> Iterator[Trial]:
     picked = (program.shape.n - 1, 0, 0)
-    for q in ("batch_grad", "batch_l2", "variance", "batch_dot", "diag_ggn", "sqrt_ggn", "hessian_vp", "ggn_vp", "kflr"):
+    first = ("batch_grad", "batch_l2", "variance", "batch_dot", "batch_jac", "ntk")
+    for q in (*first, "diag_ggn", "sqrt_ggn", "hessian_vp", "ggn_vp", "kflr", "kfac_empirical"):
         yield Trial("subsampling", (q,), vectors(q) + got(q, call(q, options=f", subsampling={list(picked)}")), picked)
 
 
 def chunks(program: Program) -> Iterator[Trial]:
-    for q in ("batch_grad", "batch_l2", "diag_ggn", "sqrt_ggn", "diag_hessian", "hmp"):
+    for q in ("batch_grad", "batch_l2", "diag_ggn", "sqrt_ggn", "diag_hessian", "hmp", "batch_jac"):
         yield Trial("chunk_size=1", (q,), vectors(q) + got(q, call(q, options=", chunk_size=1")))
 
 
 def under_vmap(program: Program) -> Iterator[Trial]:
-    for q in ("batch_grad", "batch_l2", "diag_ggn", "diag_hessian", "hessian_vp", "ggn_vp"):
+    for q in ("batch_grad", "batch_l2", "diag_ggn", "diag_hessian", "hessian_vp", "ggn_vp", "batch_jac"):
         yield Trial(
             "vmap", (q,), vectors(q) + STACKED + got(q, f'torch.vmap(lambda p: {call(q, "p")}, randomness="same")(stacked)')
         )
@@ -129,7 +133,7 @@ def under_jvp(program: Program) -> Iterator[Trial]:
 
 
 def compiled(program: Program) -> Iterator[Trial]:
-    for q in ("batch_grad", "diag_ggn", "hessian_vp"):
+    for q in ("batch_grad", "diag_ggn", "hessian_vp", "batch_jac"):
         code = f'torch.compile(lambda params, X, y: {call(q)}, backend="aot_eager")(params, X, y)'
         yield Trial("compile", (q,), vectors(q) + got(q, code))
 
@@ -375,8 +379,8 @@ class Case:
                 values = torch.linalg.eigvalsh(f)
                 if len(values) and values.min() < -1e-9 * max(1e-9, float(values.abs().max())):
                     return f"{name}: a factor has the eigenvalue {values.min():.1e}"
-            if quantity == "kflr" and len(factors) == 1:
-                want = truth.blocks(picked)
+            if quantity in ("kflr", "kfac_empirical") and len(factors) == 1:
+                want = truth.blocks(picked) if quantity == "kflr" else truth.empirical_blocks(picked)
                 if error := difference({name: factors[0]}, {name: want[name]}, max(b.norm() for b in want.values())):
                     return error
         return ""

@@ -1,7 +1,8 @@
 """What is backpropagated to the layers, and how it gets there.
 
-The cotangents of the output are columns [v, n, ...]: the loss gradient (one column), or a square root of the loss Hessian,
-exact or sampled. One backward pass carries a chunk of columns to every site at once and forms no parameter gradient.
+The cotangents of the output are columns [v, n, ...]: the loss gradient (one column), a square root of the loss Hessian,
+exact or sampled, or the output's entries themselves. One backward pass carries a chunk of columns to every site at once and
+forms no parameter gradient.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,18 @@ from curvfunc.engine.graph import edge_of
 from curvfunc.engine.sites import Site, Trace
 from curvfunc.tensors.inputs import check_used
 
-__all__ = ["AveragedHessian", "FullHessian", "LossGradient", "LossRoot", "chunks", "common", "pull", "stream"]
+__all__ = [
+    "AveragedHessian",
+    "EmpiricalRoot",
+    "FullHessian",
+    "LossGradient",
+    "LossRoot",
+    "OutputEntries",
+    "chunks",
+    "common",
+    "pull",
+    "stream",
+]
 
 # Columns travel together as long as the largest intermediate stays below this many bytes: on CPU, larger tensors come
 # from fresh memory pages at each call, which costs more than a second pass.
@@ -51,6 +63,30 @@ class LossRoot:
         if self.mc_samples:
             return losses.sampled_root(loss, out, y, self.mc_samples, generator)
         return losses.exact_root(loss, out, y, fewest=self.fewest)
+
+
+@dataclass(frozen=True)
+class EmpiricalRoot:
+    """The loss gradient on the scale of the loss Hessian's root, as if targets were a draw: one column, √R ∇ℓₙ."""
+
+    def root(self, loss: losses.Loss, out: Tensor, y: object, generator: Generator | None) -> losses.Root:
+        """The column as a root of one vector."""
+        return losses.empirical_root(loss, out, y)
+
+
+@dataclass(frozen=True)
+class OutputEntries:
+    """The entries of each sample's output, one column each, with which the Jacobian's rows are what arrives; no loss."""
+
+    def root(self, loss: losses.Loss, out: Tensor, y: object, generator: Generator | None) -> losses.Root:
+        """The columns of the identity, made on demand."""
+        entries = torch.arange(out.shape[1:].numel(), device=out.device)
+
+        def columns(start: int, stop: int) -> Tensor:
+            units = (entries[start:stop, None] == entries).to(out.dtype)
+            return units.reshape(stop - start, 1, *out.shape[1:]).expand(stop - start, *out.shape)
+
+        return losses.Root(len(entries), columns)
 
 
 def common(cotangents: Sequence[Any]) -> list[Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from curvfunc.losses.normal_form import Loss, flat, label, tolerance, values_visible
 from curvfunc.tensors.samples import tree_map
 
-__all__ = ["autodiff_factor", "autodiff_gradient", "autodiff_hessian", "check_separable"]
+__all__ = ["autodiff_factor", "autodiff_gradient", "autodiff_hessian", "check_separable", "mean_terms"]
 
 
 def check_separable(loss: Loss, out: Tensor, y: Any, reference: Tensor | None = None) -> None:
@@ -104,6 +104,38 @@ def autodiff_factor(loss: Loss, work: Tensor, y: Any) -> Tensor:
     # below the threshold: rounding noise and tiny eigenvalues, kept without a derivative
     rest: Tensor = vectors * torch.where(inside, 0.0, eigenvalues.clamp(min=0)).sqrt().unsqueeze(-2)
     return torch.where(finite, factor + rest, torch.nan).to(work.dtype)
+
+
+def mean_terms(loss: Loss, out: Tensor, y: Any, g: Tensor) -> Tensor:
+    """N for a mean over samples, 1 for a sum: on the batch twice, the gradient is half as large, or the same.
+
+    Args:
+        loss: The loss.
+        out: Output of the model, [N, ...].
+        y: Targets.
+        g: The gradient at ``out``.
+
+    Raises:
+        ValueError: If the loss is neither. Where values cannot be seen (``values_visible``), the nearer one is taken.
+    """
+    remedy = (
+        "so that its scale is not known, which the empirical Fisher needs. Let it sum or average one term per sample, of the "
+        "output and y alone (tensors for each sample belong into y)"
+    )
+    try:
+        twice = autodiff_gradient(loss, torch.cat([out, out]), tree_map(lambda t: torch.cat([t, t]), y))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ValueError(f"{label(loss)} cannot be evaluated on the batch twice, {remedy}: {error}") from error
+    first = twice[: len(out)]
+    share = (first * g).sum() / (g * g).sum()
+    if values_visible(share, y) and share.isfinite():
+        factor = min((0.5, 1.0), key=lambda factor: abs(factor - share.item()))
+        if (first - factor * g).abs().max() > tolerance(out.dtype) * g.abs().max():
+            raise ValueError(
+                f"{label(loss)} is neither a sum nor a mean over samples: on the batch twice, gradients are {share.item():.3g} "
+                f"times as large, {remedy}."
+            )
+    return torch.where(share < 0.75, len(out), 1.0)
 
 
 def _check_indefinite(loss: Loss, work: Tensor, y: Any) -> None:

@@ -170,12 +170,12 @@ def rebuild(name: str | None, fn: Callable[..., Tensor], options: Constants, ten
 
 def no_loss(out: Tensor, y: Any) -> Tensor:
     """What stands in the place of a loss where there is none."""
-    raise AssertionError("products with the Jacobian have no loss")
+    raise AssertionError("the Jacobian, and products with it, have no loss")
 
 
 def is_sum(loss: Loss) -> bool:
-    """Whether a loss is known to be a sum over samples, which is zero where there are none."""
-    return loss.name is not None and dict(loss.options)["reduction"] == "sum"
+    """Whether a loss is known to be a sum over samples, which is zero where there are none; no loss is one of no terms."""
+    return loss.fn is no_loss or (loss.name is not None and dict(loss.options)["reduction"] == "sum")
 
 
 def values_visible(*tensors: Any) -> bool:

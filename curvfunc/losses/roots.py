@@ -39,7 +39,7 @@ from curvfunc.losses.closed_forms import (
     squared_error_mass,
     squared_error_root,
 )
-from curvfunc.losses.custom import autodiff_factor, autodiff_gradient, autodiff_hessian, check_separable
+from curvfunc.losses.custom import autodiff_factor, autodiff_gradient, autodiff_hessian, check_separable, mean_terms
 from curvfunc.losses.normal_form import (
     CLOSED_FORMS,
     ClosedForm,
@@ -65,6 +65,7 @@ __all__ = [
     "draw_bits",
     "draw_categories",
     "draw_normal",
+    "empirical_root",
     "exact_root",
     "gradient",
     "is_sum",
@@ -299,6 +300,55 @@ def _sampled_custom(
     factor = autodiff_factor(loss, work, y) / math.sqrt(mc_samples)
     drawn = draw_normal(flat(work), mc_samples, generator)
     return lambda start, stop: torch.einsum("ncd,vnd->vnc", factor, drawn[start:stop]).reshape(stop - start, *work.shape)
+
+
+def empirical_root(loss: Loss, out: Tensor, y: Any) -> Root:
+    """As ``sampled_root`` with the targets themselves in the place of a draw: one column, (dL / d out) / sqrt(R).
+
+    R is one over the number of terms that the loss averages, and 1 for a sum. Then its outer product is R g g^T with g the
+    gradient of a sample's terms, added up, and if targets are drawn as the loss implies, its expectation is the Hessian. The
+    terms are
+
+        cross-entropy    the positions that are not ignored, or the sum of the weights of their labels
+        BCE with logits  the output's entries
+        squared error    the output's entries, or the sum of their weights
+        custom           the samples: how the loss scales is read off its gradient on the batch twice
+
+    Args:
+        loss: The loss; ``check`` has passed.
+        out: Output of the model, [N, *out].
+        y: Targets.
+
+    Returns:
+        Root with one column, which can be differentiated with respect to ``out``.
+
+    Raises:
+        ValueError: If a custom loss is neither a sum nor a mean over samples, or does not separate over them.
+    """
+    g = gradient(loss, out, y, create_graph=out.requires_grad)
+    column = (at_least_float32(g) * _terms(loss, out.detach(), y, g.detach()) ** 0.5).to(out.dtype)[None]
+    return Root(1, lambda start, stop: column[start:stop])
+
+
+def _terms(loss: Loss, out: Tensor, y: Any, g: Tensor) -> Tensor | float:
+    """The number of terms that a loss averages, or their total weight; 1 for a sum."""
+    if loss.name is None:
+        return mean_terms(loss, out, y, g)
+    if is_sum(loss):
+        return 1.0
+    weight = loss.tensors.get("weight")
+    if loss.name == "bce_with_logits" or (loss.name == "mse_loss" and weight is None):
+        return out.numel()
+    if loss.name == "cross_entropy" and y.is_floating_point():
+        return out.numel() // out.shape[1]
+    if loss.name == "cross_entropy":
+        kept = (y != dict(loss.options)["ignore_index"]).to(at_least_float32(out).dtype)
+        terms = kept.sum() if weight is None else (kept * weight[torch.where(kept > 0, y.long(), 0)]).sum()
+    else:
+        assert weight is not None
+        terms = weight.sum()
+    check_mass(loss, terms)
+    return terms
 
 
 def draw_categories(logits: Tensor, mc_samples: int, generator: torch.Generator | None) -> Tensor:

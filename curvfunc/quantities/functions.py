@@ -37,6 +37,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from curvfunc import losses
 from curvfunc.quantities.call import compute
 from curvfunc.quantities.quantity import Quantity
 from curvfunc.quantities.specs import (
@@ -46,9 +47,11 @@ from curvfunc.quantities.specs import (
     BatchDiagGGN,
     BatchDiagHessian,
     BatchGrad,
+    BatchJac,
     BatchL2,
     DiagGGN,
     DiagHessian,
+    EmpiricalKFAC,
     SqrtGGN,
     SumGradSquared,
     Variance,
@@ -58,10 +61,12 @@ __all__ = [
     "batch_diag_ggn",
     "batch_diag_hessian",
     "batch_grad",
+    "batch_jac",
     "batch_l2",
     "diag_ggn",
     "diag_hessian",
     "kfac",
+    "kfac_empirical",
     "kflr",
     "kfra",
     "sqrt_ggn",
@@ -93,6 +98,51 @@ def batch_grad(
         BackPACK's ``BatchGrad`` (``p.grad_batch``).
     """
     return _one(BatchGrad(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+
+
+def batch_jac(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    *,
+    subsampling: Indices | None = None,
+    chunk_size: int | None = None,
+    out: Any = None,
+) -> Any:
+    """The Jacobian of each sample's output, Jₙ[c, p] = ∂fₙ[c] / ∂θ[p]; there is no loss.
+
+    With a loss, `batch_grad` is Jₙᵀ ∂L/∂fₙ, and `sqrt_ggn` Jₙᵀ √R Sₙ. Each entry of a sample's output is a column to
+    backpropagate, and the result has as many numbers as samples times entries times parameters: where products with the
+    Jacobian do, `curvfunc.jvp` and `curvfunc.vjp` never form it. What `compute` gives for `BatchJac` does not depend on y
+    and loss_fn.
+
+    Args:
+        model_fn: ``(params, X) -> output [N, *out]``.
+        params: Pytree of real floating-point tensors.
+        X: Input with leading sample axis N, of which there may be none.
+        subsampling: Indices of samples, repeats allowed.
+        chunk_size: Number of entries that are backpropagated together; by default chosen by memory.
+        out: The result of an earlier call, in whose memory this one is formed. Other tensors of its shapes will do, but the
+            result is copied into these if they have another layout, such as contiguous ones.
+
+    Returns:
+        [N, *out, *shape] per parameter, in memory with the samples after the output's axes; zeros where the output does not
+        depend on it.
+
+    Raises:
+        TypeError, ValueError: For input that has no answer, as `curvfunc.quantities`: a complex output, for instance.
+
+    References:
+        Daxberger et al. 2021, "Laplace Redux – effortless Bayesian deep learning", for what it is needed for.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3))))
+        >>> jacobian = batch_jac(model_fn, params, torch.randn(8, 4))
+        >>> jacobian["0.weight"].shape, jacobian["0.bias"].shape
+        (torch.Size([8, 2, 3, 6, 4]), torch.Size([8, 2, 3, 6]))
+    """
+    given: dict[str, Any] = {"subsampling": subsampling, "chunk_size": chunk_size, "out": out}
+    return compute(model_fn, params, X, X, BatchJac(), loss_fn=losses.no_loss, **given)
 
 
 def batch_l2(
@@ -341,6 +391,66 @@ def kfac(
         BackPACK's ``KFAC`` (``p.kfac``).
     """
     return _one(KFAC(mc_samples, kfac_approx), model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
+
+
+def kfac_empirical(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    kfac_approx: str | None = None,
+    subsampling: Indices | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Kronecker factors as `kfac`, of the empirical Fisher: the loss gradient at the targets in place of those at draws.
+
+    With Jₙ the Jacobian and ∂ℓₙ the gradient of sample n's terms of the loss with respect to its output,
+
+        B ⊗ A ≈ R Σₙ Jₙᵀ ∂ℓₙ ∂ℓₙᵀ Jₙ.
+
+    The scale is that of `kfac`, whose expectation this is if the targets are distributed as the model predicts: R = 1 for a
+    sum, and for a mean one over the number of terms that are averaged. These are the positions of the output for
+    cross-entropy (for outputs [N, C] the N samples; ignored ones do not count, others with the weights of their labels),
+    and the entries of the output for squared error and BCE with logits. For a loss of one's own they are the samples, also
+    where it averages over more. In terms of the gradients gₙ = R ∇ℓₙ that `batch_grad` gives, the approximated block is
+    (1/R) Σₙ gₙ gₙᵀ, for a mean over N samples N Σₙ gₙ gₙᵀ; `curvfunc.fisher_vp` with ``empirical=True`` has Σₙ gₙ gₙᵀ.
+
+    Unlike the Fisher information, the empirical one is no curvature away from a good fit.
+
+    Args:
+        model_fn: ``(params, X) -> output [N, ...]``.
+        params: Pytree of real floating-point tensors.
+        X: Input with leading sample axis N.
+        y: Targets.
+        loss_fn: ``(output, y) -> scalar`` that sums or averages over samples. It need not be convex.
+        kfac_approx: "expand", "reduce" or None, as in `kfac`.
+        subsampling: Indices of samples: B sums and A averages over them, R stays that of the whole batch.
+        chunk_size: No effect, since there is one vector.
+
+    Returns:
+        A tuple per parameter, as `kfac`: (B [o, o], A [k, k]) for weights, (B [numel, numel],) for others.
+
+    Raises:
+        ValueError: If a loss of one's own is neither a sum nor a mean of one term per sample; if there are no samples.
+        NotImplementedError: As `kfac`.
+
+    References:
+        Kunstner, Balles, Hennig 2019, "Limitations of the empirical Fisher approximation for natural gradient descent", for
+        what it is and is not; Eschenhagen et al. 2023 for the approximations. curvlinops' ``FisherType.EMPIRICAL``.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> [tuple(factor.shape) for factor in kfac_empirical(model_fn, params, X, y)["weight"]]
+        [(3, 3), (4, 4)]
+        >>> (bias,) = kfac_empirical(model_fn, params, X, y)["bias"]
+        >>> g = batch_grad(model_fn, params, X, y)["bias"]
+        >>> torch.allclose(bias, 8 * g.T @ g)
+        True
+    """
+    return _one(EmpiricalKFAC(kfac_approx), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
 
 
 def kflr(

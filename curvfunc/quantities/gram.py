@@ -1,8 +1,8 @@
-"""Inner products of per-sample gradients and of the columns of the GGN's root.
+"""Inner products of per-sample gradients, of the columns of the GGN's root, and of the rows of the output's Jacobian.
 
-With the per-sample gradients as the rows of a matrix, these are its Gram matrices. They are small where the parameters
+With these vectors as the rows of a matrix, these are its Gram matrices. They are small where the parameters
 are many, and they have the non-zero eigenvalues of the matrices that are large: `ggn_gram` those of the GGN,
-`batch_dot` those of the empirical Fisher Σₙ gₙ gₙᵀ. Arguments are those of `curvfunc.quantities`.
+`batch_dot` those of the empirical Fisher Σₙ gₙ gₙᵀ, `ntk` those of Σₙ Jₙᵀ Jₙ. Arguments are those of `curvfunc.quantities`.
 
 A layer's gradients are sums of outer products, ⟨Σ_s g_s x_sᵀ, Σ_t h_t y_tᵀ⟩ = Σ_st ⟨g_s, h_t⟩ ⟨x_s, y_t⟩, so they need
 not be formed; where forming them takes fewer operations, it happens for a part of the parameter at a time.
@@ -13,14 +13,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import optree
+import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+from torch.utils import _pytree as pytree
 
-from curvfunc.engine.cotangents import LossRoot
+from curvfunc import losses
+from curvfunc.engine.cotangents import LossRoot, OutputEntries
+from curvfunc.engine.passes import CONTRACTIONS
 from curvfunc.quantities.call import compute
 from curvfunc.quantities.quantity import GaussNewton, Quantity
+from curvfunc.tensors.inputs import read_batch
+from curvfunc.tensors.samples import flatten
+from curvfunc.uses import second_moments
+from curvfunc.uses.forms import Bound
 
-__all__ = ["BatchDot", "GGNGram", "batch_dot", "batch_dot_total", "ggn_gram", "ggn_gram_total"]
+__all__ = ["NTK", "BatchDot", "GGNGram", "batch_dot", "batch_dot_total", "ggn_gram", "ggn_gram_total", "ntk", "ntk_total"]
+
+# The use of a parameter itself, with all columns: for what a spec makes of it with arguments of its own.
+CONTRACTIONS["use"] = (lambda b: b, "join")
 
 Model = Callable[[Any, Any], Tensor]
 LossFunction = Callable[[Tensor, Any], Tensor]
@@ -48,6 +59,35 @@ class GGNGram(GaussNewton):
     def cotangent(self) -> LossRoot:
         """All columns, since the matrix has a row for each."""
         return LossRoot(self.mc_samples)
+
+
+@dataclass(frozen=True)
+class NTK(Quantity):
+    """The empirical neural tangent kernel, [N, C, N, C] for outputs of C entries; whatever the loss."""
+
+    contractions = ("gram",)
+    cotangent = OutputEntries()
+
+    def finish(self, samples: int, *parts: Any) -> Tensor:
+        """Samples first."""
+        kernel: Tensor = parts[0]
+        return kernel.permute(1, 0, 3, 2)
+
+
+@dataclass(frozen=True)
+class _NTKBetween(Quantity):
+    """The kernel between the first samples and the others, [first, C, N - first, C]: none that is not asked for."""
+
+    first: int
+    contractions = ("use",)
+    cotangent = OutputEntries()
+
+    def finish(self, samples: int, *parts: Bound | Tensor) -> Tensor:
+        """Products of two parts of the use, samples first."""
+        use = parts[0]
+        if isinstance(use, Tensor):  # outputs without entries
+            return use.new_zeros(self.first, 0, samples - self.first, 0)
+        return second_moments.cross_gram(use, self.first).permute(1, 0, 3, 2)
 
 
 def batch_dot(
@@ -162,6 +202,116 @@ def ggn_gram_total(
             chunk_size=chunk_size,
         )
     )
+
+
+def ntk(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    X2: Any = None,
+    *,
+    subsampling: Indices | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Empirical neural tangent kernel, K[n,c,m,d] = Σ_p Jₙ[c,p] Jₘ[d,p] with J = `batch_jac`, for each parameter.
+
+    With a second batch, m runs over its samples. Both go through the model together, and no products are formed but those
+    of a sample of the one with a sample of the other. Jacobians are not formed where their products cost less without,
+    which is so for vectors and few shared positions. The layers' cotangents of all C entries are held at once;
+    ``chunk_size`` bounds what else is. For the whole kernel use `ntk_total`; in `compute`, what `NTK` gives does not
+    depend on y and loss_fn.
+
+    Args:
+        model_fn: ``(params, X) -> output [N, *out]``; C entries c of one sample's output, in the order of its flattened axes.
+        params: Pytree of real floating-point tensors.
+        X: Input with leading sample axis N.
+        X2: Input of M other samples, of the same structure, shapes and dtypes as X but for M; X itself if None.
+        subsampling: Indices of samples of X, repeats allowed: those of n, and without X2 of m.
+        chunk_size: Number of entries that are backpropagated together; by default chosen by memory.
+
+    Returns:
+        [N, C, N, C], or [N, C, M, C] with X2, per parameter.
+
+    Raises:
+        TypeError, ValueError: For input that has no answer, as `curvfunc.quantities`; if X2 is no input like X.
+
+    References:
+        Jacot, Gabriel, Hongler 2018, "Neural tangent kernel"; Novak, Sohl-Dickstein, Schoenholz 2022, "Fast finite width
+        neural tangent kernel", who form no Jacobians where the structure of a layer spares them.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> train, test = torch.randn(8, 4), torch.randn(2, 4)
+        >>> ntk(model_fn, params, train)["weight"].shape, ntk(model_fn, params, test, train)["weight"].shape
+        (torch.Size([8, 3, 8, 3]), torch.Size([2, 3, 8, 3]))
+    """
+    spec: Quantity = NTK()
+    if X2 is not None:
+        X, subsampling, first = _side_by_side(X, X2, subsampling)
+        spec = spec if first is None else _NTKBetween(first)
+    return compute(model_fn, params, X, X, spec, loss_fn=losses.no_loss, subsampling=subsampling, chunk_size=chunk_size)
+
+
+def ntk_total(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    X2: Any = None,
+    *,
+    subsampling: Indices | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Empirical neural tangent kernel of all parameters together: the sum of `ntk`.
+
+    Returns:
+        [N, C, N, C], or [N, C, M, C] with X2. Arguments: see `ntk`.
+
+    Raises:
+        TypeError, ValueError: As `ntk`.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 1))
+        >>> kernel = ntk_total(model_fn, params, torch.ones(1, 4), torch.eye(4))
+        >>> kernel.shape, kernel.flatten()  # of the bias 1, of the weight xᵀ x'
+        (torch.Size([1, 1, 4, 1]), tensor([2., 2., 2., 2.]))
+    """
+    return _sum(ntk(model_fn, params, X, X2, subsampling=subsampling, chunk_size=chunk_size))
+
+
+def _side_by_side(X: Any, X2: Any, subsampling: Indices | None) -> tuple[Any, Indices | None, int | None]:
+    """Two batches as one, the samples of it that are wanted, and how many of them are of X; None if there are no samples."""
+    batch = read_batch(X, X, subsampling, may_be_empty=True)
+    (ours, rebuild), (theirs, again) = _parts(X), _parts(X2)
+    places = list(range(len(ours)))
+    alike = len(ours) == len(theirs) and rebuild(places) == again(places)
+    for a, b in zip(ours, theirs, strict=False):
+        alike = alike and isinstance(b, Tensor) and b.ndim > 0 and len(b) == len(theirs[0])
+        alike = alike and (a.shape[1:], a.dtype, a.device) == (b.shape[1:], b.dtype, b.device)
+    if not alike:
+        raise ValueError(
+            f"X2 must be like X but for the number of samples, since both go through the model together: X has {_shown(ours)} "
+            f"and X2 has {_shown(theirs)}. Pad or convert one of them, or multiply the Jacobians of both: batch_jac."
+        )
+    others = len(theirs[0])
+    if batch.total + others == 0:
+        return X, None, None
+    index = None
+    if batch.index is not None:
+        index = torch.cat([batch.index, torch.arange(batch.total, batch.total + others, device=batch.index.device)])
+    return rebuild([torch.cat(pair) for pair in zip(ours, theirs, strict=True)]), index, batch.size
+
+
+def _parts(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """As `flatten`; where dynamo traces, which cannot follow how optree puts dictionaries together, by torch's own means."""
+    if not torch.compiler.is_compiling():
+        return flatten(tree)
+    leaves, structure = pytree.tree_flatten(tree)
+    return leaves, lambda values: pytree.tree_unflatten(values, structure)
+
+
+def _shown(leaves: Sequence[Any]) -> str:
+    found = [f"{t.dtype} {tuple(t.shape)} on {t.device}" if isinstance(t, Tensor) else type(t).__name__ for t in leaves]
+    return ", ".join(found) or "nothing"
 
 
 def _sum(tree: Any) -> Tensor:

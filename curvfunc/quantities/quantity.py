@@ -3,7 +3,14 @@
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from curvfunc.engine.cotangents import AveragedHessian, FullHessian, LossGradient, LossRoot
+from curvfunc.engine.cotangents import (
+    AveragedHessian,
+    EmpiricalRoot,
+    FullHessian,
+    LossGradient,
+    LossRoot,
+    OutputEntries,
+)
 
 __all__ = ["GaussNewton", "Quantity"]
 
@@ -16,9 +23,10 @@ class Quantity:
     forward: ClassVar[str | None] = None
     whole_batch: ClassVar[bool] = False
     averages: ClassVar[bool] = False  # over samples, so that there has to be one
+    of_entries: ClassVar[bool] = False  # of each sample's output: axis 1 of a result, which gets the shape of the output
 
     @property
-    def cotangent(self) -> LossGradient | LossRoot | FullHessian | AveragedHessian:
+    def cotangent(self) -> LossGradient | LossRoot | EmpiricalRoot | OutputEntries | FullHessian | AveragedHessian:
         """What is backpropagated."""
         return LossGradient()
 

@@ -15,7 +15,7 @@ from curvfunc.engine import scripted
 from curvfunc.engine.capture import capture
 from curvfunc.engine.chance import Chance
 from curvfunc.engine.company import Entangled, check_subset
-from curvfunc.engine.cotangents import AveragedHessian, FullHessian, LossRoot, common
+from curvfunc.engine.cotangents import AveragedHessian, FullHessian, LossRoot, OutputEntries, common
 from curvfunc.engine.effects import Attributes
 from curvfunc.engine.leaves import leaf
 from curvfunc.engine.model import without_recomputation
@@ -146,7 +146,7 @@ class Run:
                 if cotangent not in columns:
                     columns[cotangent] = cotangent.root(self.loss, whole, self.batch.y, self.generator)
                 last = i == len(wanted) - 1
-                outs = self._outs(leaves, specs, keys, key, columns[cotangent].num)
+                outs = self._outs(leaves, specs, keys, key, columns[cotangent].num, out.shape[1:])
                 given = (self.chunk_size, differentiable, self.chosen if picks else None)
                 backward = BackwardPass(trace, leaves, self.names, self.batch.select, *given, prepared)
                 found = backward.run(columns[cotangent], list(names), retain_graph=not last, outs=outs)
@@ -158,9 +158,12 @@ class Run:
         """The results where there are no samples, or no entries of their outputs: sums of nothing."""
         out = out if self.differentiable else out.detach()
         losses.check(self.loss, self.batch.spread(out) if len(out) else out, self.batch.y)
-        entries = out.shape[1:].numel()
+        shape = out.shape[1:]
         results = [
-            self._finish(s, None, out, {}) if s.forward else of_nothing(s, leaves, self._samples(s), entries) for s in specs
+            self._finish(s, None, out, {})
+            if s.forward
+            else shaped(s, of_nothing(s, leaves, self._samples(s), shape.numel()), shape)
+            for s in specs
         ]
         return self._delivered(specs, results)
 
@@ -174,15 +177,24 @@ class Run:
         ]
 
     def _outs(
-        self, leaves: list[Tensor], specs: list[Quantity], keys: list[Any], wanted: Any, columns: int
+        self, leaves: list[Tensor], specs: list[Quantity], keys: list[Any], wanted: Any, columns: int, shape: torch.Size
     ) -> dict[str, list[Tensor]]:
         """The caller's buffers for the parts of large results, by contraction."""
         found = {}
         for s, key, buffer in zip(specs, keys, self.buffers or (), strict=False):
-            if buffer is not None and key == wanted and (lead := s.lead(columns, self._samples(s))) is not None:
-                own = parameter_buffers(type(s).__name__, self.params, self.names, leaves, buffer, lead)
-                (name,) = s.contractions
-                found[name] = [b[None] for b in own] if name == "per_sample" and len(lead) == 1 else own
+            if buffer is None or key != wanted:
+                continue
+            samples = self._samples(s)
+            lead = (samples, *shape) if s.of_entries else s.lead(columns, samples)
+            if lead is None:
+                continue
+            own = parameter_buffers(type(s).__name__, self.params, self.names, leaves, buffer, lead)
+            (name,) = s.contractions
+            if s.of_entries:  # an earlier result is [V, N, *shape] in memory; in any other the new one is copied
+                own = [b.reshape(samples, columns, *b.shape[len(lead) :]).transpose(0, 1) for b in own]
+            elif name == "per_sample" and len(lead) == 1:
+                own = [b[None] for b in own]
+            found[name] = own
         return found
 
     def _forward(
@@ -264,10 +276,15 @@ class Run:
         if spec.forward == "loss":
             return apart(self.loss(out, self.batch.y))
         lists = [parts[key, name] for name in spec.contractions]
-        values = [spec.finish(self._samples(spec), *p) for p in zip(*lists, strict=True)]
+        values = shaped(spec, [spec.finish(self._samples(spec), *p) for p in zip(*lists, strict=True)], out.shape[1:])
         # autograd may return what a backward pass of the model's own keeps
         total = spec.contractions == ("total",)
         return [apart(t) if isinstance(t, Tensor) and (total or t._base is not None) else t for t in values]
+
+
+def shaped(spec: Quantity, values: list[Any], shape: torch.Size) -> list[Any]:
+    """The results of a quantity of the output's entries with the axes of the output, whose shape is ``shape`` for a sample."""
+    return [v.reshape(len(v), *shape, *v.shape[2:]) for v in values] if spec.of_entries else values
 
 
 def of_nothing(spec: Quantity, params: Sequence[Tensor], samples: int, entries: int) -> list[Any]:
@@ -284,7 +301,9 @@ def of_nothing(spec: Quantity, params: Sequence[Tensor], samples: int, entries: 
     """
     if samples == 0 and spec.averages:
         raise ValueError(f"{type(spec).__name__} takes a mean over samples, and there are none (N = 0). Leave it out.")
-    columns = spec.cotangent.mc_samples or entries if isinstance(spec.cotangent, LossRoot) else 1
+    cotangent = spec.cotangent
+    columns = cotangent.mc_samples or entries if isinstance(cotangent, LossRoot) else 1
+    columns = entries if isinstance(cotangent, OutputEntries) else columns
     return [spec.finish(samples, *[sums_of_nothing(name, p, columns, samples) for name in spec.contractions]) for p in params]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvfunc.engine.cotangents import AveragedHessian, FullHessian, LossRoot
+from curvfunc.engine.cotangents import AveragedHessian, EmpiricalRoot, FullHessian, LossRoot, OutputEntries
 from curvfunc.quantities.quantity import GaussNewton, Quantity
 
 __all__ = [
@@ -16,9 +16,11 @@ __all__ = [
     "BatchDiagGGN",
     "BatchDiagHessian",
     "BatchGrad",
+    "BatchJac",
     "BatchL2",
     "DiagGGN",
     "DiagHessian",
+    "EmpiricalKFAC",
     "Grad",
     "Loss",
     "Output",
@@ -65,6 +67,19 @@ class BatchGrad(Quantity):
     def finish(self, samples: int, *parts: Tensor) -> Tensor:
         """The only column."""
         return parts[0][0]
+
+
+@dataclass(frozen=True)
+class BatchJac(Quantity):
+    """The Jacobian of each sample's output, [N, *out, *shape]; whatever the loss."""
+
+    contractions = ("per_sample",)
+    of_entries = True
+    cotangent = OutputEntries()
+
+    def finish(self, samples: int, *parts: Tensor) -> Tensor:
+        """A column for each entry of the output, samples first."""
+        return parts[0].transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -176,6 +191,21 @@ class KFLR(Quantity):
 
     kfac_approx: str | None = None
     cotangent = LossRoot(0, fewest=True)
+
+    def __post_init__(self) -> None:
+        _check_approximation(self.kfac_approx)
+
+    contractions = KFAC.contractions
+    averages = True
+    finish = KFAC.finish
+
+
+@dataclass(frozen=True)
+class EmpiricalKFAC(Quantity):
+    """Kronecker factors as `KFAC` of the empirical Fisher: with the targets in the place of draws; see `kfac_empirical`."""
+
+    kfac_approx: str | None = None
+    cotangent = EmpiricalRoot()
 
     def __post_init__(self) -> None:
         _check_approximation(self.kfac_approx)

@@ -4,6 +4,7 @@ Axes as in `curvfunc.uses.forms`: ``n`` sample, ``v`` backpropagated vector, ``q
 features out/in.
 """
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -25,50 +26,78 @@ from curvfunc.uses.forms import (
     sums_positions,
 )
 
-__all__ = ["InputFactor", "gram", "input_factor", "output_factor", "second_moment", "shared_factor"]
+__all__ = ["InputFactor", "cross_gram", "gram", "input_factor", "output_factor", "second_moment", "shared_factor"]
 
 
 def gram(b: Bound) -> Tensor:
     """Inner products of the gradients, [v, n, v, n]."""
+    return _inner_products(b, b)
+
+
+def cross_gram(b: Bound, first: int) -> Tensor:
+    """Inner products of the gradients of the first samples with those of the others, [v, first, v, n - first]."""
     v, n = b.g.shape[:2]
-    if isinstance(b.form, Outer):
-        s, o, k = b.positions, b.g.shape[4], b.features
-        # ⟨Σ_s g xᵀ, Σ_t h yᵀ⟩ = Σ_st (g hᵀ)(x yᵀ) costs v² n² s² o + n² s² k, the gradients themselves v n s o k + v² n² o k
-        if s * s * (v * v * o + k) * n <= (s + v * n) * v * o * k:
-            return _gram_of_positions(b)
-        return _gram_of_gradients(b)
-    flat = flat_vectors(per_sample(b)).flatten(0, 1)
-    return (flat @ flat.mT).view(v, n, v, n)
+    if first in (0, n):
+        return b.g.new_zeros(v, first, v, n - first)
+    parts = []
+    for samples in (slice(None, first), slice(first, None)):
+        g = b.g[:, samples]
+        parts.append(replace(b, g=g, inputs=g if isinstance(b.form, Direct) else b.x[samples]))
+    return _inner_products(*parts)
 
 
-def _gram_of_positions(b: Bound) -> Tensor:
+def _inner_products(a: Bound, b: Bound) -> Tensor:
+    """Inner products of the gradients of one use, of some samples and of the same or others, [v, n, v, m]."""
+    v, n, m = *a.g.shape[:2], b.g.shape[1]
+    if isinstance(a.form, Outer):
+        s, o, k = a.positions, a.g.shape[4], a.features
+        made = n if a is b else n + m
+        # ⟨Σ_s g xᵀ, Σ_t h yᵀ⟩ = Σ_st (g hᵀ)(x yᵀ) costs v² n m s² o + n m s² k, the gradients themselves v s o k each, and
+        # then v² n m o k
+        if s * s * (v * v * o + k) * n * m <= (s * made + v * n * m) * v * o * k:
+            return _gram_of_positions(a, b)
+        return _gram_of_gradients(a, b)
+    flat = flat_vectors(per_sample(a)).flatten(0, 1)
+    other = flat if a is b else flat_vectors(per_sample(b)).flatten(0, 1)
+    return (flat @ other.mT).view(v, n, v, m)
+
+
+def _gram_of_positions(a: Bound, b: Bound) -> Tensor:
     """Inner products at all pairs of positions, in blocks of samples; no gradient is formed."""
-    v, n, q, s, _ = b.g.shape
-    g, x = b.g.permute(2, 0, 1, 3, 4), b.x.transpose(0, 1)  # [q, v, n, s, o], [q, n, s, k]
-    everything, inputs = g.flatten(1, 3), x.flatten(1, 2)
-    size = max(1, BLOCK_BYTES // (v * v * n * q * s * s * b.g.element_size()))
+    v, n, q, s, _ = a.g.shape
+    m = b.g.shape[1]
+    g, x = a.g.permute(2, 0, 1, 3, 4), a.x.transpose(0, 1)  # [q, v, n, s, o], [q, n, s, k]
+    h, y = (g, x) if a is b else (b.g.permute(2, 0, 1, 3, 4), b.x.transpose(0, 1))
+    everything, inputs = h.flatten(1, 3), y.flatten(1, 2)
+    size = max(1, BLOCK_BYTES // (v * v * m * q * s * s * a.g.element_size()))
     rows = []
     for j in range(0, n, size):
-        m = min(size, n - j)
-        outer = g[:, :, j : j + m].flatten(1, 3) @ everything.mT  # [q, v m s, v n s]
-        inner = x[:, j : j + m].flatten(1, 2) @ inputs.mT  # [q, m s, n s]
-        product = outer.view(q, v, m, s, v, n, s) * inner.view(q, 1, m, s, 1, n, s)
+        num = min(size, n - j)
+        outer = g[:, :, j : j + num].flatten(1, 3) @ everything.mT  # [q, v num s, v m s]
+        inner = x[:, j : j + num].flatten(1, 2) @ inputs.mT  # [q, num s, m s]
+        product = outer.view(q, v, num, s, v, m, s) * inner.view(q, 1, num, s, 1, m, s)
         rows.append(product.sum((0, 3, 6)))
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
 
-def _gram_of_gradients(b: Bound) -> Tensor:
+def _gram_of_gradients(a: Bound, b: Bound) -> Tensor:
     """Inner products of the gradients, formed for one block of output features at a time."""
-    v, n, q, s, o = b.g.shape
-    size = max(1, 8 * BLOCK_BYTES // (v * n * q * b.features * b.g.element_size()))
+    v, n, q, s, o = a.g.shape
+    m = b.g.shape[1]
+    made = n if a is b else n + m
+    size = max(1, 8 * BLOCK_BYTES // (v * made * q * a.features * a.g.element_size()))
+
+    def gradients(of: Bound, j: int) -> Tensor:
+        g = of.g[..., j : j + size].mT  # [v, n, q, j, s]
+        return (g @ of.x if s > 1 else g * of.x).flatten(2).flatten(0, 1)
+
     total = None
     for j in range(0, o, size):
-        g = b.g[..., j : j + size].mT  # [v, n, q, j, s]
-        part = g @ b.x if s > 1 else g * b.x
-        flat = part.flatten(2).flatten(0, 1)
-        total = flat @ flat.mT if total is None else total + flat @ flat.mT
+        flat = gradients(a, j)
+        part = flat @ (flat if a is b else gradients(b, j)).mT
+        total = part if total is None else total + part
     assert total is not None
-    return total.view(v, n, v, n)
+    return total.view(v, n, v, m)
 
 
 def output_factor(b: Bound, approximation: str | None = None) -> Tensor:
