@@ -298,7 +298,7 @@ def test_expectation_over_all_classes(
     labels = torch.tensor(list(itertools.product(range(3), repeat=positions)))  # [M, positions]
     num = len(labels)
     draws = labels.reshape(num, 1, *shape[2:]).expand(num, shape[0], *shape[2:])
-    monkeypatch.setattr(losses, "draw_categories", lambda *_: draws)
+    monkeypatch.setattr(losses.roots, "draw_categories", lambda *_: draws)
     columns = losses.sampled_root(losses.normalize(fn), out, y, num).columns(0, num).flatten(2)
     probs = out.softmax(1).reshape(shape[0], 3, positions)
     chance = torch.stack([probs[:, label, torch.arange(positions)].prod(1) for label in labels])  # [M, N]
@@ -314,7 +314,7 @@ def test_expectation_over_all_bits(
     out, y = torch.randn(3, 3), torch.rand(3, 3)
     fn = nn.BCEWithLogitsLoss(weight=weight, pos_weight=pos_weight, reduction=reduction)
     bits = torch.tensor(list(itertools.product([False, True], repeat=3)))  # [M, 3]
-    monkeypatch.setattr(losses, "draw_bits", lambda *_: bits.unsqueeze(1).expand(8, 3, 3))
+    monkeypatch.setattr(losses.roots, "draw_bits", lambda *_: bits.unsqueeze(1).expand(8, 3, 3))
     columns = losses.sampled_root(losses.normalize(fn), out, y, 8).columns(0, 8)
     chance = torch.where(bits.unsqueeze(1), out.sigmoid(), (-out).sigmoid()).prod(2)  # [M, N]
     close(torch.einsum("mn,mni,mnj->nij", 8 * chance, columns, columns), true_blocks(fn, out, y))
@@ -327,7 +327,7 @@ def test_expectation_over_normal_noise(
     shape: tuple[int, ...], fn: Callable[..., Tensor], reduction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, y, loss_fn = torch.randn(shape), torch.randn(shape), partial(fn, reduction=reduction)
-    monkeypatch.setattr(losses, "draw_normal", noise_basis)
+    monkeypatch.setattr(losses.roots, "draw_normal", noise_basis)
     root = losses.sampled_root(losses.normalize(loss_fn), out, y, math.prod(shape[1:]))
     close(blocks_of(root), true_blocks(loss_fn, out, y))
 
@@ -789,7 +789,7 @@ def test_roots_of_backpack(
     want = derivatives._sqrt_hessian_sampled(module, None, None, mc_samples=5)
     torch.manual_seed(3)
     drawn = derivatives._make_distribution(out).sample(torch.Size([5]))
-    monkeypatch.setattr(losses, "draw_categories", lambda *_: drawn)
-    monkeypatch.setattr(losses, "draw_bits", lambda *_: drawn)
-    monkeypatch.setattr(losses, "draw_normal", lambda *_: (drawn - out) / math.sqrt(0.5))
+    monkeypatch.setattr(losses.roots, "draw_categories", lambda *_: drawn)
+    monkeypatch.setattr(losses.roots, "draw_bits", lambda *_: drawn)
+    monkeypatch.setattr(losses.roots, "draw_normal", lambda *_: (drawn - out) / math.sqrt(0.5))
     close(losses.sampled_root(loss, out, y, 5).columns(0, 5), want)
