@@ -49,7 +49,7 @@ def parity(session: nox.Session) -> None:
 def transformers(session: nox.Session) -> None:
     """Models of Hugging Face transformers, random and small."""
     session.install(*CONSTRAINTS, "-e", ".[test]", "transformers")
-    session.run("pytest", "tests/test_transformers.py", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+    session.run("pytest", "tests/whole/test_transformers.py", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
 
 
 @nox.session

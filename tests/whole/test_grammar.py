@@ -1,7 +1,7 @@
 """Random models against plain autograd: no architecture may give a wrong number silently.
 
 The grammar is in `grammar`, the definitions are in `definition`, and what models are put through in `trials`. Many more
-models, of other seeds, run with ``python tests/fuzz.py``.
+models, of other seeds, run with ``python tests/shared/fuzz.py``.
 """
 
 import io

@@ -712,7 +712,7 @@ def test_tensors_without_entries(X: Tensor, w: Tensor, fragments: tuple[str, ...
 
 def test_version() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", curvfunc.__version__)
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["project"]["dynamic"] == ["version"]
     assert project["tool"]["hatch"]["version"]["path"] == "curvfunc/__init__.py"
 
@@ -721,7 +721,7 @@ def test_quantities_have_a_public_base() -> None:
     assert callable(curvfunc.compute)
     assert issubclass(BatchGrad, curvfunc.Quantity)
     assert "Quantity" in curvfunc.__all__
-    documents = Path(__file__).parent.parent.joinpath("docs").glob("*.md")
+    documents = Path(__file__).parents[2].joinpath("docs").glob("*.md")
     for name in {name for text in documents for name in re.findall(r"`curvfunc\.([\w.]+)`", text.read_text(encoding="utf-8"))}:
         assert pkgutil.resolve_name(f"curvfunc.{name}") is not None
 

@@ -776,7 +776,7 @@ def test_install_refuses_to_replace_backpack() -> None:
 
 # -- the migration guide
 
-GUIDE = Path(__file__).parent.parent / "docs" / "backpack.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "backpack.md"
 BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

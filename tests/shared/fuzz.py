@@ -1,4 +1,4 @@
-"""Random models by seed, against plain autograd: ``python tests/fuzz.py --seeds START COUNT [--seconds S] [...]``.
+"""Random models by seed, against plain autograd: ``python tests/shared/fuzz.py --seeds START COUNT [--seconds S] [...]``.
 
 Each seed gives a program from `grammar`. What is wrong is printed as a program that is as short as leaving out pieces makes
 it, and that runs as it is. With ``--pieces`` each of these pieces stands alone between a layer and a head, once per seed.
