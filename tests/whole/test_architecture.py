@@ -43,6 +43,7 @@ def test_every_cell_is_its_cotangent_and_its_contraction() -> None:
     lines = [line.strip("|").split("|") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     columns, _, *rows = [[re.findall(r"`(\w+)`", cell) for cell in line] for line in lines]
     specs = {name.lower(): spec for name in curvfunc.__all__ if is_spec(spec := getattr(curvfunc, name))}
+    specs["kfacempirical"] = curvfunc.EmpiricalKFAC
     told = 0
     for (cotangent,), *cells in rows:
         for contractions, functions in zip(columns[1:], cells, strict=True):
