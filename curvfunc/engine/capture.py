@@ -160,7 +160,7 @@ def _attempt(run: "Runs", generic: Sequence[int], layouts: Layouts | None, faste
 def _with_doubts(trace: Trace, mode: Observer) -> Trace:
     """A trace with what the whole batch's forward pass left unproven."""
     trace.entangled, trace.counts, trace.random = mode.entangled, mode.counts, mode.random
-    trace.guesses, trace.foreign = bool(mode.guesses), mode.foreign.values()
+    trace.rows, trace.foreign = mode.rows, mode.foreign.values()
     return trace
 
 

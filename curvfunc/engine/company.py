@@ -55,17 +55,17 @@ def check_subset(
         return
     foreign = found.foreign if isinstance(found, Trace) else found.foreign.values()
     whole = found.entangled is not None or batch.size == batch.total or not all_held(model_fn, foreign)
-    if not (whole or found.counts or found.random or found.guesses):
+    if not (whole or found.counts or found.random or found.rows):
         return
     why = (
         f"subsampling: the output for a sample depends on which others are in the batch "
         f"({found.entangled or 'for instance on their number'}), so a subset cannot run by itself. Leave subsampling away, and "
         "choose from the results for the whole batch."
     )
-    if found.guesses:  # constants, one for each sample, belong to the whole batch
-        raise Entangled(why)
-    company = _Company(model_fn, rebuild, batch)
     compiling = torch.compiler.is_compiling() or not visible(out)
+    if any(any(t is f for f in foreign) or compiling or not _is_uniform(t) for t in found.rows):
+        raise Entangled(why)  # constants, one for each sample, belong to the whole batch
+    company = _Company(model_fn, rebuild, batch)
     chance, seeded = Chance(leaves), False
     try:
         if found.random and not compiling:
@@ -86,6 +86,11 @@ def check_subset(
         raise Entangled(why) from error
     finally:
         chance.undo()
+
+
+def _is_uniform(rows: Tensor) -> bool:
+    """Whether all samples have the same, as the states in which recurrent networks begin."""
+    return bool((base(rows) == base(rows)[:1]).all())
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ class Observer(Follower):
         self.level = level
         self.samples = samples
         self.guesses: bool | None = None  # whether constants were taken for samples; False forbids it
+        self.rows: list[Tensor] = []  # these constants
         self.sites: list[Site] = []
         self.effects: Effects | None = Effects(tracked.values())  # None where they are the user's own
         if level is None:
@@ -180,6 +181,7 @@ class Observer(Follower):
                 return t
             self.guesses = True
             self._doubt(t)
+            self.rows.append(t)
             return self.marked(t)
 
         return {k: samples(t) for k, t in args.items()} if isinstance(args, dict) else tuple(map(samples, args))

@@ -1,6 +1,6 @@
 """What a forward pass leaves behind: where it uses the parameters."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +73,7 @@ class Trace:
         entangled: Why the data of samples may have met when the whole batch ran; None if it did not.
         counts: Whether Python asked for the shape of a batch.
         random: Whether something may have been drawn at random.
-        guesses: Whether constants were taken for samples.
+        rows: Constants that were taken for samples.
         foreign: Constants that were met, and not seen to be made.
         restart: Takes back what the forward pass changed besides, so that another one starts where it did.
     """
@@ -85,7 +85,7 @@ class Trace:
     entangled: str | None = None
     counts: bool = False
     random: bool = False
-    guesses: bool = False
+    rows: Sequence[Tensor] = ()
     foreign: Collection[Tensor] = ()
     restart: Callable[[], Any] = lambda: None
 
