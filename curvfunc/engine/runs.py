@@ -169,14 +169,14 @@ class Runs:
             outs.append(out)
         return Trace(torch.cat(outs), _generic_sites(generic, self.leaves), "loop", dict.fromkeys(generic, why))
 
-    def is_alike(self, trace: Trace, whole: Outcome, compiling: bool) -> bool:
-        """Whether samples by themselves give what the batch does; what vmap runs forwards may not run backwards."""
+    def outcome(self, trace: Trace) -> Outcome | None:
+        """What samples by themselves give; None where vmap, which ran forwards, does not run backwards."""
         try:
-            return holds(differ(whole, outcome(trace.out, self.leaves, retain_graph=True)), compiling)
+            return outcome(trace.out, self.leaves, retain_graph=True)
         except (RuntimeError, NotImplementedError):
             if trace.mode != "vmap":
                 raise
-            return False
+            return None
 
     def like(self, whole: Outcome) -> Trace | None:
         """Sample by sample, if that gives what the batch does: then it is vmap that is wrong."""
@@ -184,7 +184,8 @@ class Runs:
             trace = self.one_by_one("under vmap the model has other values or gradients; curvfunc.check finds the operation")
         except (RuntimeError, NotImplementedError, IndexError, ValueError):
             return None
-        return trace if self.is_alike(trace, whole, False) else None
+        mine = self.outcome(trace)
+        return trace if mine is not None and holds(differ(whole, mine), False) else None
 
     def repeats(self, out: Tensor) -> bool:
         """Whether the batch has the same output again, although something is drawn at random."""

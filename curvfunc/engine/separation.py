@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvfunc.tensors.ownership import base
 
-__all__ = ["ALONE", "MIXES", "SEEDED", "Outcome", "differ", "holds", "moved", "outcome", "require", "same_chance"]
+__all__ = ["ALONE", "FINE", "MIXES", "SEEDED", "Outcome", "differ", "holds", "moved", "outcome", "require", "same_chance"]
 
 ALONE = (
     "the model mixes the samples of a batch, or cannot run on one sample: they cannot be followed through it ({why}), and for "
@@ -36,6 +36,9 @@ MIXES = (
     "by one, so per-sample gradients and curvature are not defined. Look for reductions, normalizations or indices over the "
     "first axis."
 )
+
+
+FINE = 0.75
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,14 @@ def moved(leaves: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-def differ(whole: Outcome, apart: Outcome) -> Tensor:
-    """Whether two forward passes differ by more than rounding, a boolean scalar below all transformations."""
+def differ(whole: Outcome, apart: Outcome, digits: float = 0.5) -> Tensor:
+    """Whether two forward passes differ by more than rounding, a boolean scalar below all transformations.
+
+    Args:
+        whole: One of them.
+        apart: The other one.
+        digits: The share of digits that have to be the same: half of them in general; `FINE` may be rounding, or not.
+    """
     if whole.out.shape != apart.out.shape:
         return torch.ones((), dtype=torch.bool, device=whole.out.device)
     eps = torch.finfo(whole.out.dtype).eps
@@ -90,15 +99,15 @@ def differ(whole: Outcome, apart: Outcome) -> Tensor:
     with torch.no_grad():
         largest = [_largest(a) for a, _ in pairs if a.numel()]
         noise = 2.0**10 * eps * torch.stack(largest).max() if largest else 0.0  # gradients that are zero but for rounding
-        found = [_exceeds(whole.out, apart.out, eps, 0.0)] if whole.out.numel() else []
-        found += [_exceeds(a, b, eps, noise) for a, b in pairs if a.numel()]
+        found = [_exceeds(whole.out, apart.out, eps**digits, 0.0)] if whole.out.numel() else []
+        found += [_exceeds(a, b, eps**digits, noise) for a, b in pairs if a.numel()]
         if not found:
             return torch.zeros((), dtype=torch.bool, device=whole.out.device)
         return torch.stack([base(t).any() for t in found]).any()
 
 
-def _exceeds(a: Tensor, b: Tensor, eps: float, least: Tensor | float) -> Tensor:
-    near = (a - b).abs() <= 16 * eps**0.5 * _largest(a) + least
+def _exceeds(a: Tensor, b: Tensor, share: float, least: Tensor | float) -> Tensor:
+    near = (a - b).abs() <= 16 * share * _largest(a) + least
     return (a.isfinite() & ~near).any()  # where the batch has no finite value, there is nothing to compare
 
 
