@@ -139,7 +139,7 @@ def _attempt(run: "Runs", generic: Sequence[int], layouts: Layouts | None, faste
             alike = holds(differ(whole, mine), compiling)
             doubtful = alike and not compiling and bool(differ(whole, mine, FINE))
         if run.order > 1 or doubtful:  # what mixes by second derivatives alone, or hardly, may do so openly elsewhere
-            run.moved().compare(trace.mode, compiling)
+            run.moved().compare(trace.mode, compiling, mode.random)
         if not alike:
             if whole is not None and mode.random and run.repeats(whole.out):
                 raise ValueError(SEEDED)
