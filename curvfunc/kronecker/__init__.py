@@ -9,8 +9,8 @@
 >>> K = kronecker.decompose(factors, structure)
 >>> step = kronecker.solve(K, grad, damping=0.01)
 
-Everything is a pure function. Results are as precise as double precision makes them (or single precision, where asked for); what
-rounding would spoil is an error that names the parameter and the damping that would do.
+Everything is a pure function. Results are as precise as double precision makes them (or single precision, where asked
+for); what rounding would spoil is an error that names the parameter and the damping that would do.
 """
 
 from curvfunc.kronecker.algebra import dense, diagonal, inverse, logdet, matmul, power, sample, solve, trace

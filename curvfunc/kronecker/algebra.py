@@ -49,8 +49,8 @@ def power(
     blocks = zip(decomposition.blocks, decomposition.values, _spectra(decomposition, split), strict=True)
     values = []
     for block, own, spectra in blocks:
-        shifted, good, needed = _exact(own, damping) if spectra is None else _split(spectra, damping)
-        if exponent < 0 and own.numel():
+        shifted, good, needed = _split(spectra, damping) if split == "pi" and len(spectra) == 2 else _exact(own, damping)
+        if exponent < 0:
             if not hidden(shifted) and not good.all():
                 raise ValueError(_singular(block, own, damping, needed, split))
             shifted = torch.where(good, shifted, torch.nan)
@@ -145,10 +145,11 @@ def dense(decomposition: Decomposition) -> dict[tuple[str, ...], Tensor]:
     for block, bases, values in zip(decomposition.blocks, decomposition.bases, decomposition.values, strict=True):
         sizes = [layout.numel for layout in block.layouts]
         rows = torch.eye(sum(sizes), dtype=values.dtype, device=values.device).split(sizes, dim=1)
-        unit = {layout.name: t.reshape(-1, *layout.shape) for layout, t in zip(block.layouts, rows, strict=True)}
+        unit = {layout.name: t.reshape(sum(sizes), *layout.shape) for layout, t in zip(block.layouts, rows, strict=True)}
         V = block.matrix(unit, len(bases), len(bases[0]))
         found = block.parameters(_out(bases, _in(bases, V) * values), len(bases))
-        results[block.names] = torch.cat([found[name].flatten(1) for name in block.names], dim=1)
+        columns = [found[name].reshape(sum(sizes), size) for name, size in zip(block.names, sizes, strict=True)]
+        results[block.names] = torch.cat(columns, dim=1)
     return results
 
 
@@ -220,45 +221,56 @@ def _damping(decomposition: Decomposition, damping: float | Tensor) -> Tensor:
     return value
 
 
-def _spectra(decomposition: Decomposition, split: str) -> list[tuple[Tensor, ...] | None]:
-    """Per block the eigenvalues of both factors, if these are to be damped; else None."""
+def _spectra(decomposition: Decomposition, split: str) -> list[tuple[Tensor, ...]]:
+    """Per block the eigenvalues of its factors, or where these are unknown, none."""
     if split not in ("exact", "pi"):
         raise ValueError(f'split must be "exact" or "pi", got {split!r}.')
-    if split == "exact":
-        return [None] * len(decomposition.values)
-    if not decomposition.spectra:
+    if split == "pi" and not decomposition.spectra:
         raise ValueError(
             'split="pi" damps the factors of a Kronecker product, and these eigenvalues are none: they were corrected, or a '
             'power was taken. Use split="exact", or the decomposition from decompose.'
         )
-    return [s if len(s) == 2 else None for s in decomposition.spectra]
+    return list(decomposition.spectra or [()] * len(decomposition.values))
 
 
 def _exact(values: Tensor, damping: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Λ + δ, where it can be inverted, and the least δ with which all of it could be."""
-    if not values.numel():
-        return values, values, damping
     shifted = values + damping
-    error = _size(values) * torch.finfo(values.dtype).eps * values.abs().amax() / TRUSTED
-    good = (shifted >= torch.maximum(error, damping / 2)) & (shifted > 0)
-    low = values.amin()
-    return shifted, good, torch.maximum(error - low, -2 * low)
-
-
-def _size(values: Tensor) -> float:
-    """By what multiple of the precision eigenvalues are off, of those of a matrix with that many."""
-    return max(values.shape) ** 0.5
+    if not values.numel():
+        return shifted, shifted > 0, damping
+    ratio = _least_ratio(values)
+    good = _invertible(shifted, ratio) & (shifted >= damping / 2)
+    return shifted, good, _needed(values, ratio)
 
 
 def _split(spectra: tuple[Tensor, ...], damping: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(λ_B + π √δ)(λ_A + √δ / π), where it can be inverted, and the least δ with which all of it could be."""
+    """(λ_B + π √δ)(λ_A + √δ / π), where it can be inverted, and a δ with which all of it could be."""
     B, A = spectra
     pi = (B.mean() / A.mean()).sqrt()
-    root = damping.sqrt()
-    rows, first, some = _exact(B, pi * root)
-    columns, second, others = _exact(A, root / pi)
-    needed = torch.maximum(some / pi, others * pi).clamp_min(0).square()
-    return torch.outer(rows, columns), first[:, None] & second, needed
+    shifts = pi * damping.sqrt(), damping.sqrt() / pi
+    rows, columns = B + shifts[0], A + shifts[1]
+    shifted = torch.outer(rows, columns)
+    if not shifted.numel():
+        return shifted, shifted > 0, damping
+    ratio = _least_ratio(shifted)
+    good = _invertible(shifted, ratio)
+    good &= torch.outer((rows > 0) & (rows >= shifts[0] / 2), (columns > 0) & (columns >= shifts[1] / 2))
+    return shifted, good, torch.maximum(_needed(B, ratio**0.5) / pi, _needed(A, ratio**0.5) * pi).square()
+
+
+def _least_ratio(values: Tensor) -> float:
+    """How small an eigenvalue may be beside the largest one, so that rounding of products leaves of it what is trusted."""
+    return sum([size**0.5 for size in values.shape]) * torch.finfo(values.dtype).eps / TRUSTED
+
+
+def _invertible(shifted: Tensor, ratio: float) -> Tensor:
+    return (shifted > 0) & (shifted >= ratio * shifted.amax())
+
+
+def _needed(values: Tensor, ratio: float) -> Tensor:
+    """The least shift with which all values have that ratio to the largest one, and none is less than half of the shift."""
+    low, high = values.amin(), values.amax()
+    return torch.maximum((ratio * high - low) / (1 - ratio), -2 * low).clamp_min(0)
 
 
 def _singular(block: Block, values: Tensor, damping: Tensor, needed: Tensor, split: str) -> str:
@@ -271,6 +283,6 @@ def _singular(block: Block, values: Tensor, damping: Tensor, needed: Tensor, spl
         return f"the block of {what} is zero, so with damping {float(damping):.2g} it has no inverse. {remedy}."
     if not needed.isfinite():
         return f'{found} it has no inverse by split="pi", since a factor is zero or not finite. Use split="exact".'
-    least = 1.1 * max(float(needed), 0.0)
+    least = 1.1 * float(needed)
     precise = "" if values.dtype == torch.float64 else ", or a decomposition with dtype=torch.float64 less"
     return f"{found} its inverse would be lost to rounding. A damping of at least {least:.1e} would do{precise}."

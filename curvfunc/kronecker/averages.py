@@ -37,9 +37,9 @@ def interpolate(old: Any, new: Any, weight: float | Tensor) -> Any:
         tensor([[1.5000, 0.0000],
                 [0.0000, 1.5000]])
     """
-    if not isinstance(weight, Tensor) or not hidden(weight):
-        if isinstance(weight, bool) or not 0 <= float(weight) <= 1:
-            raise ValueError(f"weight must be a number from 0 to 1, got {weight!r}.")
+    unknown = isinstance(weight, Tensor) and hidden(weight)
+    if isinstance(weight, bool) or not (unknown or 0 <= float(weight) <= 1):
+        raise ValueError(f"weight must be a number from 0 to 1, got {weight!r}.")
     paths, leaves, tree = optree.tree_flatten_with_path(old)
     others, other = optree.tree_flatten(new)
     if other != tree:

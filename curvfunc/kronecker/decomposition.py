@@ -44,7 +44,7 @@ class Block:
         """Its parameters' tensors [..., *shape] as [..., rows, columns], or, for one factor, [..., numel]."""
         t = tensors[self.weight.name]
         if factors == 1:
-            return t.reshape(*t.shape[: t.ndim - len(self.weight.shape)], -1)
+            return t.reshape((*t.shape[: t.ndim - len(self.weight.shape)], self.weight.numel))
         t = self.weight.matrix(t, rows)
         if self.bias is None:
             return t
@@ -54,10 +54,10 @@ class Block:
     def parameters(self, t: Tensor, factors: int) -> dict[str, Tensor]:
         """The reverse of `matrix`."""
         if factors == 1:
-            return {self.weight.name: t.reshape(*t.shape[:-1], *self.weight.shape)}
+            return {self.weight.name: t.reshape(t.shape[:-1] + self.weight.shape)}
         if self.bias is None:
             return {self.weight.name: self.weight.parameter(t)}
-        bias = t[..., -1].reshape(*t.shape[:-2], *self.bias.shape)
+        bias = t[..., -1].reshape(t.shape[:-2] + self.bias.shape)
         return {self.weight.name: self.weight.parameter(t[..., :-1]), self.bias.name: bias}
 
 
@@ -88,7 +88,8 @@ def _flatten(d: Decomposition) -> tuple[list[Any], Any]:
 
 
 def _unflatten(children: Any, context: Any) -> Decomposition:
-    return Decomposition(*[tuple(c) for c in children], *context)
+    bases, values, spectra = children
+    return Decomposition(tuple(bases), tuple(values), tuple(spectra), *context)
 
 
 pytree.register_pytree_node(
@@ -97,7 +98,8 @@ pytree.register_pytree_node(
     _unflatten,
     serialized_type_name="curvfunc.kronecker.Decomposition",
 )
-optree.register_pytree_node(
+_register: Any = optree.register_pytree_node  # its types are those of collections
+_register(
     Decomposition,
     lambda d: (*_flatten(d), None),
     lambda context, children: _unflatten(children, context),
@@ -234,7 +236,7 @@ def _retried(S: Tensor) -> tuple[Tensor, Tensor]:
         values, U = torch.linalg.eigh(S)
         if values.isfinite().all() and U.isfinite().all():
             return values, U
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         pass
     values, U = torch.linalg.eigh(S.double())
     return values.to(S.dtype), U.to(S.dtype)

@@ -77,8 +77,9 @@ def ekfac(
     """Second moments of the gradients in K-FAC's eigenbasis: the diagonal of the GGN there, Λ_ij = Σ_vn (U_Bᵀ G[v,n] U_A)²_ij.
 
     G[v,n] are the columns of the GGN's root for sample n as matrices, as in `curvfunc.sqrt_ggn`, or the per-sample
-    gradients. Among all diagonal matrices in this basis, diag Λ is the closest to the GGN's block in Frobenius norm. No gradient
-    is formed where there is one position (or few): with outputs' cotangents g and inputs x, U_Bᵀ G U_A = Σ_s (U_Bᵀ g)(U_Aᵀ x)ᵀ.
+    gradients. Among all diagonal matrices in this basis, diag Λ is the closest to the GGN's block in Frobenius norm. With
+    cotangents g of the outputs, inputs x and positions s, U_Bᵀ G U_A = Σ_s (U_Bᵀ g)(U_Aᵀ x)ᵀ, so that no gradient is formed
+    where there is one position, and a few samples' at a time elsewhere.
 
     Args:
         model_fn: ``(params, X) -> output [N, ...]``.

@@ -136,7 +136,7 @@ def structure(model_fn: Callable[[Any, Any], Tensor], params: Any, X: Any) -> St
         >>> weight.bias, weight.matrix(params["weight"], rows=3).shape
         ('bias', torch.Size([3, 50]))
     """
-    names, leaves, rebuild = flatten_params(params)
+    names, leaves, _ = flatten_params(params)
     tree = None if type(params) is dict and list(params) == names else optree.tree_structure(params)
     _, trace = run.trace(model_fn, params, X)
     beside = biases(trace.sites)
