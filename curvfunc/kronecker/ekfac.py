@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from curvfunc.engine.cotangents import LossGradient, LossRoot
 from curvfunc.kronecker.decomposition import Block, Decomposition, hidden
+from curvfunc.kronecker.structure import Layout, Structure
 from curvfunc.quantities.call import compute
 from curvfunc.quantities.quantity import GaussNewton
 from curvfunc.uses.rotations import Rotation
@@ -45,14 +46,22 @@ class EKFAC(GaussNewton):
         return self.decomposition.bases
 
     def key(self) -> tuple[Any, ...]:
-        """All but the bases."""
-        return self.mc_samples, self.empirical, self.decomposition.structure, self.decomposition.blocks
+        """All but the bases, in numbers and names, of which constants of compiled code are made."""
+        d = self.decomposition
+        blocks = tuple([tuple([_key(layout) for layout in block.layouts]) for block in d.blocks])
+        return self.mc_samples, self.empirical, tuple([_key(layout) for layout in d.structure.layouts]), blocks
 
     @classmethod
     def of(cls, key: tuple[Any, ...], tensors: Any) -> "EKFAC":
         """From both."""
-        mc_samples, empirical, *static = key
-        return cls(mc_samples, empirical, decomposition=Decomposition(tensors, (), (), *static))
+        mc_samples, empirical, layouts, blocks = key
+        structure = Structure(tuple([Layout(*layout) for layout in layouts]))
+        of = tuple([Block(*[Layout(*layout) for layout in block]) for block in blocks])
+        return cls(mc_samples, empirical, decomposition=Decomposition(tensors, (), (), structure, of))
+
+
+def _key(layout: Layout) -> tuple[Any, ...]:
+    return layout.name, layout.shape, layout.dtype, layout.bias, layout.split, layout.order
 
 
 def _rotation(block: Block, bases: tuple[Tensor, ...]) -> Rotation:

@@ -66,7 +66,7 @@ def _of_outer(b: Bound, rows: Tensor, columns: Tensor) -> Tensor:
     assert isinstance(b.form, Outer)
     outputs, inputs = (columns, rows) if b.form.inputs_first else (rows, columns)
     own = outputs.unflatten(0, (b.g.shape[2], b.g.shape[4]))  # [q, o, r]
-    g = (b.g @ own.unsqueeze(1)).flatten(2, 3).unsqueeze(2)  # [v, n, 1, (q s), r]
+    g = (b.g @ own).flatten(2, 3).unsqueeze(2)  # [v, n, 1, (q s), r]
     x = (b.x @ inputs).flatten(1, 2).unsqueeze(1)  # [n, 1, (q s), k]
     found = squares(_plain(g, x))
     return found.mT if b.form.inputs_first else found
