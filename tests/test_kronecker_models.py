@@ -299,6 +299,27 @@ def test_the_zoo(name: str) -> None:
     assert 0 < slope <= size / 0.1 * (1 + 1e-12)  # (K + δ)⁻¹ is between 0 and 1/δ
 
 
+@pytest.mark.parametrize("name", ["linear", "linear at positions", "transposed 2d, groups"])
+def test_ensembles(name: str) -> None:
+    """Under vmap over parameters, and differentiated."""
+    model_fn, params, X, y, _ = layer(name)
+    structure = kronecker.structure(model_fn, params, X)
+
+    def moments(params: Any, X: Tensor) -> Any:
+        K = kronecker.decompose(curvfunc.kflr(model_fn, params, X, y, loss_fn=F.mse_loss, joined=True), structure)
+        return kronecker.ekfac(model_fn, params, X, y, K, loss_fn=F.mse_loss, mc_samples=0)
+
+    both = {n: torch.stack([p, 2 * p]) for n, p in params.items()}
+    got = torch.func.vmap(moments, in_dims=(0, None))(both, X)
+    for i in range(2):
+        assert_close({n: g[i] for n, g in got.items()}, moments({n: p[i] for n, p in both.items()}, X))
+    K = kronecker.decompose(curvfunc.kflr(model_fn, params, X, y, loss_fn=F.mse_loss, joined=True), structure)
+    given = {"loss_fn": F.mse_loss, "mc_samples": 0}
+    by_moments = lambda p: kronecker.ekfac(model_fn, p, X, y, K, **given)["0.weight"].sum()
+    by_diagonal = lambda p: sum(d.sum() for d in curvfunc.diag_ggn(model_fn, p, X, y, loss_fn=F.mse_loss).values())
+    assert_close(torch.func.grad(by_moments)(params), torch.func.grad(by_diagonal)(params))
+
+
 def test_moments_beside_other_quantities() -> None:
     model_fn, params, X, y, _ = layer("conv2d")
     K = kronecker.decompose(curvfunc.kflr(model_fn, params, X, y, loss_fn=F.mse_loss), kronecker.structure(model_fn, params, X))
@@ -384,5 +405,8 @@ def test_decompositions_of_other_parameters() -> None:
 
     with pytest.raises(ValueError, match="'0.weight' was joined with its bias.*used in another way"):
         kronecker.ekfac(otherwise, params, X, y, K, loss_fn=F.mse_loss)
+    none = {"loss_fn": partial(F.mse_loss, reduction="sum"), "mc_samples": 0}
+    with pytest.raises(ValueError, match="need samples and outputs, and there are none. Leave EKFAC out"):
+        kronecker.ekfac(model_fn, params, X[:0], y[:0], K, **none)
     got = kronecker.ekfac(otherwise, params, X, y, separate, loss_fn=F.mse_loss, mc_samples=0)
     assert_close(got, explicit(separate, curvfunc.sqrt_ggn(otherwise, params, X, y, loss_fn=F.mse_loss)))

@@ -349,6 +349,8 @@ def sums_of_nothing(name: str, p: Tensor, columns: int, samples: int) -> Any:
     }
     if "input_factor" in name:
         return None
+    if name == "rotated_squares":
+        raise ValueError("second moments in an eigenbasis need samples and outputs, and there are none. Leave EKFAC out.")
     dtype = p.dtype if name in ("total", "per_sample") else wide(p.dtype)
     if name == "factors" or name.startswith("output_factor"):
         check_block(direct(p.new_zeros(()).expand(1, samples, *p.shape)), "a parameter")
