@@ -1,6 +1,6 @@
 """Per-sample gradients, curvature and Kronecker factors as pure functions of a model and its parameters."""
 
-from curvfunc import reference
+from curvfunc import kronecker, reference
 from curvfunc.checks.checking import Comparison, Report, check
 from curvfunc.checks.rule_report import RuleReport, check_rule
 from curvfunc.engine.model import ModelFunction, functionalize
@@ -134,6 +134,7 @@ __all__ = [
     "kfac_empirical",
     "kflr",
     "kfra",
+    "kronecker",
     "ntk",
     "ntk_total",
     "operation",

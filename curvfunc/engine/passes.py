@@ -1,7 +1,7 @@
 """One backward pass, contracted: columns go back to the sites in chunks, and each chunk is contracted for each parameter."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from curvfunc import losses
 from curvfunc.engine.cotangents import chunks, pull, stream
-from curvfunc.engine.sites import Site, Trace
+from curvfunc.engine.sites import Site, Trace, biases
 from curvfunc.tensors import pages
 from curvfunc.tensors.precision import wide
-from curvfunc.uses import forms, second_moments
+from curvfunc.uses import forms, rotations, second_moments
 from curvfunc.uses import squares as contractions
 from curvfunc.uses.forms import Bound, Direct, Form, Outer, Products, Through, bind, direct
 
@@ -46,11 +46,19 @@ for approximation in (None, "expand", "reduce"):
     SHARED["output_factor" + suffix] = approximation
     CONTRACTIONS["input_factor" + suffix] = (partial(second_moments.input_factor, approximation=approximation), "first")
 
+# Contractions that take data of the parameter besides its use; `BackwardPass.operands` has it, or, for the first, the sites.
+JOINED: set[str] = set()
+for approximation in (None, "expand", "reduce"):
+    name = "joined_input_factor" + (f"_{approximation}" if approximation else "")
+    CONTRACTIONS[name] = (partial(second_moments.joined_input_factor, approximation=approximation), "first")
+    JOINED.add(name)
+CONTRACTIONS["rotated_squares"] = (rotations.rotated_squares, "sum")
+
 # Contractions of first order for which gradients are formed where a use has several positions; one pass serves all.
 FORMED = frozenset({"total", "squares", "sample_squares", "sample_norms"})
 
 # Contractions that take more of a use than its gradients.
-FACTORS = frozenset(n for n in CONTRACTIONS if "factor" in n)
+FACTORS = frozenset(n for n in CONTRACTIONS if "factor" in n or n == "rotated_squares")
 
 # Contractions for which an operation may give products of its inputs in place of these.
 OF_PRODUCTS = frozenset({"output_factor", "input_factor", "output_factor_expand", "input_factor_expand"})
@@ -114,6 +122,7 @@ class BackwardPass:
         chunk_size: Number of columns that are backpropagated together; by default chosen by memory.
         differentiable: Whether the results will be differentiated.
         chosen: Samples of ``trace`` that the results are of, [B], where they may repeat; None for all.
+        operands: Data per parameter of contractions that take some.
     """
 
     trace: Trace
@@ -124,6 +133,7 @@ class BackwardPass:
     differentiable: bool
     chosen: Tensor | None = None
     prepared: Prepared = field(default_factory=Prepared)
+    operands: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def run(
         self, root: losses.Root, contracted_as: Sequence[str], retain_graph: bool, outs: dict[str, list[Tensor]]
@@ -149,6 +159,10 @@ class BackwardPass:
         found: dict[str, list[list[Any]]] = {n: [[] for _ in leaves] for n in names}
         factors: dict[int, dict[Any, Tensor]] = {}  # by chunk
         blocks = any(n.startswith("output_factor") for n in names)
+        operands = dict(self.operands)
+        if joined := JOINED.intersection(names):
+            biased = biases(trace.sites)
+            operands |= {n: [i in biased for i in range(len(leaves))] for n in joined}
 
         def contract(i: int, bounds: list[Bound], start: int, stop: int) -> None:
             if bounds:
@@ -164,7 +178,8 @@ class BackwardPass:
             if blocks:
                 check_block(bound, f"parameter {self.names[i]!r}")
             only = stop - start == root.num
-            for n, part in contracted(wanted, bound, start == 0, only, buffers, factors.setdefault(start, {})).items():
+            own = {n: data[i] for n, data in operands.items()}
+            for n, part in contracted(wanted, bound, start == 0, only, buffers, factors.setdefault(start, {}), own).items():
                 keep(found[n][i], part, CONTRACTIONS[n][1])
 
         derived = any(isinstance(form, Through) for mine in uses for _, form in mine)  # have a pullback to come
@@ -260,6 +275,7 @@ def contracted(
     only: bool,
     buffers: dict[str, Tensor],
     factors: dict[Any, Tensor] | None = None,
+    operands: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The contractions of one chunk of columns for one parameter.
 
@@ -270,6 +286,7 @@ def contracted(
         only: Whether there is no other.
         buffers: Memory for some of the results.
         factors: Output factors of this chunk so far, for those that share them.
+        operands: The parameter's data of contractions that take some.
 
     Returns:
         ``{name: part}``, where a part is a use if all chunks are to be contracted together.
@@ -280,6 +297,9 @@ def contracted(
     for n in names:
         contract, how = CONTRACTIONS[n]
         if n in found or (how == "first" and not first):
+            continue
+        if operands and n in operands:
+            found[n] = contract(bound, operands[n])
             continue
         if how == "join" or (how == "concatenate" and not only and _is_smaller(bound)):
             found[n] = bound
@@ -327,8 +347,10 @@ def sums_of_nothing(name: str, p: Tensor, columns: int, samples: int) -> Any:
         "sample_norms": (samples,),
         "gram": (columns, samples, columns, samples),
     }
-    if name.startswith("input_factor"):
+    if "input_factor" in name:
         return None
+    if name == "rotated_squares":
+        raise ValueError("second moments in an eigenbasis need samples and outputs, and there are none. Leave EKFAC out.")
     dtype = p.dtype if name in ("total", "per_sample") else wide(p.dtype)
     if name == "factors" or name.startswith("output_factor"):
         check_block(direct(p.new_zeros(()).expand(1, samples, *p.shape)), "a parameter")

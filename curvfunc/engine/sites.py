@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from curvfunc.uses.forms import Form
+from curvfunc.uses.forms import Direct, Form, Outer
 
-__all__ = ["Layouts", "Parameter", "Site", "Trace"]
+__all__ = ["Layouts", "Parameter", "Site", "Trace", "biases"]
 
 
 @dataclass(eq=False)
@@ -88,6 +88,27 @@ class Trace:
     rows: Sequence[Tensor] = ()
     foreign: Collection[Tensor] = ()
     restart: Callable[[], Any] = lambda: None
+
+
+def biases(sites: Sequence[Site]) -> dict[int, int]:
+    """For each weight that has one and the same bias beside it wherever either of them is used, this bias."""
+    found: dict[int, set[tuple[int, ...]]] = {}
+    for site in sites:
+        for i in site.forms:
+            found.setdefault(i, set()).add(_pair(site, i))
+    pairs = {i: next(iter(f)) for i, f in found.items() if len(f) == 1}
+    return {i: pair[1] for i, pair in pairs.items() if len(pair) == 2 and pair[0] == i and pairs.get(pair[1]) == pair}
+
+
+def _pair(site: Site, i: int) -> tuple[int, ...]:
+    """Weight and bias at a use of one of them, or the parameter alone."""
+    own = site.forms[i]
+    weight = own.sums if isinstance(own, Direct) else own
+    if not isinstance(weight, Outer) or weight.inputs_first:
+        return (i,)
+    weights = [j for j, form in site.forms.items() if form is weight]
+    sums = [j for j, form in site.forms.items() if isinstance(form, Direct) and form.sums is weight]
+    return (*weights, *sums) if len(weights) == len(sums) == 1 else (i,)
 
 
 @dataclass

@@ -189,8 +189,10 @@ def _compiled(
 ) -> Any:
     leaves, tree = pytree.tree_flatten(specs, is_leaf=lambda s: isinstance(s, Quantity))
     keys = tuple([(type(s), s.key()) for s in leaves])
-    tensors = {"subsampling": subsampling} if isinstance(subsampling, Tensor) else {}
-    constants = (keys, None if subsampling is None or tensors else tuple(subsampling), chunk)
+    tensors: dict[str, Any] = {"subsampling": subsampling} if isinstance(subsampling, Tensor) else {}
+    if any(s.tensors() is not None for s in leaves):
+        tensors["operands"] = [s.tensors() for s in leaves]
+    constants = (keys, None if subsampling is None or "subsampling" in tensors else tuple(subsampling), chunk)
     loss = losses.normalize(loss_fn)
     check_crosses("X", X)
     check_crosses("y", y)
@@ -213,7 +215,8 @@ def _of_constants(
     indices: tuple[int, ...] | None,
     chunk_size: int | None,
     subsampling: Tensor | None = None,
+    operands: Sequence[Any] | None = None,
 ) -> list[Any]:
-    specs = [cls(*key) for cls, key in keys]
+    specs = [cls.of(key, data) for (cls, key), data in zip(keys, operands or [None] * len(keys), strict=True)]
     index = indices if subsampling is None else subsampling
     return _results(model_fn, params, X, y, specs, loss, index, None, chunk_size, held=held)

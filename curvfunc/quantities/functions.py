@@ -360,6 +360,7 @@ def kfac(
     loss_fn: LossFunction = F.cross_entropy,
     mc_samples: int = 1,
     kfac_approx: str | None = None,
+    joined: bool = False,
     subsampling: Indices | None = None,
     generator: Generator | None = None,
     chunk_size: int | None = None,
@@ -378,6 +379,10 @@ def kfac(
     embedding has one-hot inputs. Any other parameter has its exact block as its one factor. For a weight whose axes are
     those of the inputs first, as in x @ W, the order is (A, B).
 
+    With ``joined`` the inputs of linear layers and convolutions with a bias have a one appended, x̄ = [x, 1], as the authors
+    of K-FAC have it: B ⊗ Ā is then the block of weight and bias together, [weight | bias] with the bias as the last column,
+    and the weight's result is (B [o, o], Ā [k + 1, k + 1]). The bias keeps its (B,).
+
     Returns:
         A tuple per parameter: (B [o, o], A [k, k]) for weights, (B [numel, numel],) for others. Arguments: see
         `curvfunc.quantities`.
@@ -390,7 +395,7 @@ def kfac(
         Martens and Grosse 2015, eq. 1 ff.; Grosse and Martens 2016, eq. 32; Eschenhagen et al. 2023, eq. 22 (expand).
         BackPACK's ``KFAC`` (``p.kfac``).
     """
-    return _one(KFAC(mc_samples, kfac_approx), model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
+    return _one(KFAC(mc_samples, kfac_approx, joined), model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
 
 
 def kfac_empirical(
@@ -401,6 +406,7 @@ def kfac_empirical(
     *,
     loss_fn: LossFunction = F.cross_entropy,
     kfac_approx: str | None = None,
+    joined: bool = False,
     subsampling: Indices | None = None,
     chunk_size: int | None = None,
 ) -> Any:
@@ -450,7 +456,7 @@ def kfac_empirical(
         >>> torch.allclose(bias, 8 * g.T @ g)
         True
     """
-    return _one(EmpiricalKFAC(kfac_approx), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+    return _one(EmpiricalKFAC(kfac_approx, joined), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
 
 
 def kflr(
@@ -461,6 +467,7 @@ def kflr(
     *,
     loss_fn: LossFunction = F.cross_entropy,
     kfac_approx: str | None = None,
+    joined: bool = False,
     subsampling: Indices | None = None,
     chunk_size: int | None = None,
 ) -> Any:
@@ -475,7 +482,7 @@ def kflr(
     References:
         Botev, Ritter, Barber 2017, sec. 3.3. BackPACK's ``KFLR`` (``p.kflr``).
     """
-    return _one(KFLR(kfac_approx), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+    return _one(KFLR(kfac_approx, joined), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
 
 
 def kfra(

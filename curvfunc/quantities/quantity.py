@@ -1,5 +1,6 @@
 """What can be asked for: a cotangent, contractions, and how the parts become the result."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -38,9 +39,22 @@ class Quantity:
         """The result for one parameter from its contractions, for that many samples."""
         return parts[0]
 
+    def operands(self, names: Sequence[str]) -> dict[str, Sequence[Any]]:
+        """Data for each of the named parameters, of contractions that take some."""
+        return {}
+
+    def tensors(self) -> Any:
+        """Tensors that the quantity depends on besides the `key`, a pytree; they enter compiled code as arguments."""
+        return None
+
     def key(self) -> tuple[Any, ...]:
         """The constructor's arguments."""
         return tuple([getattr(self, f.name) for f in fields(self)])
+
+    @classmethod
+    def of(cls, key: tuple[Any, ...], tensors: Any) -> "Quantity":
+        """The quantity from its `key` and its `tensors`."""
+        return cls(*key)
 
 
 @dataclass(frozen=True)

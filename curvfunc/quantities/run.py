@@ -140,7 +140,7 @@ class Run:
                 summed = losses.summed_hessian(self.loss, whole, self.batch.y, self.batch.select)
                 parts[key, "factors"] = kfra.factors(trace, leaves, self.names, layouts, summed, differentiable)
             columns: dict[Any, losses.Root] = {}
-            prepared = Prepared()
+            prepared, operands = Prepared(), self._operands(specs)
             for i, (key, names) in enumerate(wanted.items()):
                 cotangent, picks = key
                 if cotangent not in columns:
@@ -148,7 +148,7 @@ class Run:
                 last = i == len(wanted) - 1
                 outs = self._outs(leaves, specs, keys, key, columns[cotangent].num, out.shape[1:])
                 given = (self.chunk_size, differentiable, self.chosen if picks else None)
-                backward = BackwardPass(trace, leaves, self.names, self.batch.select, *given, prepared)
+                backward = BackwardPass(trace, leaves, self.names, self.batch.select, *given, prepared, operands)
                 found = backward.run(columns[cotangent], list(names), retain_graph=not last, outs=outs)
                 parts.update({(key, name): result for name, result in found.items()})
             results = [self._finish(s, key, out, parts) for s, key in zip(specs, keys, strict=True)]
@@ -261,6 +261,15 @@ class Run:
             chunk_size=self.chunk_size,
             differentiable=differentiable,
         )
+
+    def _operands(self, specs: list[Quantity]) -> dict[str, Sequence[Any]]:
+        """Data of contractions that take some; one contraction cannot take those of two specs."""
+        found: dict[str, Sequence[Any]] = {}
+        for s in specs:
+            if not (own := s.operands(self.names)).keys().isdisjoint(found):
+                raise ValueError(f"specs has {type(s).__name__} twice, with data of its own each; ask in two calls of compute.")
+            found |= own
+        return found
 
     def _picks(self, spec: Quantity) -> bool:
         """Whether a spec is of samples chosen from the forward pass."""

@@ -165,6 +165,7 @@ class KFAC(GaussNewton):
 
     mc_samples: int = 1
     kfac_approx: str | None = None
+    joined: bool = False
 
     averages = True
 
@@ -175,7 +176,7 @@ class KFAC(GaussNewton):
     @property
     def contractions(self) -> tuple[str, ...]:  # type: ignore[override]
         """Both factors, in the chosen approximation."""
-        return _factors(self.kfac_approx)
+        return _factors(self.kfac_approx, self.joined)
 
     def finish(self, samples: int, *parts: Any) -> tuple[Tensor, ...]:
         """(B, A) in the order of the parameter's axes, or (B,) for a parameter without input factor."""
@@ -190,6 +191,7 @@ class KFLR(Quantity):
     """Kronecker factors as `KFAC`, from the exact loss Hessian."""
 
     kfac_approx: str | None = None
+    joined: bool = False
     cotangent = LossRoot(0, fewest=True)
 
     def __post_init__(self) -> None:
@@ -205,6 +207,7 @@ class EmpiricalKFAC(Quantity):
     """Kronecker factors as `KFAC` of the empirical Fisher: with the targets in the place of draws; see `kfac_empirical`."""
 
     kfac_approx: str | None = None
+    joined: bool = False
     cotangent = EmpiricalRoot()
 
     def __post_init__(self) -> None:
@@ -224,9 +227,9 @@ class KFRA(Quantity):
     cotangent = AveragedHessian()
 
 
-def _factors(approximation: str | None) -> tuple[str, ...]:
+def _factors(approximation: str | None, joined: bool = False) -> tuple[str, ...]:
     suffix = f"_{approximation}" if approximation else ""
-    return "output_factor" + suffix, "input_factor" + suffix
+    return "output_factor" + suffix, ("joined_input_factor" if joined else "input_factor") + suffix
 
 
 def _check_approximation(approximation: str | None) -> None:

@@ -29,6 +29,7 @@ def kfac_empirical(
     *,
     loss_fn: LossFn = F.cross_entropy,
     kfac_approx: str | None = None,
+    joined: bool = False,
     subsampling: Indices = None,
     chunk_size: int | None = None,
 ) -> Any:
@@ -55,6 +56,7 @@ def kfac_empirical(
         y: Targets, whatever ``loss_fn`` takes.
         loss_fn: ``(output, y) -> scalar``, a sum or a mean over samples.
         kfac_approx: "expand", "reduce" or None.
+        joined: Whether inputs that meet a bias, too, have a one appended.
         subsampling: Samples to use: B sums and A averages over them; None is all.
         chunk_size: No effect.
 
@@ -81,6 +83,7 @@ def kfac_empirical(
         x, G = torch.stack([use.x for use in uses]), torch.einsum("ncso,nc->nso", torch.stack([use.D for use in uses]), dL)
         summed = kfac_approx == "reduce" or (kfac_approx is None and uses[0].op is not F.linear)
         G = G.sum(1, keepdim=True) if summed else G
+        x = F.pad(x, (0, 1), value=1.0) if joined and uses[0].biased else x
         x = x.mean(2, keepdim=True) if kfac_approx == "reduce" else x
         N, groups, positions, _ = x.shape
         A = torch.einsum("ngsk,ngsl->kl", x, x) / (N * groups)

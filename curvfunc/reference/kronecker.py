@@ -24,8 +24,9 @@ def kfac(
     loss_fn: LossFn = F.cross_entropy,
     mc_samples: int = 1,
     kfac_approx: str | None = None,
-    generator: torch.Generator | None = None,
+    joined: bool = False,
     subsampling: Indices = None,
+    generator: torch.Generator | None = None,
     chunk_size: int | None = None,
 ) -> Any:
     r"""Kronecker factors of each parameter's block of the GGN, ``block ~ B \otimes A``.
@@ -56,6 +57,7 @@ def kfac(
         loss_fn: ``(output, y) -> scalar``, a sum or a mean over samples, convex in the output.
         mc_samples: Number of samples from the likelihood that the loss implies; 0 is the exact curvature of the loss.
         kfac_approx: How shared positions are treated: None, ``"expand"`` or ``"reduce"``, see above.
+        joined: Whether inputs that meet a bias, too, have a one appended, so that the weight's factors are those of both.
         generator: Source of the samples.
         subsampling: Samples to use: B sums and A averages over them; None is all.
         chunk_size: No effect.
@@ -79,6 +81,7 @@ def kfac(
             J = pick(J, subsampling)
             return (torch.einsum("ncp,ncd,ndq->pq", J, M, J),)
         x, D = torch.stack([use.x for use in uses]), torch.stack([use.D for use in uses])
+        x = F.pad(x, (0, 1), value=1.0) if joined and uses[0].biased else x
         if kfac_approx == "reduce":
             x, D = x.mean(2, keepdim=True), D.sum(2, keepdim=True)
         A, positions = _second_moment(x), x.shape[2]
@@ -98,6 +101,7 @@ def kflr(
     *,
     loss_fn: LossFn = F.cross_entropy,
     kfac_approx: str | None = None,
+    joined: bool = False,
     subsampling: Indices = None,
     chunk_size: int | None = None,
 ) -> Any:
@@ -106,7 +110,8 @@ def kflr(
     References:
         Botev, Ritter & Barber, Practical Gauss-Newton optimisation for deep learning, ICML 2017, sec. 3.3.
     """
-    return kfac(model_fn, params, X, y, loss_fn=loss_fn, mc_samples=0, kfac_approx=kfac_approx, subsampling=subsampling)
+    exact: dict[str, Any] = {"mc_samples": 0, "kfac_approx": kfac_approx, "joined": joined}
+    return kfac(model_fn, params, X, y, loss_fn=loss_fn, subsampling=subsampling, **exact)
 
 
 def kfra(

@@ -1,6 +1,7 @@
 """What one sample sends through each layer, for the Kronecker factors of :mod:`curvfunc.reference`."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +23,13 @@ class Layer:
         op: ``F.linear``, ``F.conv1d``, ...
         x: Inputs ``[g, s, k]`` of each group at each position.
         D: ``[c, s, o]``, derivative of the model's output with respect to the layer's.
+        biased: Whether a leaf of params is the bias beside the weight, the same in all its calls, and only there.
     """
 
     op: Callable[..., Tensor]
     x: Tensor
     D: Tensor
+    biased: bool
 
 
 def layers(model_fn: Callable[[Any, Any], Tensor], params: Any, x: Any) -> list[Layer | None]:
@@ -57,7 +60,9 @@ def layers(model_fn: Callable[[Any, Any], Tensor], params: Any, x: Any) -> list[
         if i in calls.otherwise or len({len(inputs[k]) for k in uses}) != 1:  # no use, or different groups
             return None
         x, D = torch.cat([inputs[k] for k in uses], dim=1), torch.cat([jacobian(k, axis) for k in uses], dim=1)
-        return Layer(calls.ops[uses[0]], x, D)
+        beside = {calls.biases[k] for k in uses}
+        biased = len(beside) == 1 and None not in beside and calls.uses[next(iter(beside))] == len(uses)
+        return Layer(calls.ops[uses[0]], x, D, biased)
 
     return [layer(i) for i in range(len(leaves))]
 
@@ -78,6 +83,8 @@ class _Calls(TorchFunctionMode):
         self.inputs: list[Tensor] = []
         self.as_weight: list[list[int]] = [[] for _ in leaves]
         self.otherwise: set[int] = set()
+        self.biases: list[int | None] = []
+        self.uses: Counter[int | None] = Counter()  # of any kind
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -85,6 +92,7 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         used = [self.number[id(a)] for a in _leaves((args, kwargs)) if id(a) in self.number]
+        self.uses.update(used)
         if not used or not (out is None or any(isinstance(t, Tensor) for t in _leaves(out))):
             return out  # p.shape, p.dim(), ...: the value is not read
         if func in _INPUTS:
@@ -94,6 +102,7 @@ class _Calls(TorchFunctionMode):
                 k = len(self.probes)
                 self.as_weight[weight].append(k)
                 self.ops.append(func)
+                self.biases.append(self.number.get(id(kwargs["bias"] if "bias" in kwargs else args[2] if len(args) > 2 else None)))
                 self.inputs.append(_INPUTS[func](*args, **kwargs))
                 self.probes.append(torch.zeros_like(out) if self.given is None else self.given[k])
                 out = out + self.probes[k]

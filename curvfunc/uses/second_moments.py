@@ -25,8 +25,9 @@ from curvfunc.uses.forms import (
     scatter,
     sums_positions,
 )
+from curvfunc.uses.rotations import with_ones
 
-__all__ = ["InputFactor", "cross_gram", "gram", "input_factor", "output_factor", "second_moment", "shared_factor"]
+__all__ = ["InputFactor", "cross_gram", "gram", "input_factor", "joined_input_factor", "output_factor", "second_moment", "shared_factor"]
 
 
 def gram(b: Bound) -> Tensor:
@@ -154,6 +155,11 @@ def input_factor(b: Bound, approximation: str | None = None) -> InputFactor | No
     # features first, as patches are stored, or last, as all other inputs are
     x = x.flatten(0, 2).mT if x.stride(3) == 1 else x.permute(3, 1, 0, 2).flatten(1)
     return InputFactor(second_moment(x, 1 / (n * q * positions)), b.form.inputs_first)
+
+
+def joined_input_factor(b: Bound, biased: bool, approximation: str | None = None) -> InputFactor | None:
+    """As `input_factor`, of inputs with a one appended where the use has a bias beside it: A [k + 1, k + 1]."""
+    return input_factor(with_ones(b) if biased and isinstance(b.form, Outer) else b, approximation)
 
 
 def second_moment(x: Tensor, scale: float = 1.0) -> Tensor:

@@ -1,0 +1,288 @@
+"""Functions of Kronecker-factored matrices, by their eigenvalues: powers, products, determinants, samples.
+
+Every function takes a `curvfunc.kronecker.Decomposition`, K = U diag(Λ) Uᵀ for each block, and none changes it. Trees are like
+the parameters.
+"""
+
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from curvfunc.kronecker.decomposition import Block, Decomposition, hidden
+from curvfunc.tensors.inputs import check_generator
+
+__all__ = ["dense", "diagonal", "inverse", "logdet", "matmul", "power", "sample", "solve", "trace"]
+
+# Eigenvalues that are inverted must be known to this relative error, so that residuals are below 1e-3.
+TRUSTED = 5e-4
+
+
+def power(
+    decomposition: Decomposition, exponent: float, *, damping: float | Tensor = 0.0, split: str = "exact"
+) -> Decomposition:
+    """Powers of damped matrices, (K + δ)ᵖ; -1 gives inverses, -1/2 whitens, 1 is the damped matrix itself.
+
+    - ``split="exact"``: the eigenvalues are (λ_B λ_A + δ)ᵖ.
+    - ``split="pi"``: δ goes into the factors, (B + π √δ) ⊗ (A + √δ / π), with π² = (tr B / dim B) / (tr A / dim A), so
+      that the inverse is a Kronecker product, too. Exact blocks have K + δ.
+
+    Args:
+        decomposition: From `decompose`.
+        exponent: p. Where it is no integer, eigenvalues that are negative by rounding count as zero.
+        damping: δ, a number or a tensor without axes.
+        split: "exact" or "pi".
+
+    Returns:
+        A `Decomposition` with other eigenvalues.
+
+    Raises:
+        ValueError: If the damping is negative or not finite; if p is negative, and K + δ is singular or so close to it
+            that rounding could change the result by more than 0.05 percent, or δ is less than twice what an eigenvalue is below
+            zero. The message names the parameter and the damping that would do. In compiled code and under vmap, such
+            eigenvalues are NaN.
+
+    References:
+        Martens and Grosse 2015, sec. 6.3 (π); appendix B (the inverse by eigenvalues).
+    """
+    damping = _damping(decomposition, damping)
+    blocks = zip(decomposition.blocks, decomposition.values, _spectra(decomposition, split), strict=True)
+    values = []
+    for block, own, spectra in blocks:
+        shifted, good, needed = _split(spectra, damping) if split == "pi" and len(spectra) == 2 else _exact(own, damping)
+        if exponent < 0:
+            if not hidden(shifted) and not good.all():
+                raise ValueError(_singular(block, own, damping, needed, split))
+            shifted = torch.where(good, shifted, torch.nan)
+        values.append((shifted if float(exponent).is_integer() else shifted.clamp_min(0)) ** exponent)
+    d = decomposition
+    return Decomposition(d.bases, tuple(values), (), d.structure, d.blocks)
+
+
+def inverse(decomposition: Decomposition, *, damping: float | Tensor = 0.0, split: str = "exact") -> Decomposition:
+    """Damped inverses, (K + δ)⁻¹: `power` with -1."""
+    return power(decomposition, -1, damping=damping, split=split)
+
+
+def matmul(decomposition: Decomposition, vectors: Any) -> Any:
+    """Products K v, as U (Λ ∘ (Uᵀ v)); with a vector as a matrix V, U_B (Λ ∘ (U_Bᵀ V U_A)) U_Aᵀ.
+
+    Args:
+        decomposition: From `decompose`, `power` or `inverse`.
+        vectors: A tree like the parameters, [*shape] or with leading axes [..., *shape].
+
+    Returns:
+        A tree like ``vectors``, in its types.
+
+    Raises:
+        ValueError: If the vectors are of other parameters, or of other shapes.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> grad, factors = compute(model_fn, params, X, y, (Grad(), KFAC()))
+        >>> K = kronecker.decompose(factors, kronecker.structure(model_fn, params, X))
+        >>> step = kronecker.matmul(kronecker.inverse(K, damping=0.1), grad)
+        >>> step["weight"].shape
+        torch.Size([3, 4])
+    """
+    structure = decomposition.structure
+    given = dict(zip(structure.names, structure.flatten("vectors", vectors), strict=True))
+    for layout in structure.layouts:
+        v = given[layout.name]
+        if not isinstance(v, Tensor) or tuple(v.shape[v.ndim - len(layout.shape) :]) != layout.shape:
+            found = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
+            raise ValueError(f"vectors has {found} for parameter {layout.name!r}; [..., *{layout.shape}] is needed.")
+    results: dict[str, Tensor] = {}
+    for block, bases, values in zip(decomposition.blocks, decomposition.bases, decomposition.values, strict=True):
+        leads = {
+            n: given[n].shape[: given[n].ndim - len(layout.shape)] for n, layout in zip(block.names, block.layouts, strict=True)
+        }
+        if len({tuple(lead) for lead in leads.values()}) > 1:
+            raise ValueError(f"vectors has different leading axes for parameters that are one block: {leads}.")
+        V = block.matrix(given, len(bases), len(bases[0])).to(values.dtype)
+        results |= block.parameters(_out(bases, _in(bases, V) * values), len(bases))
+    return structure.unflatten([results[name].to(given[name].dtype) for name in structure.names])
+
+
+def solve(decomposition: Decomposition, vectors: Any, *, damping: float | Tensor = 0.0, split: str = "exact") -> Any:
+    """(K + δ)⁻¹ v: `matmul` with the `inverse`."""
+    return matmul(inverse(decomposition, damping=damping, split=split), vectors)
+
+
+def trace(decomposition: Decomposition) -> dict[tuple[str, ...], Tensor]:
+    """Traces Σ Λ, a scalar for each block, by the names of its parameters."""
+    return {b.names: values.sum() for b, values in zip(decomposition.blocks, decomposition.values, strict=True)}
+
+
+def logdet(
+    decomposition: Decomposition, *, damping: float | Tensor = 0.0, split: str = "exact"
+) -> dict[tuple[str, ...], Tensor]:
+    """Log-determinants log det (K + δ) = Σ log (Λ + δ), a scalar for each block, by the names of its parameters.
+
+    Raises:
+        ValueError: As `power` with a negative exponent.
+    """
+    d = inverse(decomposition, damping=damping, split=split)
+    return {b.names: -values.log().sum() for b, values in zip(d.blocks, d.values, strict=True)}
+
+
+def diagonal(decomposition: Decomposition) -> Any:
+    """Diagonals, diag K = (U ∘ U) Λ: [*shape] per parameter."""
+    results: dict[str, Tensor] = {}
+    for block, bases, values in zip(decomposition.blocks, decomposition.bases, decomposition.values, strict=True):
+        squared = tuple([U.square() for U in bases])
+        results |= block.parameters(_out(squared, values), len(bases))
+    return _typed(decomposition, results)
+
+
+def dense(decomposition: Decomposition) -> dict[tuple[str, ...], Tensor]:
+    """The matrices themselves, [P, P] for each block, by the names of its parameters.
+
+    Rows and columns are the entries of ``p.flatten()``; of a weight and its bias, those of the weight first.
+    """
+    results = {}
+    for block, bases, values in zip(decomposition.blocks, decomposition.bases, decomposition.values, strict=True):
+        sizes = [layout.numel for layout in block.layouts]
+        rows = torch.eye(sum(sizes), dtype=values.dtype, device=values.device).split(sizes, dim=1)
+        unit = {layout.name: t.reshape(sum(sizes), *layout.shape) for layout, t in zip(block.layouts, rows, strict=True)}
+        V = block.matrix(unit, len(bases), len(bases[0]))
+        found = block.parameters(_out(bases, _in(bases, V) * values), len(bases))
+        columns = [found[name].reshape(sum(sizes), size) for name, size in zip(block.names, sizes, strict=True)]
+        results[block.names] = torch.cat(columns, dim=1)
+    return results
+
+
+def sample(
+    decomposition: Decomposition,
+    num: int = 1,
+    *,
+    damping: float | Tensor = 0.0,
+    split: str = "exact",
+    generator: Generator | None = None,
+) -> Any:
+    """Draws from N(0, (K + δ)⁻¹), as U (Λ + δ)^(-1/2) ε with ε ~ N(0, I).
+
+    Args:
+        decomposition: From `decompose`.
+        num: Number of draws.
+        damping: As in `power`; the prior precision of a Laplace approximation.
+        split: As in `power`.
+        generator: Source of the draws; the default generator if None. Cannot be used inside ``torch.compile``.
+
+    Returns:
+        [num, *shape] per parameter.
+
+    Raises:
+        ValueError: As `power` with a negative exponent.
+
+    References:
+        Ritter, Botev, Barber 2018, "A scalable Laplace approximation for neural networks", sec. 3.
+    """
+    check_generator(generator)
+    d = power(decomposition, -0.5, damping=damping, split=split)
+    results: dict[str, Tensor] = {}
+    for block, bases, values in zip(d.blocks, d.bases, d.values, strict=True):
+        noise = torch.randn(num, *values.shape, dtype=values.dtype, device=values.device, generator=generator)
+        results |= block.parameters(_out(bases, noise * values), len(bases))
+    return _typed(d, results)
+
+
+def _in(bases: tuple[Tensor, ...], V: Tensor) -> Tensor:
+    """Uᵀ v: [..., rows, columns] or [..., numel] in the eigenbasis."""
+    return V @ bases[0] if len(bases) == 1 else bases[0].mT @ V @ bases[1]
+
+
+def _out(bases: tuple[Tensor, ...], V: Tensor) -> Tensor:
+    """U v: back from the eigenbasis."""
+    return V @ bases[0].mT if len(bases) == 1 else bases[0] @ V @ bases[1].mT
+
+
+def _typed(decomposition: Decomposition, results: dict[str, Tensor]) -> Any:
+    """Results by parameter, in the parameters' types."""
+    structure = decomposition.structure
+    return structure.unflatten([results[layout.name].to(layout.dtype) for layout in structure.layouts])
+
+
+def _damping(decomposition: Decomposition, damping: float | Tensor) -> Tensor:
+    like = decomposition.values[0]
+    if isinstance(damping, Tensor):
+        if damping.ndim:
+            raise ValueError(f"damping must be a number or a tensor without axes, got shape {tuple(damping.shape)}.")
+        value = damping.to(like)
+        if hidden(damping):
+            return torch.where(value >= 0, value, torch.nan)
+    else:
+        if isinstance(damping, bool) or not isinstance(damping, (int, float)):
+            raise TypeError(f"damping must be a number or a tensor without axes, got {damping!r}.")
+        value = torch.full((), float(damping), dtype=like.dtype, device=like.device)
+    if not 0 <= float(damping) < float("inf"):
+        raise ValueError(f"damping must be finite and not negative, got {float(damping)}.")
+    return value
+
+
+def _spectra(decomposition: Decomposition, split: str) -> list[tuple[Tensor, ...]]:
+    """Per block the eigenvalues of its factors, or where these are unknown, none."""
+    if split not in ("exact", "pi"):
+        raise ValueError(f'split must be "exact" or "pi", got {split!r}.')
+    if split == "pi" and not decomposition.spectra:
+        raise ValueError(
+            'split="pi" damps the factors of a Kronecker product, and these eigenvalues are none: they were corrected, or a '
+            'power was taken. Use split="exact", or the decomposition from decompose.'
+        )
+    return list(decomposition.spectra or [()] * len(decomposition.values))
+
+
+def _exact(values: Tensor, damping: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Λ + δ, where it can be inverted, and the least δ with which all of it could be."""
+    shifted = values + damping
+    if not values.numel():
+        return shifted, shifted > 0, damping
+    ratio = _least_ratio(values)
+    good = _invertible(shifted, ratio) & (shifted >= damping / 2)
+    return shifted, good, _needed(values, ratio)
+
+
+def _split(spectra: tuple[Tensor, ...], damping: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(λ_B + π √δ)(λ_A + √δ / π), where it can be inverted, and a δ with which all of it could be."""
+    B, A = spectra
+    pi = (B.mean() / A.mean()).sqrt()
+    shifts = pi * damping.sqrt(), damping.sqrt() / pi
+    rows, columns = B + shifts[0], A + shifts[1]
+    shifted = torch.outer(rows, columns)
+    if not shifted.numel():
+        return shifted, shifted > 0, damping
+    ratio = _least_ratio(shifted)
+    good = _invertible(shifted, ratio)
+    good &= torch.outer((rows > 0) & (rows >= shifts[0] / 2), (columns > 0) & (columns >= shifts[1] / 2))
+    return shifted, good, torch.maximum(_needed(B, ratio**0.5) / pi, _needed(A, ratio**0.5) * pi).square()
+
+
+def _least_ratio(values: Tensor) -> float:
+    """How small an eigenvalue may be beside the largest one, so that rounding of products leaves of it what is trusted."""
+    return sum([size**0.5 for size in values.shape]) * torch.finfo(values.dtype).eps / TRUSTED
+
+
+def _invertible(shifted: Tensor, ratio: float) -> Tensor:
+    return (shifted > 0) & (shifted >= ratio * shifted.amax())
+
+
+def _needed(values: Tensor, ratio: float) -> Tensor:
+    """The least shift with which all values have that ratio to the largest one, and none is less than half of the shift."""
+    low, high = values.amin(), values.amax()
+    return torch.maximum((ratio * high - low) / (1 - ratio), -2 * low).clamp_min(0)
+
+
+def _singular(block: Block, values: Tensor, damping: Tensor, needed: Tensor, split: str) -> str:
+    """What to say of a block that cannot be inverted."""
+    what = "parameter " + " and ".join(map(repr, block.names))
+    low, high = float(values.min()), float(values.max())
+    found = f"the block of {what} has eigenvalues from {low:.2g} to {high:.2g}; with damping {float(damping):.2g}"
+    if low == high == 0:
+        remedy = 'Any positive damping with split="exact" would do' if split == "pi" else "Any positive damping would do"
+        return f"the block of {what} is zero, so with damping {float(damping):.2g} it has no inverse. {remedy}."
+    if not needed.isfinite():
+        return f'{found} it has no inverse by split="pi", since a factor is zero or not finite. Use split="exact".'
+    least = 1.1 * float(needed)
+    precise = "" if values.dtype == torch.float64 else ", or a decomposition with dtype=torch.float64 less"
+    return f"{found} its inverse would be lost to rounding. A damping of at least {least:.1e} would do{precise}."

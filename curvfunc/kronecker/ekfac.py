@@ -1,0 +1,154 @@
+"""The eigenvalues that fit best in K-FAC's eigenbasis: second moments of gradients there."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from curvfunc.engine.cotangents import LossGradient, LossRoot
+from curvfunc.kronecker.decomposition import Block, Decomposition, hidden
+from curvfunc.kronecker.structure import Layout, Structure
+from curvfunc.quantities.call import compute
+from curvfunc.quantities.quantity import GaussNewton
+from curvfunc.uses.rotations import Rotation
+
+__all__ = ["EKFAC", "correct", "ekfac"]
+
+
+@dataclass(frozen=True, eq=False)
+class EKFAC(GaussNewton):
+    """Second moments in the eigenbasis of a `Decomposition`, [rows, columns] or [numel] per parameter; see `ekfac`."""
+
+    mc_samples: int = 1
+    empirical: bool = False
+    decomposition: Decomposition = field(kw_only=True)
+
+    contractions = ("rotated_squares",)
+
+    @property
+    def cotangent(self) -> LossGradient | LossRoot:  # type: ignore[override]
+        """The loss gradient, or columns of a root of the loss Hessian."""
+        return LossGradient() if self.empirical else super().cotangent
+
+    def operands(self, names: Sequence[str]) -> dict[str, Sequence[Any]]:
+        """The bases of each parameter; None for a bias that is part of its weight's block."""
+        d = self.decomposition
+        if tuple(names) != d.structure.names:
+            raise ValueError(f"the decomposition is of the parameters {list(d.structure.names)}, and params has {list(names)}.")
+        found = {block.names[0]: _rotation(block, bases) for block, bases in zip(d.blocks, d.bases, strict=True)}
+        return {"rotated_squares": [found.get(name) for name in names]}
+
+    def tensors(self) -> Any:
+        """The bases."""
+        return self.decomposition.bases
+
+    def key(self) -> tuple[Any, ...]:
+        """All but the bases, in numbers and names, of which constants of compiled code are made."""
+        d = self.decomposition
+        blocks = tuple([tuple([_key(layout) for layout in block.layouts]) for block in d.blocks])
+        return self.mc_samples, self.empirical, tuple([_key(layout) for layout in d.structure.layouts]), blocks
+
+    @classmethod
+    def of(cls, key: tuple[Any, ...], tensors: Any) -> "EKFAC":
+        """From both."""
+        mc_samples, empirical, layouts, blocks = key
+        structure = Structure(tuple([Layout(*layout) for layout in layouts]))
+        of = tuple([Block(*[Layout(*layout) for layout in block]) for block in blocks])
+        return cls(mc_samples, empirical, decomposition=Decomposition(tensors, (), (), structure, of))
+
+
+def _key(layout: Layout) -> tuple[Any, ...]:
+    return layout.name, layout.shape, layout.dtype, layout.bias, layout.split, layout.order
+
+
+def _rotation(block: Block, bases: tuple[Tensor, ...]) -> Rotation:
+    matrix = partial(block.weight.matrix, rows=len(bases[0]))
+    return Rotation(bases, block.bias is not None, matrix, block.weight.name)
+
+
+def ekfac(
+    model_fn: Callable[[Any, Any], Tensor],
+    params: Any,
+    X: Any,
+    y: Any,
+    decomposition: Decomposition,
+    *,
+    loss_fn: Callable[[Tensor, Any], Tensor] = F.cross_entropy,
+    mc_samples: int = 1,
+    empirical: bool = False,
+    subsampling: Sequence[int] | Tensor | None = None,
+    generator: Generator | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Second moments of the gradients in K-FAC's eigenbasis: the diagonal of the GGN there, Λ_ij = Σ_vn (U_Bᵀ G[v,n] U_A)²_ij.
+
+    G[v,n] are the columns of the GGN's root for sample n as matrices, as in `curvfunc.sqrt_ggn`, or the per-sample
+    gradients. Among all diagonal matrices in this basis, diag Λ is the closest to the GGN's block in Frobenius norm. With
+    cotangents g of the outputs, inputs x and positions s, U_Bᵀ G U_A = Σ_s (U_Bᵀ g)(U_Aᵀ x)ᵀ, so that no gradient is formed
+    where there is one position, and a few samples' at a time elsewhere.
+
+    Args:
+        model_fn: ``(params, X) -> output [N, ...]``.
+        params: Pytree of tensors.
+        X: Input.
+        y: Targets.
+        decomposition: From `decompose`, mostly of an earlier batch.
+        loss_fn: ``(output, y) -> scalar``.
+        mc_samples: 0 for the exact loss Hessian, else the number of draws per sample.
+        empirical: Whether the loss gradient takes the place of the loss Hessian's root: the empirical Fisher.
+        subsampling: Indices of samples.
+        generator: Source of the draws.
+        chunk_size: Number of vectors that are backpropagated together.
+
+    Returns:
+        [rows, columns] for each weight, with its bias as the last column where it is joined (the bias itself then has
+        [0]); [numel] for each exact block. `correct` puts them into the decomposition, `interpolate` averages them.
+
+    References:
+        George, Laurent, Bouthillier, Ballas, Vincent 2018, "Fast approximate natural gradient descent in a Kronecker-factored
+        eigenbasis", eq. 8 and 9.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> K = kronecker.decompose(kflr(model_fn, params, X, y), kronecker.structure(model_fn, params, X))
+        >>> K = kronecker.correct(K, kronecker.ekfac(model_fn, params, X, y, K, mc_samples=0))
+        >>> torch.allclose(kronecker.trace(K)[("weight",)].float(), diag_ggn(model_fn, params, X, y)["weight"].sum())
+        True
+    """
+    spec = EKFAC(mc_samples, empirical, decomposition=decomposition)
+    given: dict[str, Any] = {"subsampling": subsampling, "generator": generator, "chunk_size": chunk_size}
+    return compute(model_fn, params, X, y, spec, loss_fn=loss_fn, **given)
+
+
+def correct(decomposition: Decomposition, moments: Any) -> Decomposition:
+    """The same bases with `ekfac`'s eigenvalues.
+
+    Args:
+        decomposition: From `decompose`.
+        moments: From `ekfac` or `EKFAC` with this decomposition, or averages of them over batches.
+
+    Returns:
+        A `Decomposition`; it can be damped by ``split="exact"`` only.
+
+    Raises:
+        ValueError: If the moments are of other parameters or bases, negative or not finite.
+    """
+    structure = decomposition.structure
+    given = dict(zip(structure.names, structure.flatten("moments", moments), strict=True))
+    values = []
+    for block, old in zip(decomposition.blocks, decomposition.values, strict=True):
+        own = given[block.names[0]]
+        if own.shape != old.shape:
+            raise ValueError(
+                f"moments has shape {tuple(own.shape)} for parameter {block.names[0]!r}, and its eigenvalues have "
+                f"{tuple(old.shape)}. Compute them with this decomposition."
+            )
+        good = own.isfinite() & (own >= 0)
+        if not hidden(own) and not good.all():
+            raise ValueError(f"the moments of parameter {block.names[0]!r} have entries that are negative or not finite.")
+        values.append(own.to(old.dtype).where(good, float("nan")))
+    return replace(decomposition, values=tuple(values), spectra=())
