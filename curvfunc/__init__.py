@@ -3,6 +3,8 @@
 from curvfunc import reference
 from curvfunc.checks.checking import Comparison, Report, check
 from curvfunc.checks.rule_report import RuleReport, check_rule
+from curvfunc.data.loop import accumulate
+from curvfunc.data.merging import Accumulation, accumulation, merge
 from curvfunc.engine.model import ModelFunction, functionalize
 from curvfunc.operators.estimators import (
     Spectrum,
@@ -59,6 +61,7 @@ __all__ = [
     "KFAC",
     "KFLR",
     "KFRA",
+    "Accumulation",
     "BatchDiagGGN",
     "BatchDiagHessian",
     "BatchDot",
@@ -84,6 +87,8 @@ __all__ = [
     "SqrtGGN",
     "SumGradSquared",
     "Variance",
+    "accumulate",
+    "accumulation",
     "batch_diag_ggn",
     "batch_diag_hessian",
     "batch_dot",
@@ -115,6 +120,7 @@ __all__ = [
     "kfac",
     "kflr",
     "kfra",
+    "merge",
     "operation",
     "pchmp",
     "reference",

@@ -2,6 +2,7 @@
 
 from curvfunc.losses.custom import check_separable
 from curvfunc.losses.normal_form import Loss, Root, check, is_sum, no_loss, normalize, rebuild, values_visible
+from curvfunc.losses.normalizer import has_normalizer, normalizer, observed_reduction
 from curvfunc.losses.roots import (
     draw_bits,
     draw_categories,
@@ -23,9 +24,12 @@ __all__ = [
     "draw_normal",
     "exact_root",
     "gradient",
+    "has_normalizer",
     "is_sum",
     "no_loss",
     "normalize",
+    "normalizer",
+    "observed_reduction",
     "rebuild",
     "sampled_root",
     "signed_root",

@@ -18,6 +18,7 @@ from torch import Generator, Tensor
 
 from curvfunc.engine.cotangents import LossRoot
 from curvfunc.quantities.call import compute
+from curvfunc.quantities.laws import Refused
 from curvfunc.quantities.quantity import GaussNewton, Quantity
 
 __all__ = ["BatchDot", "GGNGram", "batch_dot", "batch_dot_total", "ggn_gram", "ggn_gram_total"]
@@ -26,12 +27,18 @@ Model = Callable[[Any, Any], Tensor]
 LossFunction = Callable[[Tensor, Any], Tensor]
 Indices = Sequence[int] | Tensor
 
+_PAIRS = Refused(
+    "it holds inner products of samples with each other, of which those between two batches are in neither. Use BatchGrad or "
+    "SqrtGGN, and multiply"
+)
+
 
 @dataclass(frozen=True)
 class BatchDot(Quantity):
     """Inner products ⟨gₙ, gₘ⟩ of the per-sample gradients, [N, N]."""
 
     contractions = ("gram",)
+    laws = (_PAIRS,)
 
     def finish(self, samples: int, *parts: Tensor) -> Tensor:
         """Of the only column."""
@@ -43,6 +50,7 @@ class GGNGram(GaussNewton):
     """Inner products of the columns of the GGN's root, [V, N, V, N]."""
 
     contractions = ("gram",)
+    laws = (_PAIRS,)
 
     @property
     def cotangent(self) -> LossRoot:

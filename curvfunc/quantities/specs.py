@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from curvfunc.engine.cotangents import AveragedHessian, FullHessian, LossRoot
+from curvfunc.quantities.laws import Averaged, Joined, Refused, Summed
 from curvfunc.quantities.quantity import GaussNewton, Quantity
 
 __all__ = [
@@ -33,6 +34,7 @@ class Loss(Quantity):
     """The loss, a scalar; of the whole batch."""
 
     forward = "loss"
+    laws = (Summed(1),)
     whole_batch = True
 
 
@@ -41,6 +43,7 @@ class Output(Quantity):
     """The model's output [N, ...], detached unless the call is differentiated; of the whole batch."""
 
     forward = "output"
+    laws = (Joined(0),)
     whole_batch = True
 
 
@@ -49,6 +52,7 @@ class Grad(Quantity):
     """The gradient of the loss, [*shape]; of the whole batch."""
 
     contractions = ("total",)
+    laws = (Summed(1),)
     whole_batch = True
 
 
@@ -57,6 +61,7 @@ class BatchGrad(Quantity):
     """Per-sample gradients gₙ = R ∇ℓₙ, [N, *shape]."""
 
     contractions = ("per_sample",)
+    laws = (Joined(1),)
 
     def lead(self, columns: int, samples: int) -> tuple[int, ...]:
         """N."""
@@ -72,6 +77,7 @@ class BatchL2(Quantity):
     """Squared norms ‖gₙ‖² of the per-sample gradients, [N]."""
 
     contractions = ("sample_norms",)
+    laws = (Joined(2),)
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ class SumGradSquared(Quantity):
     """Σₙ gₙ², [*shape]."""
 
     contractions = ("squares",)
+    laws = (Summed(2),)
 
 
 @dataclass(frozen=True)
@@ -86,11 +93,14 @@ class Variance(Quantity):
     """(1/N) Σₙ gₙ² − ((1/N) Σₙ gₙ)², [*shape]."""
 
     contractions = ("squares", "total")
+    laws = (Summed(2), Summed(1))
     averages = True
 
-    def finish(self, samples: int, *parts: Tensor) -> Tensor:
+    def finish(self, samples: int | Tensor, *parts: Tensor) -> Tensor:
         """Second moment minus squared mean."""
         squared, total = parts
+        if isinstance(samples, Tensor):
+            return squared / samples - (total / samples).square()
         return torch.addcmul(squared, total, total, value=-1 / samples) / samples
 
 
@@ -99,6 +109,7 @@ class DiagGGN(GaussNewton):
     """Diagonal of the generalized Gauss-Newton matrix, [*shape]."""
 
     contractions = ("squares",)
+    laws = (Summed(1),)
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,7 @@ class BatchDiagGGN(GaussNewton):
     """Each sample's part of the diagonal of the generalized Gauss-Newton matrix, [N, *shape]."""
 
     contractions = ("sample_squares",)
+    laws = (Joined(1),)
 
     def lead(self, columns: int, samples: int) -> tuple[int, ...]:
         """N."""
@@ -117,6 +129,7 @@ class DiagHessian(Quantity):
     """Diagonal of the Hessian, [*shape]."""
 
     contractions = ("squares",)
+    laws = (Summed(1),)
     cotangent = FullHessian()
 
 
@@ -125,6 +138,7 @@ class BatchDiagHessian(Quantity):
     """Each sample's part of the diagonal of the Hessian, [N, *shape]."""
 
     contractions = ("sample_squares",)
+    laws = (Joined(1),)
     cotangent = FullHessian()
 
 
@@ -133,6 +147,7 @@ class SqrtGGN(GaussNewton):
     """Root of the generalized Gauss-Newton matrix, [V, N, *shape]."""
 
     contractions = ("per_sample",)
+    laws = (Joined(1 / 2, axis=1),)
 
     def lead(self, columns: int, samples: int) -> tuple[int, ...]:
         """V and N."""
@@ -151,6 +166,7 @@ class KFAC(GaussNewton):
     mc_samples: int = 1
     kfac_approx: str | None = None
 
+    laws = (Summed(1), Averaged())
     averages = True
 
     def __post_init__(self) -> None:
@@ -181,6 +197,7 @@ class KFLR(Quantity):
         _check_approximation(self.kfac_approx)
 
     contractions = KFAC.contractions
+    laws = KFAC.laws
     averages = True
     finish = KFAC.finish
 
@@ -190,6 +207,12 @@ class KFRA(Quantity):
     """Kronecker factors from the loss Hessian, averaged over samples at each step back, a tuple; see `kfra`."""
 
     contractions = ("factors",)
+    laws = (
+        Refused(
+            "it averages over the samples of one batch at each step back, and the means of two batches' products are not the "
+            "products of their means. Use KFLR or KFAC"
+        ),
+    )
     averages = True
     cotangent = AveragedHessian()
 
