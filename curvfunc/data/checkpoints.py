@@ -109,10 +109,11 @@ def described(value: Any) -> str:
         return described((value.func, value.args, value.keywords))
     if isinstance(value, types.FunctionType):
         captured = [cell.cell_contents for cell in value.__closure__ or ()]
-        code = hashlib.blake2b(value.__code__.co_code, digest_size=8).hexdigest()
-        constants = [c for c in value.__code__.co_consts if not isinstance(c, types.CodeType)]
-        held = described((constants, captured, value.__defaults__, value.__kwdefaults__))
-        return f"{value.__module__}.{value.__qualname__} {code} {held}"
+        held = described((value.__code__, captured, value.__defaults__, value.__kwdefaults__))
+        return f"{value.__module__}.{value.__qualname__} {held}"
+    if isinstance(value, types.CodeType):
+        code = hashlib.blake2b(value.co_code, digest_size=8).hexdigest()
+        return f"{code} {described((value.co_names, value.co_consts))}"
     if isinstance(value, nn.Module):
         plain = {k: v for k, v in vars(value).items() if isinstance(v, bool | int | float | str)}
         children = dict(value.named_children())
