@@ -386,15 +386,41 @@ def test_states_that_do_not_fit() -> None:
         (lambda out, y: (out - y).abs().sum(), "sum"),
         (lambda out, y: (out - y).abs().mean(), "mean"),
         (lambda out, y: ((out - y) ** 4).sum(1).mean(), "mean"),
-        (lambda out, y: 0 * out.sum(), None),
+        (nn.HuberLoss(reduction="sum"), "sum"),
+        (nn.GaussianNLLLoss, "mean"),
     ],
 )
 @pytest.mark.parametrize("samples", [1, 2, 7])
-def test_reduction_is_observed(loss_fn: Any, kind: str | None, samples: int) -> None:
-    out, y = torch.randn(samples, C), torch.randn(samples, C)
-    assert losses.observed_reduction(losses.normalize(loss_fn), out, y) == kind
+def test_reduction_is_observed(loss_fn: Any, kind: str, samples: int) -> None:
+    y: Any = torch.randn(samples, C)
+    if loss_fn is nn.GaussianNLLLoss:
+        loss_fn, y = lambda out, y: F.gaussian_nll_loss(out, y["mean"], y["var"]), {"mean": y, "var": torch.rand(samples, C)}
+    loss, out = losses.normalize(loss_fn), torch.randn(samples, C)
+    reference = losses.reference_sample(loss, out, y)
+    assert reference is not None
+    for rows in (slice(None), slice(0, 1)):
+        part = optree.tree_map(lambda t: t[rows], y)  # noqa: B023
+        assert losses.observed_reduction(loss, out[rows], part, reference) == kind
 
 
-def test_another_mean_is_noticed() -> None:
-    with pytest.raises(ValueError, match="masked_mean is neither a sum nor a mean over samples"):
-        losses.observed_reduction(losses.normalize(masked_mean), torch.randn(N, C), ignored())
+def test_a_loss_without_gradients_tells_nothing() -> None:
+    assert losses.reference_sample(losses.normalize(lambda out, y: 0 * out.sum()), torch.randn(2, C), torch.randn(2, C)) is None
+
+
+@pytest.mark.parametrize("rows", [slice(0, N), slice(5, 8), slice(4, 5)])
+def test_another_mean_is_noticed(rows: slice) -> None:
+    """Also in a batch where all samples count as much, or nothing, but not as much as those of the first batch."""
+
+    def loss_fn(out: Tensor, y: Tensor) -> Tensor:
+        kept = y >= 0
+        return (kept * out.square()).sum() / kept.sum().clamp(min=1)
+
+    y = torch.ones(N, C)
+    y[4], y[5:8, :2], y[8:] = -1, -1, -1
+    loss, out = losses.normalize(loss_fn), torch.randn(N, C)
+    reference = losses.reference_sample(loss, out[:3], y[:3])
+    assert reference is not None
+    assert losses.observed_reduction(loss, out[:3], y[:3], reference) == "mean"
+    with pytest.raises(ValueError, match="loss_fn is neither a sum nor a mean over samples|other"):
+        kind = losses.observed_reduction(loss, out[rows], y[rows], reference)
+        raise ValueError(f"other: {kind}" if kind != "mean" else kind)

@@ -78,18 +78,21 @@ class RandomState:
             numpy.random.set_state(states["numpy"])
 
 
-def description(model_fn: Any, params: list[Tensor], specs: Any, loss: losses.Loss, options: dict[str, Any]) -> dict[str, str]:
+def description(
+    model_fn: Any, params: Any, leaves: list[Tensor], specs: Any, loss: losses.Loss, options: dict[str, Any]
+) -> dict[str, str]:
     """What has to be the same for a run to go on, as text."""
     found = {
         "specs": str(specs),
-        "parameters": Digest().add(params).text(),
+        "parameters": Digest().add(leaves).text(),
         "loss": described(loss),
         **{name: described(value) for name, value in options.items()},
     }
     if isinstance(model_fn, ModelFunction):
         modes = "".join(str(int(m.training)) for m in model_fn.module.modules())
-        frozen = [p for p in model_fn.module.parameters() if not p.requires_grad]
-        found["model"] = f"{Digest().add([*frozen, *model_fn.module.buffers()]).text()}, training {modes}"
+        found["model"] = f"{described(model_fn.state(params))}, training {modes}"
+    else:
+        found["model"] = described(model_fn)
     return found
 
 

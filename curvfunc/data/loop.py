@@ -20,7 +20,8 @@ from curvfunc.data.stores import Files, Memory
 from curvfunc.quantities.laws import Joined
 from curvfunc.quantities.quantity import Quantity
 from curvfunc.tensors.inputs import check_generator, flatten_params
-from curvfunc.tensors.samples import tensors_of
+from curvfunc.tensors.samples import flatten, tensors_of
+from curvfunc.tensors.samples import leaves as flat
 
 __all__ = ["accumulate"]
 
@@ -152,6 +153,7 @@ class _Run:
         self.outline: list[str] | None = None
         self.shapes: dict[Any, tuple[int, ...]] = {}
         self.observes = acc.reduction is None and not losses.has_normalizer(acc.loss)
+        self.reference: Any = None  # a sample of the first batch, which the scale of other batches is compared with
         self.random: RandomState | None = None
         self.first: dict[str, Any] = {}
         self.digest = Digest()
@@ -204,21 +206,21 @@ class _Run:
             "So the scale of a batch in a larger one is not known. Pass reduction='sum', 'mean' (over samples), or a function "
             "(output, y) -> total weight."
         )
+        known = self.acc.reduction
+        if self.reference is None:
+            self.reference = losses.reference_sample(self.acc.loss, out, y)
+        elif isinstance(self.reference[1], list):  # from a checkpoint
+            self.reference = self.reference[0], flatten(y)[1](self.reference[1])
+        if self.reference is None:
+            raise ValueError(f"all gradients of loss_fn are zero here, as those of a sum and of a mean may be. {remedy}")
         try:
-            kind = losses.observed_reduction(self.acc.loss, out, y)
+            kind = losses.observed_reduction(self.acc.loss, out, y, self.reference)
         except ValueError as error:
             raise ValueError(f"{error}. {remedy}") from error
-        known = self.acc.reduction
-        if known is None and kind is None:
-            raise ValueError(
-                f"all gradients of the loss are zero for this batch, as those of a sum and a mean may be. {remedy}"
-            )
-        if known is not None and kind not in (None, known):
+        if known not in (None, kind):
             raise ValueError(f"loss_fn is a {known} for the first batch, and a {kind} for this one. {remedy}")
-        if known is None:
-            assert kind is not None
-            self.acc = dataclasses.replace(self.acc, reduction=kind)
-        return str(self.acc.reduction)
+        self.acc = dataclasses.replace(self.acc, reduction=kind)
+        return kind
 
     def keep(self, part: State, number: int) -> None:
         """Bring per-sample results to where they are kept."""
@@ -243,7 +245,9 @@ class _Run:
         """Take the state from a checkpoint, if there is one."""
         acc, given = self.acc, {"decay": self.acc.decay, "reduction": self.acc.reduction, "files": self.in_files}
         specs = f"{acc.specs} as {acc.tree}"
-        self.about = description(acc.model_fn, self.leaves, specs, acc.loss, given | {"generator": self.generator is not None})
+        self.about = description(
+            acc.model_fn, self.params, self.leaves, specs, acc.loss, given | {"generator": self.generator is not None}
+        )
         self.random = RandomState(self.generator, {p.device for p in self.leaves})
         self.first = self.random.read()
         if before is None:
@@ -252,7 +256,7 @@ class _Run:
         self.state, self.first, self.rows = before["state"], before["first"], before["rows"]
         self.shapes = {tuple(place): tuple(shape) for *place, shape in before["shapes"]}
         if before["reduction"]:
-            self.acc = dataclasses.replace(acc, reduction=before["reduction"])
+            self.acc, self.reference = dataclasses.replace(acc, reduction=before["reduction"]), tuple(before["reference"])
         self.random.write(self.first)
 
     def skip(self, batches: Iterator[Any], before: dict[str, Any] | None, checkpoint: Any) -> Iterator[Any]:
@@ -283,9 +287,11 @@ class _Run:
         self.store.sync()
         content = {"state": self.state, "about": self.about, "done": self.done, "rows": self.rows, "finished": int(finished)}
         shapes = [[*place, list(shape)] for place, shape in self.shapes.items()]
-        reduction = self.acc.reduction if self.observes else None
+        observed: dict[str, Any] = {"reduction": ""}
+        if self.observes and self.reference is not None:
+            observed = {"reduction": self.acc.reduction, "reference": [self.reference[0], list(flat(self.reference[1]))]}
         drawn = {"first": self.first, "now": self.random.read(), "digest": self.digest.text()}
-        save(checkpoint, {**content, "shapes": shapes, "reduction": reduction or "", **drawn})
+        save(checkpoint, {**content, "shapes": shapes, **observed, **drawn})
 
 
 _OTHER_DATA = (

@@ -2,7 +2,7 @@
 
 from curvfunc.losses.custom import check_separable
 from curvfunc.losses.normal_form import Loss, Root, check, is_sum, no_loss, normalize, rebuild, values_visible
-from curvfunc.losses.normalizer import has_normalizer, normalizer, observed_reduction
+from curvfunc.losses.normalizer import has_normalizer, normalizer, observed_reduction, reference_sample
 from curvfunc.losses.roots import (
     draw_bits,
     draw_categories,
@@ -31,6 +31,7 @@ __all__ = [
     "normalizer",
     "observed_reduction",
     "rebuild",
+    "reference_sample",
     "sampled_root",
     "signed_root",
     "summed_hessian",

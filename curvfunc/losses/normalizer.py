@@ -1,6 +1,5 @@
 """What the mean of a loss divides by: W in R = 1/W, which is not always the number of samples."""
 
-import functools
 from typing import Any
 
 import torch
@@ -8,9 +7,9 @@ from torch import Tensor
 
 from curvfunc.losses.custom import autodiff_gradient
 from curvfunc.losses.normal_form import Loss, is_sum, label, values_visible
-from curvfunc.tensors.samples import tree_map
+from curvfunc.tensors.samples import flatten, leaves, tree_map
 
-__all__ = ["has_normalizer", "normalizer", "observed_reduction"]
+__all__ = ["has_normalizer", "normalizer", "observed_reduction", "reference_sample"]
 
 
 def has_normalizer(loss: Loss) -> bool:
@@ -47,20 +46,32 @@ def normalizer(loss: Loss, y: Tensor) -> Tensor:
     return torch.where(kept, weight.to(wide)[torch.where(kept, y, 0).long()], 0.0).sum()
 
 
-def observed_reduction(loss: Loss, out: Tensor, y: Any) -> str | None:
-    """Whether a loss of one's own is a sum or a mean over samples, from its gradients.
+def reference_sample(loss: Loss, out: Tensor, y: Any) -> tuple[Tensor, Any] | None:
+    """The sample with the largest gradient, output [1, ...] and targets, which counts in any mean; None where all are zero."""
+    sizes = autodiff_gradient(loss, out.detach(), y).reshape(out.shape[0], -1).abs().amax(1)
+    place = int(sizes.argmax())
+    if not sizes[place] > 0:
+        return None
+    pick = lambda t: t[place : place + 1].clone() if isinstance(t, Tensor) else t
+    return pick(out.detach()), tree_map(pick, y)
 
-    The first half of the samples is listed a second time. That leaves the gradients of a sum as they are, and those of a mean
-    over N samples become N / (N + N/2) times as large. A mean over anything else, such as positions that are not padding,
-    does neither, unless the two halves have equal shares of it.
+
+def observed_reduction(loss: Loss, out: Tensor, y: Any, reference: tuple[Tensor, Any]) -> str:
+    """Whether a loss of one's own is a sum or a mean over samples, for this batch and the one that ``reference`` is from.
+
+    As many copies of a reference sample as the batch has samples are put beside it. The gradients of the copies stay as they
+    are without the batch if the loss is a sum. They become half as large if the loss divides by N times what the reference
+    counts. A mean over anything else, such as positions that are not padding, does neither, unless the batch has
+    exactly as many of these per sample as the reference, in which case it is a mean over samples here.
 
     Args:
         loss: The loss.
         out: Output of the model, [N, ...].
         y: Targets, all tensors with leading axis N.
+        reference: A sample of the first batch, from `reference_sample`.
 
     Returns:
-        "sum", "mean", or None where all gradients are zero.
+        "sum" or "mean".
 
     Raises:
         ValueError: If it is neither.
@@ -68,20 +79,18 @@ def observed_reduction(loss: Loss, out: Tensor, y: Any) -> str | None:
     if not values_visible(out, y):
         raise ValueError(f"{label(loss)}: whether it is a sum or a mean is read from its values, and they cannot be seen here.")
     num = out.shape[0]
-    half = max(1, num // 2)
-    more = lambda t: torch.cat([t, t[:half]]) if isinstance(t, Tensor) else t
-    out = out.detach()
+    copies = lambda t: t.expand(num, *t.shape[1:]) if isinstance(t, Tensor) else t
+    lone_out, lone_y = copies(reference[0]), tree_map(copies, reference[1])
     try:
-        gradient = autodiff_gradient(loss, out, y)
-        longer = autodiff_gradient(loss, more(out), tree_map(more, y))[:num]
+        targets, rebuild = flatten(y)
+        pairs = zip(leaves(lone_y), targets, strict=True)
+        together = rebuild([torch.cat([a, b]) if isinstance(a, Tensor) else b for a, b in pairs])
+        alone = autodiff_gradient(loss, lone_out, lone_y)[0]
+        beside = autodiff_gradient(loss, torch.cat([lone_out, out.detach()]), together)[0]
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise ValueError(f"{label(loss)} fails when samples are listed twice: {error}") from error
-    size = gradient.abs().max()
-    if not size > 0:
-        return None
-    close = functools.partial(torch.allclose, longer, rtol=0.0, atol=float(size) * torch.finfo(out.dtype).eps ** 0.5)
-    if close(gradient):
-        return "sum"
-    if close(gradient * (num / (num + half))):
-        return "mean"
+        raise ValueError(f"{label(loss)} fails for a batch and copies of a sample of the first one: {error}") from error
+    atol = float(alone.abs().max()) * torch.finfo(out.dtype).eps ** 0.5
+    for kind, expected in (("sum", alone), ("mean", alone / 2)):
+        if torch.allclose(beside, expected, rtol=0.0, atol=atol):
+            return kind
     raise ValueError(f"{label(loss)} is neither a sum nor a mean over samples")
