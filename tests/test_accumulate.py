@@ -170,6 +170,19 @@ def test_on_a_gpu() -> None:
     assert_close(optree.tree_map(Tensor.cpu, got), want, rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("every", [1, 5])
+def test_files_have_every_bit(dtype: torch.dtype, every: int, tmp_path: Path) -> None:
+    """Also the lowest of the first entry, in files that grow."""
+    model_fn, params = curvfunc.functionalize(nn.Linear(4, C).to(dtype))
+    batches = [(X.to(dtype), y) for X, y in uneven(classes, 5)]
+    given = {"loss_fn": nn.CrossEntropyLoss(reduction="sum")}
+    files = {"out": tmp_path, "checkpoint": tmp_path / "state", "every": every}
+    got = accumulate(model_fn, params, batches, PER_SAMPLE, **given, **files)
+    for g, w in zip(*map(optree.tree_leaves, (got, accumulate(model_fn, params, batches, PER_SAMPLE, **given))), strict=True):
+        assert torch.equal(g, w)
+
+
 @pytest.mark.parametrize("loss_fn", [F.cross_entropy, nn.CrossEntropyLoss(reduction="sum")])
 @pytest.mark.parametrize("resumed", [False, True])
 def test_results_in_files(loss_fn: Any, resumed: bool, tmp_path: Path) -> None:
@@ -198,6 +211,15 @@ def test_results_in_files(loss_fn: Any, resumed: bool, tmp_path: Path) -> None:
         (tmp_path / "out" / files[0]).write_bytes(b"short")
         with pytest.raises(ValueError, match="is not what the checkpoint says"):
             accumulate(model_fn, params, batches, PER_SAMPLE, **given)
+
+
+def test_files_of_parameters_without_entries_and_of_other_types(tmp_path: Path) -> None:
+    params = {"w": torch.randn(4, C, dtype=torch.bfloat16), "nothing": torch.zeros(0, dtype=torch.bfloat16)}
+    model_fn = lambda p, X: X @ p["w"] + p["nothing"].sum()
+    batches = [(X.bfloat16(), y) for X, y in uneven(classes, 3)]
+    got = accumulate(model_fn, params, batches, PER_SAMPLE[:3], out=tmp_path)
+    assert_close(got, accumulate(model_fn, params, batches, PER_SAMPLE[:3]), rtol=0.0)
+    assert got[0]["nothing"].shape == (len(got[2]), 0)
 
 
 def test_files_that_the_checkpoint_counts_on(tmp_path: Path) -> None:

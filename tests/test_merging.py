@@ -221,6 +221,17 @@ def test_nothing_but_ignored_samples_is_as_in_one_batch() -> None:
     assert_close(got, want, rtol=1e-12)
 
 
+def test_results_have_the_type_that_one_batch_gives() -> None:
+    """Scalars, too, beside numbers of samples in float64."""
+    model_fn = lambda p, X: (p["scale"] * X @ p["w"]).tanh()
+    params = {"scale": torch.tensor(2.0, dtype=torch.float32), "w": torch.randn(4, C, dtype=torch.float32)}
+    X, y = torch.randn(N, 4, dtype=torch.float32), ignored()
+    got = merged(model_fn, params, X, y, EXACT)
+    assert_close(got, curvfunc.compute(model_fn, params, X, y, EXACT), rtol=1e-5)
+    moving = merged(model_fn, params, X, y, (curvfunc.Loss(), curvfunc.Variance()), decay=0.9)
+    assert all(t.dtype == torch.float32 for t in optree.tree_leaves(moving))
+
+
 def test_low_precision_is_summed_in_float32() -> None:
     model_fn, params = curvfunc.functionalize(mlp().bfloat16())
     X, y = torch.randn(N, 4).bfloat16(), classes()

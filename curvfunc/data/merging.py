@@ -149,7 +149,7 @@ class Accumulation:
                         factor = self._scale(1 / mass if spec.forward else rate, law.degree)
                         if self.decay is not None:
                             factor = 1 / batches if factor is None else factor / batches
-                        whole[name] = value if factor is None else value * factor.to(value.device)
+                        whole[name] = value if factor is None else _times(value, factor)
                 made.append(_whole(spec, samples, whole))
             found.append(made[0] if spec.forward else self.rebuild(made))
         return pytree.tree_unflatten(found, self.tree)
@@ -202,12 +202,10 @@ class Accumulation:
             assert isinstance(law, Averaged | Summed)
             t = at_least_float32(t)
             factor = samples if isinstance(law, Averaged) else self._scale(mass.to(t.device), law.degree)
-            if factor is None:
-                found[name] = t
-                continue
-            t = t.mul_(factor) if donate and t.ndim else t * factor
-            if isinstance(law, Summed) and (spec.forward or callable(self.reduction)):  # nan where nothing counts
-                t = torch.where(mass.to(t.device) == 0, 0.0, t)
+            if factor is not None:
+                t = t.mul_(factor) if donate else _times(t, factor)
+                if isinstance(law, Summed) and (spec.forward or callable(self.reduction)):  # nan where nothing counts
+                    t = torch.where(mass.to(t.device) == 0, 0.0, t)
             found[name] = t
         return found
 
@@ -383,10 +381,15 @@ def _discounted(state: State, decay: float) -> State:
     return {**found, "chunks": state["chunks"], "results": values}
 
 
+def _times(t: Tensor, factor: Tensor | int) -> Tensor:
+    """The product in the type of ``t``, also where both are scalars."""
+    return (t * (factor.to(t.device) if isinstance(factor, Tensor) else factor)).to(t.dtype)
+
+
 def _cat(
     place: tuple[int, int], chunks: list[Tensor], rows: Sequence[int], factors: Sequence[Tensor | None], axis: int
 ) -> Tensor:
-    scaled = [t if f is None else t * f.to(t.device) for t, f in zip(chunks, factors, strict=True)]
+    scaled = [t if f is None else _times(t, f) for t, f in zip(chunks, factors, strict=True)]
     return torch.cat(scaled, axis)
 
 

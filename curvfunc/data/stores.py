@@ -69,7 +69,7 @@ class Files:
         rows = chunk.movedim(axis, 0)
         path = self._file(place, "part")
         size, self.parts = start * rows[0].numel(), self.parts | {path}
-        if start and (not path.exists() or path.stat().st_size < size * chunk.element_size()):
+        if size and (not path.exists() or path.stat().st_size < size * chunk.element_size()):
             raise ValueError(f"{path} lacks results that the checkpoint counts on. Remove the checkpoint to start anew.")
         if rows.numel():
             _mapped(path, size + rows.numel(), chunk.dtype)[size:].view(rows.shape).copy_(rows)
@@ -114,7 +114,10 @@ class Files:
 
 
 def _mapped(path: Path, size: int, dtype: torch.dtype) -> Tensor:
-    """The file's memory; it grows to that size."""
+    """The file's memory; it grows to that size, before torch would let it grow and set its first byte to zero."""
+    with open(path, "ab") as file:
+        if file.tell() < size * dtype.itemsize:
+            file.truncate(size * dtype.itemsize)
     return torch.from_file(str(path), shared=True, size=size, dtype=dtype)
 
 

@@ -99,7 +99,8 @@ class Variance(Quantity):
     def finish(self, samples: int | Tensor, *parts: Tensor) -> Tensor:
         """Second moment minus squared mean."""
         squared, total = parts
-        if isinstance(samples, Tensor):
+        if isinstance(samples, Tensor):  # of several batches, maybe a mean
+            samples = samples.to(squared.dtype)
             return squared / samples - (total / samples).square()
         return torch.addcmul(squared, total, total, value=-1 / samples) / samples
 
