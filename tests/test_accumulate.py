@@ -213,6 +213,16 @@ def test_results_in_files(loss_fn: Any, resumed: bool, tmp_path: Path) -> None:
             accumulate(model_fn, params, batches, PER_SAMPLE, **given)
 
 
+def test_files_are_called_by_their_parameters(tmp_path: Path) -> None:
+    """Of nested parameters, whose order torch and optree see differently."""
+    params = {"b": {"w": torch.randn(4, 2)}, "a": [torch.randn(2, C)]}
+    model_fn = lambda p, X: (X @ p["b"]["w"]).tanh() @ p["a"][0]
+    got = accumulate(model_fn, params, uneven(classes, 3), curvfunc.BatchGrad(), out=tmp_path)
+    for name, result in (("b.w", got["b"]["w"]), ("a.0", got["a"][0])):
+        (file,) = tmp_path.glob(f"0-BatchGrad-*-{name}.bin")
+        assert torch.equal(torch.from_file(str(file), size=result.numel(), dtype=result.dtype), result.flatten())
+
+
 def test_files_of_parameters_without_entries_and_of_other_types(tmp_path: Path) -> None:
     params = {"w": torch.randn(4, C, dtype=torch.bfloat16), "nothing": torch.zeros(0, dtype=torch.bfloat16)}
     model_fn = lambda p, X: X @ p["w"] + p["nothing"].sum()
@@ -542,6 +552,14 @@ def test_progress(stream: Any, progress: bool, shown: bool, monkeypatch: pytest.
     monkeypatch.setattr(sys, "stderr", screen)
     accumulate(model_fn, params, uneven(classes, 3), curvfunc.Loss(), progress=progress)
     assert ("3/3" in screen.getvalue()) == shown
+
+
+def test_progress_of_a_run_that_goes_on(run: Changes, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tqdm")
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    run.run()
+    assert "6/6" in screen.getvalue()
 
 
 def test_without_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:

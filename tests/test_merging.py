@@ -297,6 +297,18 @@ def test_update_and_result_compile(name: str) -> None:
     assert_close(result(compiled), acc.result(state), rtol=1e-12)
 
 
+def test_compiled_states_are_those_of_eager_calls() -> None:
+    """Of nested parameters, whose order torch and optree see differently."""
+    params = {"b": {"w": torch.randn(4, 4)}, "a": [torch.randn(4, 4)]}
+    model_fn = lambda p, X: (X @ p["b"]["w"]).tanh() @ p["a"][0]
+    acc = curvfunc.accumulation(model_fn, params, curvfunc.Variance())
+    X, y = torch.randn(N, 4), classes()
+    update = torch.compile(acc.update, fullgraph=True, backend="aot_eager")
+    state = acc.update(update(acc.init(), params, X[:4], y[:4]), dict(reversed(params.items())), X[4:], y[4:])
+    assert_close(acc.result(state), curvfunc.variance(model_fn, params, X, y), rtol=1e-12)
+    assert_close(torch.compile(acc.result, fullgraph=True, backend="aot_eager")(state), acc.result(state), rtol=1e-12)
+
+
 def test_under_vmap_over_parameters() -> None:
     model_fn, params = curvfunc.functionalize(mlp())
     several = {name: torch.stack([p, 2 * p]) for name, p in params.items()}

@@ -79,12 +79,12 @@ class RandomState:
 
 
 def description(
-    model_fn: Any, params: Any, leaves: list[Tensor], specs: Any, loss: losses.Loss, options: dict[str, Any]
+    model_fn: Any, params: Any, named: dict[str, Tensor], specs: Any, loss: losses.Loss, options: dict[str, Any]
 ) -> dict[str, str]:
     """What has to be the same for a run to go on, as text."""
     found = {
         "specs": str(specs),
-        "parameters": Digest().add(leaves).text(),
+        "parameters": f"{list(named)} {Digest().add(named.values()).text()}",
         "loss": described(loss),
         **{name: described(value) for name, value in options.items()},
     }

@@ -99,8 +99,9 @@ def accumulate(
     _check_options(data, store_on, out, every)
     check_generator(generator)
     acc = make(model_fn, params, specs, losses.normalize(loss_fn), reduction, decay, chunk_size)
-    names, leaves, _ = flatten_params(params)
-    run = _Run(acc, params, leaves, generator, split, None if device is None else torch.device(device), out is not None)
+    names, _, rebuild = flatten_params(params)
+    names = acc.structure.values(rebuild(names))
+    run = _Run(acc, params, names, generator, split, None if device is None else torch.device(device), out is not None)
     before = None if checkpoint is None else load(checkpoint)
     if out is None:
         run.store = Memory(None if store_on is None else torch.device(store_on))
@@ -110,8 +111,8 @@ def accumulate(
     if checkpoint is not None:
         run.start(checkpoint, before)
     length = len(data) if isinstance(data, Sized) else None
-    with _bar(length, run.done, progress) as advance:
-        batches = run.skip(iter(data), before, checkpoint)
+    with _bar(length, progress) as advance:
+        batches = run.skip(iter(data), before, checkpoint, advance)
         for batch in batches:
             run.take(batch)
             advance()
@@ -139,13 +140,14 @@ class _Run:
         self,
         acc: Accumulation,
         params: Any,
-        leaves: list[Tensor],
+        names: list[str],
         generator: Generator | None,
         split: Callable[[Any], Any] | None,
         device: torch.device | None,
         in_files: bool,
     ) -> None:
-        self.acc, self.params, self.leaves = acc, params, leaves
+        self.acc, self.params, self.leaves = acc, params, acc.structure.values(params)
+        self.named = dict(zip(names, self.leaves, strict=True))
         self.generator, self.split, self.device, self.in_files = generator, split, device, in_files
         self.state: State = acc.init()
         self.done = self.rows = 0
@@ -245,9 +247,8 @@ class _Run:
         """Take the state from a checkpoint, if there is one."""
         acc, given = self.acc, {"decay": self.acc.decay, "reduction": self.acc.reduction, "files": self.in_files}
         specs = f"{acc.specs} as {acc.tree}"
-        self.about = description(
-            acc.model_fn, self.params, self.leaves, specs, acc.loss, given | {"generator": self.generator is not None}
-        )
+        given |= {"generator": self.generator is not None}
+        self.about = description(acc.model_fn, self.params, self.named, specs, acc.loss, given)
         self.random = RandomState(self.generator, {p.device for p in self.leaves})
         self.first = self.random.read()
         if before is None:
@@ -259,7 +260,9 @@ class _Run:
             self.acc, self.reference = dataclasses.replace(acc, reduction=before["reduction"]), tuple(before["reference"])
         self.random.write(self.first)
 
-    def skip(self, batches: Iterator[Any], before: dict[str, Any] | None, checkpoint: Any) -> Iterator[Any]:
+    def skip(
+        self, batches: Iterator[Any], before: dict[str, Any] | None, checkpoint: Any, advance: Callable[[], Any]
+    ) -> Iterator[Any]:
         """The batches that are left, after those that the checkpoint has."""
         if before is None:
             return batches
@@ -274,6 +277,7 @@ class _Run:
                 ) from None
             self.read(batch)
             self.done += 1
+            advance()
         if self.digest.text() != before["digest"]:
             raise ValueError(
                 f"the first {self.done} batches are not those that checkpoint {os.fspath(checkpoint)} has seen. {_OTHER_DATA}"
@@ -317,7 +321,7 @@ def _file_names(number: int, spec: Quantity, names: list[str]) -> list[str]:
 
 
 @contextmanager
-def _bar(total: int | None, done: int, show: bool) -> Iterator[Callable[[], Any]]:
+def _bar(total: int | None, show: bool) -> Iterator[Callable[[], Any]]:
     """Something to call after each batch, which shows how far it is where somebody may look at it."""
     try:
         from tqdm import tqdm
@@ -326,5 +330,5 @@ def _bar(total: int | None, done: int, show: bool) -> Iterator[Callable[[], Any]
     if not show or not sys.stderr.isatty():
         yield lambda: None
         return
-    with tqdm(total=total, initial=done, unit="batch", desc="accumulate") as bar:
+    with tqdm(total=total, unit="batch", desc="accumulate") as bar:
         yield bar.update

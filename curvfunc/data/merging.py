@@ -100,8 +100,7 @@ class Accumulation:
     reduction: Reduction | None
     decay: float | None
     chunk_size: int | None
-    names: tuple[str, ...] | None
-    rebuild: Callable[[Sequence[Any]], Any]
+    structure: "Structure"
     tree: Any
 
     def init(self) -> State:
@@ -151,7 +150,7 @@ class Accumulation:
                             factor = 1 / batches if factor is None else factor / batches
                         whole[name] = value if factor is None else _times(value, factor)
                 made.append(_whole(spec, samples, whole))
-            found.append(made[0] if spec.forward else self.rebuild(made))
+            found.append(made[0] if spec.forward else self.structure.build(made))
         return pytree.tree_unflatten(found, self.tree)
 
     def part(
@@ -170,7 +169,7 @@ class Accumulation:
         mass = self._mass(reduction, samples, out, y)
         listed = []
         for spec, tree in zip(self.specs, results, strict=True):
-            values = [tree] if spec.forward else self._per_parameter(params, tree)
+            values = [tree] if spec.forward else self.structure.values(tree)
             listed.append([self._parts(spec, value, samples, mass, donate) for value in values])
         one = torch.ones((), dtype=torch.float64)
         joined = any(isinstance(law, Joined) for spec in self.specs for law in spec.laws)
@@ -214,13 +213,28 @@ class Accumulation:
         reduction = self.reduction or ("sum" if losses.is_sum(self.loss) else "mean")
         return None if reduction == "sum" or degree == 0 else mass if degree == 1 else mass**degree
 
-    def _per_parameter(self, params: Any, tree: Any) -> list[Any]:
-        """The values of a tree like ``params``, in the order of the names."""
-        if self.names is not None:
-            return [tree[name] for name in self.names]
-        if torch.compiler.is_compiling():
-            return pytree.tree_structure(params).flatten_up_to(tree)
-        return list(optree.tree_structure(params).flatten_up_to(tree))
+
+@dataclass(frozen=True)
+class Structure:
+    """That of the parameters: a tree like them from a value for each, and back, in one order whether compiled or not."""
+
+    tree: Any
+
+    @classmethod
+    def of(cls, params: Any) -> "Structure":
+        """As compiled code sees it, or where torch does not know the containers, as optree does."""
+        leaves, spec = pytree.tree_flatten(params)
+        return cls(spec if all(isinstance(p, Tensor) for p in leaves) else optree.tree_structure(params))
+
+    def values(self, tree: Any) -> list[Any]:
+        """The values of a tree like the parameters."""
+        return list(self.tree.flatten_up_to(tree))
+
+    def build(self, values: list[Any]) -> Any:
+        """The tree of these values."""
+        return (
+            pytree.tree_unflatten(values, self.tree) if isinstance(self.tree, pytree.TreeSpec) else self.tree.unflatten(values)
+        )
 
 
 def accumulation(
@@ -299,11 +313,8 @@ def make(
         raise ValueError("reduction is for losses of one's own; that of this loss_fn is one of its options. Leave it out.")
     if reduction is not None and not callable(reduction) and reduction not in ("sum", "mean"):
         raise ValueError(f"reduction must be 'sum', 'mean' or a function (output, y) -> total weight, got {reduction!r}.")
-    names, _, rebuild = flatten_params(params)
-    flat = type(params) is dict and all(isinstance(p, Tensor) for p in params.values())
-    return Accumulation(
-        model_fn, tuple(leaves), loss, reduction, decay, chunk_size, tuple(names) if flat else None, rebuild, tree
-    )
+    flatten_params(params)  # for its errors
+    return Accumulation(model_fn, tuple(leaves), loss, reduction, decay, chunk_size, Structure.of(params), tree)
 
 
 def _check_merges(spec: Quantity, decay: float | None) -> None:
