@@ -221,6 +221,18 @@ def test_nothing_but_ignored_samples_is_as_in_one_batch() -> None:
     assert_close(got, want, rtol=1e-12)
 
 
+def test_a_part_without_weight_counts_for_nothing() -> None:
+    """Where a loss of one's own divides by zero, all that it gives is nan."""
+    loss_fn = lambda out, y: ((y >= 0) * F.cross_entropy(out, y.clamp(min=0), reduction="none")).sum() / (y >= 0).sum()
+    model_fn, params = curvfunc.functionalize(mlp())
+    X, y = torch.randn(N, 4), classes()
+    y[PARTS[0]] = -100
+    given = {"loss_fn": loss_fn, "reduction": lambda out, y: (y >= 0).sum()}
+    specs = EXACT[:7]
+    assert curvfunc.batch_grad(model_fn, params, X[:4], y[:4], loss_fn=loss_fn)["0.bias"].isnan().any()
+    assert_close(merged(model_fn, params, X, y, specs, **given), curvfunc.compute(model_fn, params, X, y, specs), rtol=1e-12)
+
+
 def test_results_have_the_type_that_one_batch_gives() -> None:
     """Scalars, too, beside numbers of samples in float64."""
     model_fn = lambda p, X: (p["scale"] * X @ p["w"]).tanh()

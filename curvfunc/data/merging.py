@@ -196,7 +196,8 @@ class Accumulation:
         for name, t in ({RESULT: value} if len(spec.laws) == 1 else value).items():
             law = _law(spec, name)
             if isinstance(law, Joined):
-                found[name] = [t]
+                empty = callable(self.reduction) and law.degree > 0
+                found[name] = [torch.where(mass.to(t.device) == 0, 0.0, t) if empty else t]
                 continue
             assert isinstance(law, Averaged | Summed)
             t = at_least_float32(t)

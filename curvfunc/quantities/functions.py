@@ -1,7 +1,8 @@
 """Every quantity: a cotangent and a contraction.
 
-A spec names what is backpropagated (``cotangent``), what each layer makes of it (``contractions``), and how the parts
-become the result (``finish``). Each public function asks `curvfunc.compute` for one spec.
+A spec names what is backpropagated (``cotangent``), what each layer makes of it (``contractions``), how the parts
+become the result (``finish``), and how results of several batches merge (``laws``). Each public function asks
+`curvfunc.compute` for one spec.
 
 What a sample's gradient is: with f the outputs of the whole batch, gₙ = R ∂ℓₙ(fₙ)/∂θ, everything else held as it is. Other
 samples may enter fₙ as data, or detached; where the gradient of fₙ would flow to other samples (normalization over the
