@@ -3,6 +3,8 @@
 from curvfunc import kronecker, reference
 from curvfunc.checks.checking import Comparison, Report, check
 from curvfunc.checks.rule_report import RuleReport, check_rule
+from curvfunc.data.loop import accumulate
+from curvfunc.data.merging import Accumulation, accumulation, merge
 from curvfunc.engine.model import ModelFunction, functionalize
 from curvfunc.operators.estimators import (
     Spectrum,
@@ -74,6 +76,7 @@ __all__ = [
     "KFLR",
     "KFRA",
     "NTK",
+    "Accumulation",
     "BatchDiagGGN",
     "BatchDiagHessian",
     "BatchDot",
@@ -101,6 +104,8 @@ __all__ = [
     "SqrtGGN",
     "SumGradSquared",
     "Variance",
+    "accumulate",
+    "accumulation",
     "batch_diag_ggn",
     "batch_diag_hessian",
     "batch_dot",
@@ -135,6 +140,7 @@ __all__ = [
     "kflr",
     "kfra",
     "kronecker",
+    "merge",
     "ntk",
     "ntk_total",
     "operation",

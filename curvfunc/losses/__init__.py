@@ -15,6 +15,7 @@ from curvfunc.losses.normal_form import (
     rebuild,
     values_visible,
 )
+from curvfunc.losses.normalizer import has_normalizer, normalizer, observed_reduction, reference_sample
 from curvfunc.losses.roots import (
     draw_bits,
     draw_categories,
@@ -42,10 +43,14 @@ __all__ = [
     "empirical_root",
     "exact_root",
     "gradient",
+    "has_normalizer",
     "is_sum",
     "no_loss",
     "normalize",
+    "normalizer",
+    "observed_reduction",
     "rebuild",
+    "reference_sample",
     "sampled_root",
     "signed_root",
     "summed_hessian",

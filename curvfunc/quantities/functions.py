@@ -1,7 +1,8 @@
 """Every quantity: a cotangent and a contraction.
 
-A spec names what is backpropagated (``cotangent``), what each layer makes of it (``contractions``), and how the parts
-become the result (``finish``). Each public function asks `curvfunc.compute` for one spec.
+A spec names what is backpropagated (``cotangent``), what each layer makes of it (``contractions``), how the parts
+become the result (``finish``), and how results of several batches merge (``laws``). Each public function asks
+`curvfunc.compute` for one spec.
 
 What a sample's gradient is: with f the outputs of the whole batch, gₙ = R ∂ℓₙ(fₙ)/∂θ, everything else held as it is. Other
 samples may enter fₙ as data, or detached; where the gradient of fₙ would flow to other samples (normalization over the
@@ -432,6 +433,7 @@ def kfac_empirical(
         y: Targets.
         loss_fn: ``(output, y) -> scalar`` that sums or averages over samples. It need not be convex.
         kfac_approx: "expand", "reduce" or None, as in `kfac`.
+        joined: Whether weights that have a bias beside them share one block with it, as in `kfac`.
         subsampling: Indices of samples: B sums and A averages over them, R stays that of the whole batch.
         chunk_size: No effect, since there is one vector.
 

@@ -22,6 +22,7 @@ from curvfunc import losses
 from curvfunc.engine.cotangents import LossRoot, OutputEntries
 from curvfunc.engine.passes import CONTRACTIONS
 from curvfunc.quantities.call import compute
+from curvfunc.quantities.laws import Refused
 from curvfunc.quantities.quantity import GaussNewton, Quantity
 from curvfunc.tensors.inputs import read_batch
 from curvfunc.tensors.samples import flatten
@@ -37,12 +38,18 @@ Model = Callable[[Any, Any], Tensor]
 LossFunction = Callable[[Tensor, Any], Tensor]
 Indices = Sequence[int] | Tensor
 
+_PAIRS = Refused(
+    "it holds inner products of samples with each other, of which those between two batches are in neither. Use BatchGrad or "
+    "SqrtGGN, and multiply"
+)
+
 
 @dataclass(frozen=True)
 class BatchDot(Quantity):
     """Inner products ⟨gₙ, gₘ⟩ of the per-sample gradients, [N, N]."""
 
     contractions = ("gram",)
+    laws = (_PAIRS,)
 
     def finish(self, samples: int, *parts: Tensor) -> Tensor:
         """Of the only column."""
@@ -54,6 +61,7 @@ class GGNGram(GaussNewton):
     """Inner products of the columns of the GGN's root, [V, N, V, N]."""
 
     contractions = ("gram",)
+    laws = (_PAIRS,)
 
     @property
     def cotangent(self) -> LossRoot:
@@ -66,6 +74,7 @@ class NTK(Quantity):
     """The empirical neural tangent kernel, [N, C, N, C] for outputs of C entries; whatever the loss."""
 
     contractions = ("gram",)
+    laws = (_PAIRS,)
     cotangent = OutputEntries()
 
     def finish(self, samples: int, *parts: Any) -> Tensor:

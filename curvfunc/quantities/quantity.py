@@ -12,15 +12,21 @@ from curvfunc.engine.cotangents import (
     LossRoot,
     OutputEntries,
 )
+from curvfunc.quantities.laws import Law
 
 __all__ = ["GaussNewton", "Quantity"]
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """What `compute` can be asked for; results are one per parameter unless ``forward`` is set."""
+    """What `compute` can be asked for; results are one per parameter unless ``forward`` is set.
+
+    ``laws`` says how results of disjoint sets of samples merge; where there are several contractions, how those of each do,
+    from which ``finish`` makes the result of the union.
+    """
 
     contractions: ClassVar[tuple[str, ...]] = ()
+    laws: ClassVar[tuple[Law, ...]] = ()
     forward: ClassVar[str | None] = None
     whole_batch: ClassVar[bool] = False
     averages: ClassVar[bool] = False  # over samples, so that there has to be one

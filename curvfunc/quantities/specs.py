@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from curvfunc.engine.cotangents import AveragedHessian, EmpiricalRoot, FullHessian, LossRoot, OutputEntries
+from curvfunc.quantities.laws import Averaged, Joined, Refused, Summed
 from curvfunc.quantities.quantity import GaussNewton, Quantity
 
 __all__ = [
@@ -35,6 +36,7 @@ class Loss(Quantity):
     """The loss, a scalar; of the whole batch."""
 
     forward = "loss"
+    laws = (Summed(1),)
     whole_batch = True
 
 
@@ -43,6 +45,7 @@ class Output(Quantity):
     """The model's output [N, ...], detached unless the call is differentiated; of the whole batch."""
 
     forward = "output"
+    laws = (Joined(0),)
     whole_batch = True
 
 
@@ -51,6 +54,7 @@ class Grad(Quantity):
     """The gradient of the loss, [*shape]; of the whole batch."""
 
     contractions = ("total",)
+    laws = (Summed(1),)
     whole_batch = True
 
 
@@ -59,6 +63,7 @@ class BatchGrad(Quantity):
     """Per-sample gradients gₙ = R ∇ℓₙ, [N, *shape]."""
 
     contractions = ("per_sample",)
+    laws = (Joined(1),)
 
     def lead(self, columns: int, samples: int) -> tuple[int, ...]:
         """N."""
@@ -74,6 +79,7 @@ class BatchJac(Quantity):
     """The Jacobian of each sample's output, [N, *out, *shape]; whatever the loss."""
 
     contractions = ("per_sample",)
+    laws = (Joined(0),)
     of_entries = True
     cotangent = OutputEntries()
 
@@ -87,6 +93,7 @@ class BatchL2(Quantity):
     """Squared norms ‖gₙ‖² of the per-sample gradients, [N]."""
 
     contractions = ("sample_norms",)
+    laws = (Joined(2),)
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,7 @@ class SumGradSquared(Quantity):
     """Σₙ gₙ², [*shape]."""
 
     contractions = ("squares",)
+    laws = (Summed(2),)
 
 
 @dataclass(frozen=True)
@@ -101,11 +109,15 @@ class Variance(Quantity):
     """(1/N) Σₙ gₙ² − ((1/N) Σₙ gₙ)², [*shape]."""
 
     contractions = ("squares", "total")
+    laws = (Summed(2), Summed(1))
     averages = True
 
-    def finish(self, samples: int, *parts: Tensor) -> Tensor:
+    def finish(self, samples: int | Tensor, *parts: Tensor) -> Tensor:
         """Second moment minus squared mean."""
         squared, total = parts
+        if isinstance(samples, Tensor):  # of several batches, maybe a mean
+            samples = samples.to(squared.dtype)
+            return squared / samples - (total / samples).square()
         return torch.addcmul(squared, total, total, value=-1 / samples) / samples
 
 
@@ -114,6 +126,7 @@ class DiagGGN(GaussNewton):
     """Diagonal of the generalized Gauss-Newton matrix, [*shape]."""
 
     contractions = ("squares",)
+    laws = (Summed(1),)
 
 
 @dataclass(frozen=True)
@@ -121,6 +134,7 @@ class BatchDiagGGN(GaussNewton):
     """Each sample's part of the diagonal of the generalized Gauss-Newton matrix, [N, *shape]."""
 
     contractions = ("sample_squares",)
+    laws = (Joined(1),)
 
     def lead(self, columns: int, samples: int) -> tuple[int, ...]:
         """N."""
@@ -132,6 +146,7 @@ class DiagHessian(Quantity):
     """Diagonal of the Hessian, [*shape]."""
 
     contractions = ("squares",)
+    laws = (Summed(1),)
     cotangent = FullHessian()
 
 
@@ -140,6 +155,7 @@ class BatchDiagHessian(Quantity):
     """Each sample's part of the diagonal of the Hessian, [N, *shape]."""
 
     contractions = ("sample_squares",)
+    laws = (Joined(1),)
     cotangent = FullHessian()
 
 
@@ -148,6 +164,7 @@ class SqrtGGN(GaussNewton):
     """Root of the generalized Gauss-Newton matrix, [V, N, *shape]."""
 
     contractions = ("per_sample",)
+    laws = (Joined(1 / 2, axis=1),)
 
     def lead(self, columns: int, samples: int) -> tuple[int, ...]:
         """V and N."""
@@ -167,6 +184,7 @@ class KFAC(GaussNewton):
     kfac_approx: str | None = None
     joined: bool = False
 
+    laws = (Summed(1), Averaged())
     averages = True
 
     def __post_init__(self) -> None:
@@ -198,6 +216,7 @@ class KFLR(Quantity):
         _check_approximation(self.kfac_approx)
 
     contractions = KFAC.contractions
+    laws = KFAC.laws
     averages = True
     finish = KFAC.finish
 
@@ -214,6 +233,7 @@ class EmpiricalKFAC(Quantity):
         _check_approximation(self.kfac_approx)
 
     contractions = KFAC.contractions
+    laws = KFAC.laws
     averages = True
     finish = KFAC.finish
 
@@ -223,6 +243,12 @@ class KFRA(Quantity):
     """Kronecker factors from the loss Hessian, averaged over samples at each step back, a tuple; see `kfra`."""
 
     contractions = ("factors",)
+    laws = (
+        Refused(
+            "it averages over the samples of one batch at each step back, and the means of two batches' products are not the "
+            "products of their means. Use KFLR or KFAC"
+        ),
+    )
     averages = True
     cotangent = AveragedHessian()
 

@@ -102,7 +102,9 @@ class _Calls(TorchFunctionMode):
                 k = len(self.probes)
                 self.as_weight[weight].append(k)
                 self.ops.append(func)
-                self.biases.append(self.number.get(id(kwargs["bias"] if "bias" in kwargs else args[2] if len(args) > 2 else None)))
+                self.biases.append(
+                    self.number.get(id(kwargs["bias"] if "bias" in kwargs else args[2] if len(args) > 2 else None))
+                )
                 self.inputs.append(_INPUTS[func](*args, **kwargs))
                 self.probes.append(torch.zeros_like(out) if self.given is None else self.given[k])
                 out = out + self.probes[k]

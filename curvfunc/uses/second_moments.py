@@ -27,7 +27,16 @@ from curvfunc.uses.forms import (
 )
 from curvfunc.uses.rotations import with_ones
 
-__all__ = ["InputFactor", "cross_gram", "gram", "input_factor", "joined_input_factor", "output_factor", "second_moment", "shared_factor"]
+__all__ = [
+    "InputFactor",
+    "cross_gram",
+    "gram",
+    "input_factor",
+    "joined_input_factor",
+    "output_factor",
+    "second_moment",
+    "shared_factor",
+]
 
 
 def gram(b: Bound) -> Tensor:
