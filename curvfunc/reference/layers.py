@@ -102,9 +102,8 @@ class _Calls(TorchFunctionMode):
                 k = len(self.probes)
                 self.as_weight[weight].append(k)
                 self.ops.append(func)
-                self.biases.append(
-                    self.number.get(id(kwargs["bias"] if "bias" in kwargs else args[2] if len(args) > 2 else None))
-                )
+                bias = args[2] if len(args) > 2 else kwargs.get("bias")
+                self.biases.append(self.number.get(id(bias)))
                 self.inputs.append(_INPUTS[func](*args, **kwargs))
                 self.probes.append(torch.zeros_like(out) if self.given is None else self.given[k])
                 out = out + self.probes[k]

@@ -131,8 +131,8 @@ def kron(B: Tensor, A: Tensor) -> Tensor:
 
 # What is public, in lower case, and no quantity.
 NO_QUANTITIES = {
-    "check", "check_rule", "compute", "eigsh", "explain", "fisher_operator", "functionalize", "ggn_operator", "hessian_operator",
-    "hutchinson_diag", "hutchinson_trace", "hutchpp_trace", "kronecker", "operation", "reference", "rule", "spectral_density", "xdiag",
+    "accumulate", "accumulation", "check", "check_rule", "compute", "eigsh", "explain", "fisher_operator", "functionalize", "ggn_operator", "hessian_operator",
+    "hutchinson_diag", "hutchinson_trace", "hutchpp_trace", "kronecker", "merge", "operation", "reference", "rule", "spectral_density", "xdiag",
 }  # fmt: skip
 PUBLIC = sorted(name for name in curvfunc.__all__ if name.islower() and name not in NO_QUANTITIES)
 

@@ -15,7 +15,6 @@ MOST_ENTRIES = 12
 # Files of docstrings or tables may be longer; why they are.
 LONGER = {
     "quantities/functions.py": "docstrings of the functions, and a line of code for each",
-    "engine/capture.py": "not cut yet: the ways to run a model, and how they are chosen",
 }
 
 

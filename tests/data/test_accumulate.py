@@ -281,9 +281,9 @@ def stopping(batches: Any, after: int) -> Iterator[Any]:
 
 
 def killed(folder: Path, after: int, *words: str) -> None:
-    here = Path(__file__).parent
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
-    command = [sys.executable, str(here / "interrupted.py"), str(folder), str(after), *words]
+    root = Path(__file__).parents[2]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(root / "tests" / "shared"), str(root)])}
+    command = [sys.executable, interrupted.__file__, str(folder), str(after), *words]
     found = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert found.returncode == -signal.SIGKILL, found.stderr
 

@@ -36,6 +36,10 @@ EXACT = (
     curvfunc.KFLR(),
     curvfunc.KFLR("expand"),
     curvfunc.KFLR("reduce"),
+    curvfunc.KFLR(joined=True),
+    curvfunc.BatchJac(),
+    curvfunc.EmpiricalKFAC(),
+    curvfunc.EmpiricalKFAC("reduce", joined=True),
 )
 SAMPLED = (
     curvfunc.DiagGGN(2),
