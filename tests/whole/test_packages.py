@@ -11,6 +11,7 @@ import curvfunc
 HOUSE = Path(curvfunc.__file__).parent
 MOST_LINES = 450
 MOST_ENTRIES = 12
+FOR_JOBS = {"data", "kronecker"}  # what users do with results: rooms above the house's own, which know nothing of them
 
 # Files of docstrings or tables may be longer; why they are.
 LONGER = {
@@ -86,5 +87,5 @@ def test_exceptions_are_files() -> None:
 
 def test_few_entries_at_the_top() -> None:
     entries = {p.name for p in HOUSE.iterdir()} - {"__init__.py", "py.typed", "__pycache__"}
-    assert len(entries) <= MOST_ENTRIES
+    assert len(entries - FOR_JOBS) <= MOST_ENTRIES
     assert all((HOUSE / name / "__init__.py").is_file() for name in entries)  # packages, no loose files
