@@ -21,7 +21,7 @@ from curvfunc.engine.model import check_function
 from curvfunc.quantities.call import compute
 from curvfunc.quantities.laws import Averaged, Joined, Law, Refused, Summed
 from curvfunc.quantities.quantity import Quantity
-from curvfunc.quantities.specs import Output
+from curvfunc.quantities.specs import EmpiricalKFAC, Output
 from curvfunc.tensors.inputs import flatten_params
 from curvfunc.tensors.precision import at_least_float32
 from curvfunc.tensors.samples import tensors_of
@@ -306,6 +306,11 @@ def make(
         if not isinstance(spec, Quantity):
             raise TypeError(f"specs must hold quantities such as Grad() or DiagGGN(), got {spec!r}.")
         _check_merges(spec, decay)
+        if isinstance(spec, EmpiricalKFAC) and not losses.has_normalizer(loss) and reduction not in ("sum", "mean"):
+            raise ValueError(
+                "EmpiricalKFAC takes a loss of one's own for a sum, or for a mean of one term per sample: pass reduction='sum' or "
+                "'mean' if it is one. Of other means it has no scale that several batches could share."
+            )
     if not leaves:
         raise ValueError("specs holds no quantity. Pass at least one, such as Grad().")
     if decay is not None and not 0 <= decay <= 1:
