@@ -308,8 +308,8 @@ def make(
         _check_merges(spec, decay)
         if isinstance(spec, EmpiricalKFAC) and not losses.has_normalizer(loss) and reduction not in ("sum", "mean"):
             raise ValueError(
-                "EmpiricalKFAC takes a loss of one's own for a sum, or for a mean of one term per sample: pass reduction='sum' or "
-                "'mean' if it is one. Of other means it has no scale that several batches could share."
+                "EmpiricalKFAC takes a loss of one's own for a sum, or for a mean of one term per sample: pass reduction='sum' "
+                "or 'mean' if it is one. Of other means it has no scale that several batches could share."
             )
     if not leaves:
         raise ValueError("specs holds no quantity. Pass at least one, such as Grad().")
