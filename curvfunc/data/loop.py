@@ -50,8 +50,8 @@ def accumulate(
 
     How results of batches merge is told by each quantity: sums and per-sample results are brought to the scale that the loss
     has for all samples (its mean may run over entries or over the weights of labels), variances are put together from
-    moments, and Kronecker factors each by itself. `KFRA`, `BatchDot` and `GGNGram` are no functions of the batches' results,
-    and refused. A model that is not deterministic draws anew for each batch.
+    moments, and Kronecker factors each by itself. `KFRA`, `BatchDot`, `GGNGram` and `NTK` are no functions of the batches'
+    results, and refused. A model that is not deterministic draws anew for each batch.
 
     Args:
         model_fn: ``(params, X) -> output [N, ...]``, from `curvfunc.functionalize` or any function.
@@ -62,7 +62,8 @@ def accumulate(
         loss_fn: ``(output, y) -> scalar`` that sums or averages over samples.
         reduction: For losses other than cross-entropy, squared error and BCE with logits: "sum", "mean" over samples, or, for
             any other mean, a function ``(output, y) -> W`` of a batch that returns what it divides by. By default sums and
-            means over samples are told from each other by the gradients of each batch, and anything else is refused.
+            means over samples are told from each other by the gradients of each batch, and anything else is refused;
+            `EmpiricalKFAC` needs to be told.
         decay: If given, a batch counts ``decay**k`` after k more; see `accumulation`.
         generator: Source of Monte-Carlo draws.
         chunk_size: As for `compute`.

@@ -1,4 +1,4 @@
-"""Scripted functions and modules, where torch has their derivatives wrong: under grad and jvp of torch.func."""
+"""Scripted functions and modules, where torch has their derivatives wrong: under the caller's vmap, grad and jvp."""
 
 import threading
 from collections.abc import Iterator
@@ -48,7 +48,8 @@ def _watched(call: Any) -> Any:
         if _HERE.refuses:
             raise ValueError(
                 f"the model calls scripted or traced code ({self.name!r}), whose derivatives are not reliable under "
-                "torch.func.grad and jvp. Use the function or module that it was made of, or differentiate by torch.autograd."
+                "torch.vmap, torch.func.grad and jvp. Use the function or module that it was made of, or loop over parameters "
+                "and differentiate by torch.autograd."
             )
         return call(self, *args, **kwargs)
 

@@ -27,7 +27,6 @@ Attention runs by its mathematical definition (``SDPBackend.MATH``), since the f
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -403,7 +402,7 @@ def _evaluate(
             result = forward(*leaves)[1]
     else:
         try:
-            with scripted.refused() if create_graph else nullcontext():
+            with scripted.refused():
                 result = torch.func.vjp(forward, *tensors, has_aux=True)[2]  # type: ignore[misc]
         except RuntimeError as error:
             explain_limits(error)

@@ -127,8 +127,8 @@ def batch_jac(
             result is copied into these if they have another layout, such as contiguous ones.
 
     Returns:
-        [N, *out, *shape] per parameter, in memory with the samples after the output's axes; zeros where the output does not
-        depend on it.
+        [N, *out, *shape] per parameter, in memory with the samples after the output's axes; zeros for one of
+        several that the output does not depend on.
 
     Raises:
         TypeError, ValueError: For input that has no answer, as `curvfunc.quantities`: a complex output, for instance.

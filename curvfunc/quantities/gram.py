@@ -16,14 +16,18 @@ import optree
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+from torch._C import _functorch
 from torch.utils import _pytree as pytree
 
 from curvfunc import losses
 from curvfunc.engine.cotangents import LossRoot, OutputEntries
+from curvfunc.engine.effects import all_held
 from curvfunc.engine.passes import CONTRACTIONS
 from curvfunc.quantities.call import compute
+from curvfunc.quantities.functions import batch_jac
 from curvfunc.quantities.laws import Refused
 from curvfunc.quantities.quantity import GaussNewton, Quantity
+from curvfunc.quantities.run import trace
 from curvfunc.tensors.inputs import read_batch
 from curvfunc.tensors.samples import flatten
 from curvfunc.uses import second_moments
@@ -224,8 +228,10 @@ def ntk(
 ) -> Any:
     """Empirical neural tangent kernel, K[n,c,m,d] = Σ_p Jₙ[c,p] Jₘ[d,p] with J = `batch_jac`, for each parameter.
 
-    With a second batch, m runs over its samples. Both go through the model together, and no products are formed but those
-    of a sample of the one with a sample of the other. Jacobians are not formed where their products cost less without,
+    With a second batch, m runs over its samples. Both go through the model together where each sample can be followed through
+    it by itself, and no products are formed but those of a sample of the one with a sample of the other; elsewhere (a model
+    that asks for the size of its batch, or has other samples as data), and in transformed code, the Jacobians of both are
+    multiplied. Jacobians are not formed where their products cost less without,
     which is so for vectors and few shared positions. The layers' cotangents of all C entries are held at once;
     ``chunk_size`` bounds what else is. For the whole kernel use `ntk_total`; in `compute`, what `NTK` gives does not
     depend on y and loss_fn.
@@ -256,7 +262,10 @@ def ntk(
     """
     spec: Quantity = NTK()
     if X2 is not None:
-        X, subsampling, first = _side_by_side(X, X2, subsampling)
+        joint = _side_by_side(X, X2, subsampling)
+        if not _may_go_together(model_fn, params, X):
+            return _of_jacobians(model_fn, params, X, X2, subsampling, chunk_size)
+        X, subsampling, first = joint
         spec = spec if first is None else _NTKBetween(first)
     return compute(model_fn, params, X, X, spec, loss_fn=losses.no_loss, subsampling=subsampling, chunk_size=chunk_size)
 
@@ -285,6 +294,34 @@ def ntk_total(
         (torch.Size([1, 1, 4, 1]), tensor([2., 2., 2., 2.]))
     """
     return _sum(ntk(model_fn, params, X, X2, subsampling=subsampling, chunk_size=chunk_size))
+
+
+def _may_go_together(model_fn: Model, params: Any, X: Any) -> bool:
+    """Whether each sample's output is its own, whatever else is in the batch."""
+    if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None:
+        return False
+    if not len(_parts(X)[0][0]):
+        return True
+    with torch.enable_grad():
+        found = trace(model_fn, params, X)[1]
+    found.restart()
+    doubts = found.mode != "plain" or found.entangled or found.counts or found.random or found.rows
+    return not doubts and all_held(model_fn, found.foreign)
+
+
+def _of_jacobians(model_fn: Model, params: Any, X: Any, X2: Any, subsampling: Indices | None, chunk_size: int | None) -> Any:
+    ours = batch_jac(model_fn, params, X, subsampling=subsampling, chunk_size=chunk_size)
+    theirs = batch_jac(model_fn, params, X2, chunk_size=chunk_size)
+    leaves, structure = pytree.tree_flatten(params)
+
+    def rows(J: Tensor, p: Tensor) -> Tensor:
+        return J.reshape(len(J), J.shape[1 : J.ndim - p.ndim].numel(), p.numel())
+
+    products = [
+        torch.einsum("ncp,mdp->ncmd", rows(a, p), rows(b, p))
+        for a, b, p in zip(pytree.tree_leaves(ours), pytree.tree_leaves(theirs), leaves, strict=True)
+    ]
+    return pytree.tree_unflatten(products, structure)
 
 
 def _side_by_side(X: Any, X2: Any, subsampling: Indices | None) -> tuple[Any, Indices | None, int | None]:

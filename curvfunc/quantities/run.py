@@ -76,7 +76,7 @@ class Run:
         def forward(*leaves: Tensor) -> tuple[Tensor, list[Any]]:
             return self._results(list(leaves), specs, differentiable)
 
-        with scripted.refused() if differentiable else nullcontext():
+        with scripted.refused():
             found: tuple[Any, ...] = torch.func.vjp(forward, *params, has_aux=True)
         return found[-1]
 

@@ -429,3 +429,26 @@ def test_ntk_of_random_models_has_one_draw_per_sample() -> None:
     K = curvfunc.ntk_total(model_fn, params, X[:2], X[2:], subsampling=[0, 1, 0])
     assert torch.equal(K[0], K[2])
     assert not torch.equal(K[0], K[1])
+
+
+AS_DATA: dict[str, Any] = {
+    "mean": lambda p, x: (x - x.mean(0)) @ p["w"],
+    "detached": lambda p, x: (lambda h: h - h.mean(0).detach())(x @ p["w"]),
+    "count": lambda p, x: x @ p["w"] / len(x),
+    "roll": lambda p, x: (x + x.roll(1, 0)) @ p["w"],
+    "place": lambda p, x: x @ p["w"] * (1 + torch.arange(len(x)))[:, None],
+    "python": lambda p, x: x @ p["w"] * (2.0 if len(x) < 5 else 3.0),
+    "apart": lambda p, x: x @ p["w"] + p["c"],
+}
+
+
+@pytest.mark.parametrize("name", AS_DATA)
+def test_kernels_of_batches_that_are_data(name: str) -> None:
+    """Samples of two batches do not meet: each has the company of its own."""
+    params, X, X2 = {"w": torch.randn(3, 2), "c": torch.randn(2)}, torch.randn(4, 3), torch.randn(2, 3)
+    J, J2 = (curvfunc.batch_jac(AS_DATA[name], params, x) for x in (X, X2))
+    want = {k: torch.einsum("ncp,mdp->ncmd", J[k].flatten(2), J2[k].flatten(2)) for k in params}
+    assert_close(curvfunc.ntk(AS_DATA[name], params, X, X2), want)
+    picked = curvfunc.ntk(AS_DATA[name], params, X, X2, subsampling=[3, 0, 3])
+    assert_close(picked, {k: t[[3, 0, 3]] for k, t in want.items()})
+    assert_close(curvfunc.ntk_total(AS_DATA[name], params, X, X2), sum(want.values()))

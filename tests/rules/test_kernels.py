@@ -313,3 +313,21 @@ def test_shim(outside: bool) -> None:
             {k: (p.grad_batch, p.diag_ggn_exact, p.diag_h, p.hmp(p.detach()[None])) for k, p in model.named_parameters()}
         )
     assert_close(*found, 1e-9)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("function", [torch.angle, torch.sgn, Tensor.angle, Tensor.sgn])
+def test_complex_zeros(function: Any, order: int) -> None:
+    """Derivatives by the cotangent are those of the function, which torch has as zero there."""
+    pairs = torch.tensor([[0.0, 0.0], [1.0, -2.0], [-0.5, 0.0]])
+    substitute = INSTEAD[order][function]
+
+    def real(t: Tensor, f: Any = substitute) -> Tensor:
+        out = f(torch.view_as_complex(t))
+        return torch.view_as_real(out) if out.is_complex() else out
+
+    assert_close(first_order(real, pairs), first_order(partial(real, f=function), pairs))
+    out, pull = torch.func.vjp(real, pairs)
+    again = torch.func.vjp(lambda u: pull(u)[0], torch.ones_like(out))[1](torch.ones_like(pairs))[0]
+    rows = torch.autograd.functional.jacobian(partial(real, f=function), pairs)
+    assert_close(again, rows.flatten(-2).sum(-1))

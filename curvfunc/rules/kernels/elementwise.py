@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["hardsigmoid", "i1", "precise_hardsigmoid", "sinc"]
+__all__ = ["angle", "hardsigmoid", "i1", "precise_hardsigmoid", "sgn", "sinc"]
 
 
 def precise_hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
@@ -28,6 +28,19 @@ def sinc(input: Tensor) -> Tensor:
     near = x.abs() < 0.5
     far = torch.where(near, 1.0, x)
     return torch.where(near, _series(torch.where(near, x, 0.0).square(), SINC), far.sin() / far)
+
+
+def angle(input: Tensor) -> Tensor:
+    """At a complex zero, the derivative of the backward pass by the cotangent is nan."""
+    return torch.angle(torch.where(input == 0, 1.0, input)) if input.is_complex() else torch.angle(input)
+
+
+def sgn(input: Tensor) -> Tensor:
+    """At a complex zero, the derivative of the backward pass by the cotangent is nan."""
+    if not input.is_complex():
+        return torch.sgn(input)
+    zero = input == 0
+    return torch.where(zero, 0.0, torch.sgn(torch.where(zero, 1.0, input)))
 
 
 SINC = [1 / 1, -1 / 6, 1 / 120, -1 / 5040, 1 / 362880, -1 / 39916800, 1 / 6227020800, -1 / 1307674368000]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from curvfunc.rules.kernels.elementwise import hardsigmoid, i1, precise_hardsigmoid, sinc
+from curvfunc.rules.kernels.elementwise import angle, hardsigmoid, i1, precise_hardsigmoid, sgn, sinc
 from curvfunc.rules.kernels.indexing import (
     as_strided_scatter,
     embedding,
@@ -104,7 +104,7 @@ _SECOND: Functions = {
     F.hardsigmoid: hardsigmoid,
     F.embedding_bag: embedding_bag,
     torch._weight_norm: weight_norm,
-    **_functions(logcumsumexp=logcumsumexp, sinc=_unary(sinc)),
+    **_functions(logcumsumexp=logcumsumexp, sinc=_unary(sinc), angle=_unary(angle), sgn=_unary(sgn)),
 }
 
 _THIRD: Functions = {
