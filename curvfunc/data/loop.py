@@ -62,8 +62,7 @@ def accumulate(
         loss_fn: ``(output, y) -> scalar`` that sums or averages over samples.
         reduction: For losses other than cross-entropy, squared error and BCE with logits: "sum", "mean" over samples, or, for
             any other mean, a function ``(output, y) -> W`` of a batch that returns what it divides by. By default sums and
-            means over samples are told from each other by the gradients of each batch, and anything else is refused;
-            `EmpiricalKFAC` needs to be told.
+            means over samples are told from each other by the gradients of each batch, and anything else is refused.
         decay: If given, a batch counts ``decay**k`` after k more; see `accumulation`.
         generator: Source of Monte-Carlo draws.
         chunk_size: As for `compute`.

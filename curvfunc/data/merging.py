@@ -306,10 +306,10 @@ def make(
         if not isinstance(spec, Quantity):
             raise TypeError(f"specs must hold quantities such as Grad() or DiagGGN(), got {spec!r}.")
         _check_merges(spec, decay)
-        if isinstance(spec, EmpiricalKFAC) and not losses.has_normalizer(loss) and reduction not in ("sum", "mean"):
+        if isinstance(spec, EmpiricalKFAC) and callable(reduction):
             raise ValueError(
-                "EmpiricalKFAC takes a loss of one's own for a sum, or for a mean of one term per sample: pass reduction='sum' "
-                "or 'mean' if it is one. Of other means it has no scale that several batches could share."
+                "EmpiricalKFAC takes a loss of one's own for a sum, or for a mean of one term per sample. Of other means it has "
+                "no scale that several batches could share."
             )
     if not leaves:
         raise ValueError("specs holds no quantity. Pass at least one, such as Grad().")

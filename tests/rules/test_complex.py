@@ -75,7 +75,7 @@ USES = {
     "conv2d_real": Case(lambda p, x: F.conv2d(x, p["w"].to(x.dtype)).abs().mean((2, 3)), {"w": (3, 2, 2, 2)}, (N, 2, 3, 3)),
     "conv_transpose": Case(lambda p, x: F.conv_transpose1d(x, pairs(p["w"])).abs().mean(2), {"w": (2, 3, 2, 2)}, (N, 2, 3)),
     "polar": Case(lambda p, x: (torch.polar(p["r"].square(), p["t"]) * x).real, {"r": (3,), "t": (3,)}, (N, 3)),
-    "expanded": Case(lambda p, x: (pairs(p["w"]).expand(N if len(x) > 1 else 1, 3) * x).abs(), {"w": (3, 2)}, (N, 3)),
+    "expanded": Case(lambda p, x: (pairs(p["w"]).expand(len(x), 3) * x).abs(), {"w": (3, 2)}, (N, 3)),
     "in_place": Case(lambda p, x: x.clone().mul_(pairs(p["w"])).add_(p["b"]).abs(), {"w": (3, 2), "b": (3,)}, (N, 3)),
     "tied": Case(lambda p, x: x.real @ p["w"] + (x @ p["w"].to(x.dtype)).imag, {"w": (3, 3)}, (N, 3)),
     "threshold": Case(lambda p, x: modulus_relu(F.linear(x, pairs(p["w"])), p["b"]).real, {"w": (3, 3, 2), "b": (3,)}, (N, 3)),
