@@ -308,8 +308,8 @@ def make(
         _check_merges(spec, decay)
         if isinstance(spec, EmpiricalKFAC) and callable(reduction):
             raise ValueError(
-                "EmpiricalKFAC takes a loss of one's own for a sum, or for a mean of one term per sample. Of other means it has "
-                "no scale that several batches could share."
+                "EmpiricalKFAC takes a loss of one's own for a sum, or for a mean of one term per sample. Of other means it "
+                "has no scale that several batches could share."
             )
     if not leaves:
         raise ValueError("specs holds no quantity. Pass at least one, such as Grad().")
