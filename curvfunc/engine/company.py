@@ -18,7 +18,7 @@ from curvfunc.tensors.inputs import Batch
 from curvfunc.tensors.ownership import base
 from curvfunc.tensors.samples import tree_map
 
-__all__ = ["Entangled", "check_subset"]
+__all__ = ["Entangled", "are_apart", "check_subset"]
 
 
 class Entangled(ValueError):
@@ -86,6 +86,12 @@ def check_subset(
         raise Entangled(why) from error
     finally:
         chance.undo()
+
+
+def are_apart(model_fn: Callable[..., Any], found: Trace) -> bool:
+    """Whether a sample's output was seen to be the same in any company, so that there is nothing to compare."""
+    doubts = found.mode != "plain" or found.entangled or found.counts or found.random or found.rows
+    return not doubts and all_held(model_fn, found.foreign)
 
 
 def _is_uniform(rows: Tensor) -> bool:

@@ -20,8 +20,8 @@ from torch._C import _functorch
 from torch.utils import _pytree as pytree
 
 from curvfunc import losses
+from curvfunc.engine.company import are_apart
 from curvfunc.engine.cotangents import LossRoot, OutputEntries
-from curvfunc.engine.effects import all_held
 from curvfunc.engine.passes import CONTRACTIONS
 from curvfunc.quantities.call import compute
 from curvfunc.quantities.functions import batch_jac
@@ -305,23 +305,18 @@ def _may_go_together(model_fn: Model, params: Any, X: Any) -> bool:
     with torch.enable_grad():
         found = trace(model_fn, params, X)[1]
     found.restart()
-    doubts = found.mode != "plain" or found.entangled or found.counts or found.random or found.rows
-    return not doubts and all_held(model_fn, found.foreign)
+    return are_apart(model_fn, found)
 
 
 def _of_jacobians(model_fn: Model, params: Any, X: Any, X2: Any, subsampling: Indices | None, chunk_size: int | None) -> Any:
     ours = batch_jac(model_fn, params, X, subsampling=subsampling, chunk_size=chunk_size)
     theirs = batch_jac(model_fn, params, X2, chunk_size=chunk_size)
-    leaves, structure = pytree.tree_flatten(params)
 
-    def rows(J: Tensor, p: Tensor) -> Tensor:
-        return J.reshape(len(J), J.shape[1 : J.ndim - p.ndim].numel(), p.numel())
+    def kernel(p: Tensor, *jacobians: Tensor) -> Tensor:
+        rows = [J.reshape(len(J), J.shape[1 : J.ndim - p.ndim].numel(), p.numel()) for J in jacobians]
+        return torch.einsum("ncp,mdp->ncmd", *rows)
 
-    products = [
-        torch.einsum("ncp,mdp->ncmd", rows(a, p), rows(b, p))
-        for a, b, p in zip(pytree.tree_leaves(ours), pytree.tree_leaves(theirs), leaves, strict=True)
-    ]
-    return pytree.tree_unflatten(products, structure)
+    return pytree.tree_map(kernel, params, ours, theirs)
 
 
 def _side_by_side(X: Any, X2: Any, subsampling: Indices | None) -> tuple[Any, Indices | None, int | None]:

@@ -24,12 +24,11 @@ sample are slices of the full ones, sums run over the picked samples only, R sta
 A parameter that the output does not depend on gets zeros. Inputs are not validated.
 """
 
-from curvfunc.reference.empirical import kfac_empirical
 from curvfunc.reference.first_order import batch_dot, batch_dot_total, batch_grad, batch_l2, sum_grad_squared, variance
 from curvfunc.reference.gauss_newton import batch_diag_ggn, diag_ggn, ggn_gram, ggn_gram_total, sqrt_ggn
 from curvfunc.reference.hessian import batch_diag_hessian, diag_hessian
 from curvfunc.reference.jacobians import batch_jac, ntk, ntk_total
-from curvfunc.reference.kronecker import kfac, kflr, kfra
+from curvfunc.reference.kronecker import kfac, kfac_empirical, kflr, kfra
 from curvfunc.reference.products import fisher_vp, ggn_vp, ggnmp, hessian_vp, hmp, jvp, pchmp, vjp
 
 __all__ = [

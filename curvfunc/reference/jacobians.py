@@ -1,16 +1,14 @@
-"""The Jacobian of the model's output, and its products: plain ``torch.autograd``, one sample and one entry at a time."""
+"""The Jacobian of the model's output, and its products."""
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor
 
-__all__ = ["batch_jac", "ntk", "ntk_total"]
+from curvfunc.reference.dense import Indices, ModelFn, jacobian, pick
 
-ModelFn = Callable[[Any, Any], Tensor]
-Indices = Sequence[int] | Tensor | None
+__all__ = ["batch_jac", "ntk", "ntk_total"]
 
 
 def batch_jac(
@@ -35,18 +33,8 @@ def batch_jac(
     Returns:
         ``[N, *out, *shape]`` per parameter.
     """
-    leaves, treespec = optree.tree_flatten(params)
-    leaves = [p.detach().requires_grad_() for p in leaves]
-    every = torch.arange(len(optree.tree_leaves(X)[0]))
-    samples = (every if subsampling is None else every[torch.as_tensor(subsampling, device="cpu")]).tolist()
-    rows: list[list[Tensor]] = [[] for _ in leaves]
-    for n in samples:
-        f = model_fn(optree.tree_unflatten(treespec, leaves), optree.tree_map(lambda x: x[n : n + 1], X))[0]  # noqa: B023
-        entries = [_gradient(f_c, leaves) for f_c in f.reshape(-1)]
-        for i, p in enumerate(leaves):
-            of_p = [gradient[i] for gradient in entries]
-            rows[i].append(torch.stack(of_p).reshape(*f.shape, *p.shape) if of_p else p.new_zeros(*f.shape, *p.shape))
-    return optree.tree_unflatten(treespec, [torch.stack(of_samples) for of_samples in rows])
+    f, J = jacobian(model_fn, params, X)
+    return optree.tree_map(lambda p, j: pick(j.reshape(*f.shape, *p.shape), subsampling), params, J)
 
 
 def ntk(
@@ -74,13 +62,9 @@ def ntk(
     References:
         Jacot, Gabriel, Hongler, Neural tangent kernel, NeurIPS 2018.
     """
-    first = batch_jac(model_fn, params, X, subsampling=subsampling)
-    second = first if X2 is None else batch_jac(model_fn, params, X2)
-
-    def kernel(p: Tensor, J: Tensor, K: Tensor) -> Tensor:
-        return torch.einsum("ncp,mdp->ncmd", *[_flat(j, p) for j in (J, K)])
-
-    return optree.tree_map(kernel, params, first, second)
+    J = optree.tree_map(lambda j: pick(j, subsampling), jacobian(model_fn, params, X)[1])
+    J2 = J if X2 is None else jacobian(model_fn, params, X2)[1]
+    return optree.tree_map(lambda j, k: torch.einsum("ncp,mdp->ncmd", j, k), J, J2)
 
 
 def ntk_total(
@@ -98,15 +82,3 @@ def ntk_total(
         ``[N, C, M, C]``.
     """
     return torch.stack(optree.tree_leaves(ntk(model_fn, params, X, X2, subsampling=subsampling))).sum(0)
-
-
-def _flat(J: Tensor, p: Tensor) -> Tensor:
-    """``[N, *out, *shape]`` as ``[N, C, P]``."""
-    return J.reshape(len(J), J.shape[1 : J.ndim - p.ndim].numel(), p.numel())
-
-
-def _gradient(entry: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    """The gradient of one number with respect to each parameter."""
-    if not entry.requires_grad:
-        return [torch.zeros_like(p) for p in leaves]
-    return list(torch.autograd.grad(entry, leaves, retain_graph=True, allow_unused=True, materialize_grads=True))

@@ -1,6 +1,7 @@
 """Kronecker factors."""
 
 import itertools
+from functools import partial
 from typing import Any
 
 import optree
@@ -8,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curvfunc import losses
 from curvfunc.reference.calls import Chain
 from curvfunc.reference.dense import Indices, LossFn, ModelFn, curvature, jacobian, outputs, pick, picked, sample
 from curvfunc.reference.layers import layers
 
-__all__ = ["kfac", "kflr", "kfra"]
+__all__ = ["kfac", "kfac_empirical", "kflr", "kfra"]
 
 
 def kfac(
@@ -71,26 +73,9 @@ def kfac(
         Eschenhagen et al., Kronecker-factored approximate curvature for modern neural network architectures,
         NeurIPS 2023 ("expand", eq. 22, and "reduce").
     """
-    out, jac = jacobian(model_fn, params, X)
-    M = pick(curvature(loss_fn, out, y, mc_samples, generator), subsampling)
-    per_sample = [layers(model_fn, params, sample(X, n)) for n in picked(len(out), subsampling)]
-
-    def factors(i: int, J: Tensor) -> tuple[Tensor, ...]:
-        uses = [layer for of_sample in per_sample if (layer := of_sample[i]) is not None]
-        if not uses:
-            J = pick(J, subsampling)
-            return (torch.einsum("ncp,ncd,ndq->pq", J, M, J),)
-        x, D = torch.stack([use.x for use in uses]), torch.stack([use.D for use in uses])
-        x = F.pad(x, (0, 1), value=1.0) if joined and uses[0].biased else x
-        if kfac_approx == "reduce":
-            x, D = x.mean(2, keepdim=True), D.sum(2, keepdim=True)
-        A, positions = _second_moment(x), x.shape[2]
-        if kfac_approx == "expand" or (kfac_approx is None and uses[0].op is F.linear):
-            return torch.einsum("ncso,ncd,ndsp->op", D, M, D), A / positions
-        return torch.einsum("ncso,ncd,ndtp->op", D, M, D), A
-
-    leaves, treespec = optree.tree_flatten(jac)
-    return optree.tree_unflatten(treespec, [factors(i, J) for i, J in enumerate(leaves)])
+    out, J = jacobian(model_fn, params, X)
+    M = curvature(loss_fn, out, y, mc_samples, generator)
+    return _factors(model_fn, params, X, J, M, kfac_approx, joined, subsampling)
 
 
 def kflr(
@@ -112,6 +97,96 @@ def kflr(
     """
     exact: dict[str, Any] = {"mc_samples": 0, "kfac_approx": kfac_approx, "joined": joined}
     return kfac(model_fn, params, X, y, loss_fn=loss_fn, subsampling=subsampling, **exact)
+
+
+def kfac_empirical(
+    model_fn: ModelFn,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    loss_fn: LossFn = F.cross_entropy,
+    kfac_approx: str | None = None,
+    joined: bool = False,
+    subsampling: Indices = None,
+    chunk_size: int | None = None,
+) -> Any:
+    r"""Kronecker factors of each parameter's block of the empirical Fisher, ``sum_n g_n g_n^T / R ~ B \\otimes A``.
+
+    ``g_n = dL / d theta`` through sample n, and R is the factor of the mean in the loss (1 for a sum), so that ``g_n / R`` is
+    the gradient of the sample's own terms, and R their share. With ``x[n, s, k]`` the input of a layer and ``G[n, s, o]`` the
+    gradient of the loss with respect to its output at position s,
+
+    ===========  ==========================================  ==========================
+    kfac_approx  B[o, p]                                     A[k, l]
+    ===========  ==========================================  ==========================
+    "expand"     ``sum_{n,s} G G^T / R``                     ``mean_{n,s} x x^T``
+    "reduce"     ``sum_n (sum_s G)(sum_s G)^T / R``          ``mean_n (mean_s x)(mean_s x)^T``
+    None         as "expand" for linear layers, for convolutions B of "reduce" and A = ``mean_n sum_s x x^T``
+    ===========  ==========================================  ==========================
+
+    Every other parameter has its exact block. What counts as a layer, and groups of a convolution: see ``kfac``.
+
+    Args:
+        model_fn: ``(params, X) -> output [N, *out]``, each sample's output a function of that sample alone.
+        params: Pytree of tensors.
+        X: Pytree of tensors with leading axis N.
+        y: Targets, whatever ``loss_fn`` takes.
+        loss_fn: ``(output, y) -> scalar``, a sum or a mean over samples.
+        kfac_approx: "expand", "reduce" or None.
+        joined: Whether inputs that meet a bias, too, have a one appended.
+        subsampling: Samples to use: B sums and A averages over them; None is all.
+        chunk_size: No effect.
+
+    Returns:
+        A tuple of factors per parameter: ``(B [o, o], A [k, k])``, or ``(block [P, P],)``.
+
+    References:
+        Kunstner, Balles, Hennig, Limitations of the empirical Fisher approximation for natural gradient descent, NeurIPS 2019.
+    """
+    out, J = jacobian(model_fn, params, X)
+    dL = torch.func.grad(loss_fn)(out, y).reshape(len(out), -1)
+    M = torch.einsum("nc,nd->ncd", dL, dL) * _averaged_terms(loss_fn, out, y)  # 1 / R
+    return _factors(model_fn, params, X, J, M, kfac_approx, joined, subsampling)
+
+
+def _factors(
+    model_fn: ModelFn, params: Any, X: Any, jac: Any, M: Tensor, kfac_approx: str | None, joined: bool, subsampling: Indices
+) -> Any:
+    """The factors of :func:`kfac` for any ``M [N, C, C]``."""
+    per_sample = [layers(model_fn, params, sample(X, n)) for n in picked(len(M), subsampling)]
+    M = pick(M, subsampling)
+
+    def factors(i: int, J: Tensor) -> tuple[Tensor, ...]:
+        uses = [layer for of_sample in per_sample if (layer := of_sample[i]) is not None]
+        if not uses:
+            J = pick(J, subsampling)
+            return (torch.einsum("ncp,ncd,ndq->pq", J, M, J),)
+        x, D = torch.stack([use.x for use in uses]), torch.stack([use.D for use in uses])
+        x = F.pad(x, (0, 1), value=1.0) if joined and uses[0].biased else x
+        if kfac_approx == "reduce":
+            x, D = x.mean(2, keepdim=True), D.sum(2, keepdim=True)
+        A, positions = _second_moment(x), x.shape[2]
+        if kfac_approx == "expand" or (kfac_approx is None and uses[0].op is F.linear):
+            return torch.einsum("ncso,ncd,ndsp->op", D, M, D), A / positions
+        return torch.einsum("ncso,ncd,ndtp->op", D, M, D), A
+
+    leaves, treespec = optree.tree_flatten(jac)
+    return optree.tree_unflatten(treespec, [factors(i, J) for i, J in enumerate(leaves)])
+
+
+def _averaged_terms(loss_fn: LossFn, out: Tensor, y: Any) -> float:
+    """How many terms (or how much weight) the loss averages: by how much larger the sum of these terms is; 1 for a sum.
+
+    For a loss without a ``reduction`` they are the samples, if it does not grow when the batch counts twice.
+    """
+    loss = losses.normalize(loss_fn)
+    L = loss(out, y)
+    if loss.name is None:
+        twice = loss(torch.cat([out, out]), optree.tree_map(lambda t: torch.cat([t, t]), y))
+        return len(out) if torch.isclose(twice, L) else 1.0
+    summed = partial(loss.fn, **{**dict(loss.options), **loss.tensors, "reduction": "sum"})
+    return float(summed(out, y) / L)
 
 
 def kfra(
