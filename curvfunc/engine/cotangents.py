@@ -16,7 +16,7 @@ from torch.autograd.graph import Node
 
 from curvfunc import losses
 from curvfunc.engine.columns import over_columns
-from curvfunc.engine.graph import edge_of
+from curvfunc.engine.graph import edge_of, gradients
 from curvfunc.engine.sites import Site, Trace
 from curvfunc.tensors.inputs import check_used
 
@@ -145,16 +145,14 @@ def pull(
     targets: list[Any] = [s.edge for s in inner] + list(leaves)
 
     def backward(column: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(
-            trace.out, targets, column, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
-        )
+        return gradients(trace.out, targets, column, retain_graph=retain_graph, create_graph=create_graph)
 
     grads: list[Tensor | None]
     if not targets:
         grads = []
     elif len(columns) == 1:
         grads = list(backward(columns[0]))
-        grads[: len(inner)] = [None if g is None else g[None] for g in grads[: len(inner)]]
+        grads[: len(inner)] = [None if g is None else g.unsqueeze(0) for g in grads[: len(inner)]]
     else:
         reached: list[bool] = []
 
@@ -217,7 +215,7 @@ def stream(
         targets: list[Any] = [*[site.edge for site in asked], *leaves]
         grads: list[Tensor | None] = []
         if targets:
-            grads += torch.autograd.grad(trace.out, targets, column, retain_graph=retain_graph, allow_unused=True)
+            grads += gradients(trace.out, targets, column, retain_graph=retain_graph)
     finally:
         for handle in handles:
             handle.remove()

@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from curvfunc.engine.columns import over_columns
 from curvfunc.engine.sites import Site
 
-__all__ = ["Opaque", "Reached", "calls_may_hide", "edge_of", "pullback", "reached", "viewed"]
+__all__ = ["Opaque", "Reached", "calls_may_hide", "edge_of", "gradients", "pullback", "reached", "viewed"]
 
 
 class Opaque(Exception):
@@ -41,6 +41,24 @@ def viewed(t: Tensor) -> Tensor:
     base = t._base
     same = base is not None and base.numel() == t.numel() and base.is_contiguous() and t.is_contiguous()
     return base if same and base.requires_grad else t  # type: ignore[return-value, union-attr]
+
+
+def gradients(
+    out: Tensor, targets: Sequence[Any], column: Tensor, *, retain_graph: bool, create_graph: bool = False
+) -> tuple[Tensor | None, ...]:
+    """``torch.autograd.grad`` of one output, None where it does not depend on a target.
+
+    What torch's own function does before it calls the engine takes as long as the backward pass of a small network.
+    """
+    if _ENGINE is None or type(out) is not Tensor or out.shape != column.shape or torch.compiler.is_compiling():
+        given: dict[str, Any] = {"retain_graph": retain_graph, "create_graph": create_graph, "allow_unused": True}
+        return torch.autograd.grad(out, targets, column, **given)
+    asked = (out,), (column,), retain_graph, create_graph, tuple(targets), True
+    found: tuple[Tensor | None, ...] = _ENGINE(*asked, accumulate_grad=False)
+    return found
+
+
+_ENGINE: Callable[..., Any] | None = getattr(torch.autograd.graph, "_engine_run_backward", None)
 
 
 def pullback(edge: GradientEdge, leaf: Tensor) -> Callable[[Tensor], Tensor]:

@@ -63,16 +63,17 @@ class Observer(Follower):
         self.layouts = layouts
         if layouts is not None:
             layouts.clear()
-        self.index = {id(p): Parameter(p, i) for i, p in tracked.items()}
+        self.index: dict[int, Parameter] = {}
+        for i, p in tracked.items():
+            self.index[id(p)] = Parameter(p, i)
+            if level is None:
+                self.mark(p, CONSTANT)
         self.level = level
         self.samples = samples
         self.guesses: bool | None = None  # whether constants were taken for samples; False forbids it
         self.rows: list[Tensor] = []  # these constants
         self.sites: list[Site] = []
         self.effects: Effects | None = Effects(tracked.values())  # None where they are the user's own
-        if level is None:
-            for p in tracked.values():
-                self.mark(p, CONSTANT)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -225,12 +226,20 @@ class Observer(Follower):
                 return self._refuse(used, f"{name_of(func)} takes complex numbers")
             if not t.numel():
                 return self._refuse(used, f"{name_of(func)} takes a tensor of no elements")
-        bound = {**dict(zip(rule.arguments, args, strict=False)), **kwargs}
+        bound = dict(zip(rule.arguments, args, strict=False))
+        bound.update(kwargs)
         if not bound.keys() <= rule.accepts:  # an option of torch's that the rule does not know
             bound = {name: value for name, value in bound.items() if name in rule.accepts or value is not None}
             if unknown := bound.keys() - rule.accepts:
                 return self._refuse(used, f"the rule of {name_of(func)} does not know {sorted(unknown)}")
-        roles = {name: p for name in rule.parameters if (p := self.index.get(id(bound.get(name)))) is not None}
+        roles: dict[str, Parameter] = {}
+        inputs: dict[str, Tensor] = {}
+        for name, t in bound.items():
+            if isinstance(t, Tensor):
+                if (p := self.index.get(id(t))) is not None and name in rule.parameters:
+                    roles[name] = p
+                else:
+                    inputs[name] = t
         if len(roles) != len(used) or not isinstance(out, Tensor):
             return self._decline(used, f"{name_of(func)} takes it as an argument that has no rule")
         axis, raw = self._sample_axis(out)
@@ -240,10 +249,12 @@ class Observer(Follower):
             if self.repeats and calls_may_hide():
                 raise Opaque
             return None
-        inputs = {k: t for k, t in bound.items() if isinstance(t, Tensor) and k not in roles}
-        batched = {k: first for k, t in inputs.items() if (first := self._batch_first(t)) is not None}
-        if any(k not in batched and k not in rule.parameters for k in inputs):
-            return self._unproven(used, func)
+        batched: dict[str, Tensor] = {}
+        for name, t in inputs.items():
+            if (first := self._batch_first(t)) is not None:
+                batched[name] = first
+            elif name not in rule.parameters:
+                return self._unproven(used, func)
         alone = rule.samples_first and self.level is not None
         if alone:  # each sample is a batch of its own: one axis for both
             if any(t.shape[1:2] != (1,) for t in batched.values()):
@@ -260,14 +271,20 @@ class Observer(Follower):
             forms = guarded(name_of(func), forms, shapes, rule.parameters, self.samples)
         if alone:
             forms = {k: _squeezed(f) for k, f in forms.items()}
-        of_leaves = [(i, form) for name, p in roles.items() for i, form in self._leaf_forms(p, forms[name])]
-        if len({i for i, _ in of_leaves}) != len(of_leaves):
+        of_leaves: dict[int, Form] = {}
+        reading, twice = False, False
+        for name, p in roles.items():
+            form = forms[name]
+            reading = reading or reads(form)
+            for i, own in ((p.leaf, form),) if p.leaf is not None else self._leaf_forms(p, form):
+                twice = twice or i in of_leaves
+                of_leaves[i] = own
+        if twice:
             return self._decline(used, f"{name_of(func)} takes it in two arguments")
-        reading = any(reads(forms[name]) for name in roles)
         self.sites.append(
             Site(
                 name=name_of(func),
-                forms=dict(of_leaves),
+                forms=of_leaves,
                 edge=edge_of(viewed(raw)),
                 axis=axis,
                 inputs=[(t, t._version) for t in map(self._raw, inputs.values())] if reading else [],

@@ -175,15 +175,16 @@ class BackwardPass:
             buffers = (
                 {n: buffer[i][start:stop] if n == "per_sample" else buffer[i] for n, buffer in outs.items()} if outs else {}
             )
-            if blocks:
+            if blocks and isinstance(bound.form, Direct):
                 check_block(bound, f"parameter {self.names[i]!r}")
             only = stop - start == root.num
-            own = {n: data[i] for n, data in operands.items()}
-            for n, part in contracted(wanted, bound, start == 0, only, buffers, factors.setdefault(start, {}), own).items():
+            own = {n: data[i] for n, data in operands.items()} if operands else None
+            shared = factors.setdefault(start, {}) if blocks else None
+            for n, part in contracted(wanted, bound, start == 0, only, buffers, shared, own).items():
                 keep(found[n][i], part, CONTRACTIONS[n][1])
 
-        derived = any(isinstance(form, Through) for mine in uses for _, form in mine)  # have a pullback to come
-        retain_graph |= self.differentiable or derived
+        # what a parameter is made of by has a pullback to come
+        retain_graph |= self.differentiable or any(type(form) is Through for mine in uses for _, form in mine)
         at_sites = bool(per_site) or bool(summed)
         if at_sites and root.num == 1 and self._is_large():
             column = self._columns(root, 0, 1)[0]
@@ -204,17 +205,18 @@ class BackwardPass:
                 )
                 for i, t in zip(others, totals, strict=True):
                     found["total"][i].append(t)
-                at = dict(zip(trace.sites, gs, strict=True)) if at_sites else {}
-                for i, mine in enumerate(uses) if at_sites else ():
-                    alone = len(mine) == 1
-                    bounds = [self._bind(site, form, at[site], per_site, alone) for site, form in mine]
-                    contract(i, bounds, start, stop)
+                if not at_sites:
+                    continue
+                at = dict(zip(trace.sites, gs, strict=True))
+                for site in trace.sites:
+                    check_unchanged(site)
+                for i, mine in enumerate(uses):
+                    contract(i, [self._bind(form, at[site], per_site, len(mine) == 1) for site, form in mine], start, stop)
                 factors.clear()
         results = {n: [combine(n, f, outs[n][i] if n in outs else None) for i, f in enumerate(found[n])] for n in names}
         for n in ("per_sample", "total"):  # in low precision, sums of squares stay in single precision
             if n in results:
-                dense = [r if r.layout is torch.strided else r.to_dense() for r in results[n]]  # of embeddings with sparse ones
-                results[n] = [r.to(p.dtype) for r, p in zip(dense, leaves, strict=True)]
+                results[n] = [_as_parameter(r, p) for r, p in zip(results[n], leaves, strict=True)]
         return results
 
     def _columns(self, root: losses.Root, start: int, stop: int) -> Tensor:
@@ -248,8 +250,9 @@ class BackwardPass:
             uses.clear()
 
         def receive(site: Site, g: Tensor) -> None:
+            check_unchanged(site)
             for i, form in site.forms.items():
-                arrived[i][places[i][site]] = self._bind(site, form, g, names, len(places[i]) == 1)
+                arrived[i][places[i][site]] = self._bind(form, g, names, len(places[i]) == 1)
                 if len(arrived[i]) == len(places[i]):
                     contract(i, [arrived[i][k] for k in sorted(arrived[i])], 0, 1)
                     arrived[i].clear()
@@ -260,9 +263,8 @@ class BackwardPass:
 
         return stream(trace, column, leaves, receive, retain_graph=retain_graph)
 
-    def _bind(self, site: Site, form: Form, g: Tensor, names: Sequence[str], alone: bool) -> Bound:
+    def _bind(self, form: Form, g: Tensor, names: Sequence[str], alone: bool) -> Bound:
         """A use with its tensors; inputs are prepared once for all chunks."""
-        check_unchanged(site)
         if self.chosen is None:
             return self.prepared.bind(form, g, names, alone)
         return forms.at_samples(self.prepared.bind(form, g, names, alone=False), self.chosen)
@@ -381,11 +383,18 @@ def check_block(bound: Bound, parameter: str) -> None:
 
 def check_unchanged(site: Site) -> None:
     """Raise if what a form takes from the forward pass was overwritten since."""
-    if any(t._version != version for t, version in site.inputs):
-        raise RuntimeError(
-            f"the input of {site.name} was changed in place after the call, so its gradient is lost (autograd would "
-            "refuse it too). Use the out-of-place operation instead."
-        )
+    for t, version in site.inputs:
+        if t._version != version:
+            raise RuntimeError(
+                f"the input of {site.name} was changed in place after the call, so its gradient is lost (autograd would "
+                "refuse it too). Use the out-of-place operation instead."
+            )
+
+
+def _as_parameter(result: Tensor, p: Tensor) -> Tensor:
+    """A gradient, dense where that of an embedding is sparse, in the parameter's own type."""
+    result = result if result.layout is torch.strided else result.to_dense()
+    return result if result.dtype == p.dtype else result.to(p.dtype)
 
 
 def _forms_gradients(uses: list[tuple[Site, Form]]) -> bool:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvfunc.losses.normal_form import Loss, Root, flat, label, values_visible
+from curvfunc.tensors.pages import may_overwrite
 
 __all__ = [
     "along_classes",
@@ -21,18 +22,18 @@ __all__ = [
     "squared_error_gradient",
     "squared_error_mass",
     "squared_error_root",
+    "uniform_mass",
 ]
 
 
 def _labels(loss: Loss, work: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of class indices y [N, *d]: a valid index, R (0 if ignored), and R times the weight of the label; [N, 1, *d]."""
     options, weight = dict(loss.options), loss.tensors.get("weight")
-    ignored = y == options["ignore_index"]
-    if weight is None and y.device.type == "cpu" and values_visible(y) and not ignored.any():  # fewer steps to the same
+    if (uniform := uniform_mass(loss, y)) is not None:
         index = y.unsqueeze(1).long()
-        mass = work.new_full((), 1 / y.numel() if options["reduction"] == "mean" else 1.0).expand(index.shape)
+        mass = work.new_full((), uniform).expand(index.shape)
         return index, mass, mass
-    kept = ~ignored.unsqueeze(1)
+    kept = (y != options["ignore_index"]).unsqueeze(1)
     index = torch.where(kept, y.unsqueeze(1).long(), 0)
     scale = kept.to(work.dtype)
     if weight is None:
@@ -45,6 +46,13 @@ def _labels(loss: Loss, work: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor
         total = (scale * label_weight).sum()
         scale = torch.where(total == 0, 0.0, scale / total)
     return index, scale, scale * label_weight
+
+
+def uniform_mass(loss: Loss, y: Tensor) -> float | None:
+    """The mass of each position of class indices, where all are known to have the same."""
+    if not loss.kept or loss.tensors or y.is_floating_point():
+        return None
+    return 1 / y.numel() if dict(loss.options)["reduction"] == "mean" else 1.0
 
 
 def _class_weights(loss: Loss, work: Tensor, y: Tensor) -> Tensor:
@@ -78,6 +86,8 @@ def cross_entropy_gradient(loss: Loss, work: Tensor, y: Tensor) -> Tensor:
     """Gradient m p - T, [N, C, *d]."""
     probs = work.softmax(1)
     if _has_hard_labels(loss, y):  # T has one entry per position: no need to build it
+        if (mass_of_all := uniform_mass(loss, y)) is not None and may_overwrite():
+            return probs.scatter_(1, y.unsqueeze(1).long(), -1.0, reduce="add").mul_(mass_of_all)
         index, _, mass = _labels(loss, work, y)
         return (mass * probs).scatter_add(1, index, -mass)
     target = _class_weights(loss, work, y)

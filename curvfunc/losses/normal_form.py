@@ -43,12 +43,14 @@ class Loss:
         options: Pairs (key, value) of the options that are no tensors: all of a named loss, for a custom
             one those of a partial.
         tensors: The options that are tensors, without those that are None.
+        kept: Whether the targets were seen, and none of them is ignored; `check` says so.
     """
 
     name: str | None
     fn: Callable[..., Tensor]
     options: Constants = ()
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    kept: bool = False
 
     def __call__(self, out: Tensor, y: Any) -> Tensor:
         """Evaluate the loss.
@@ -94,7 +96,7 @@ class ClosedForm:
 
     Attributes:
         function: ``(out, y, **options, **tensors) -> scalar``; by this very function the loss is recognized.
-        check: Raises unless options, output and target fit: ``(loss, out, y)``.
+        check: Raises unless options, output and target fit, ``(loss, out, y)``; whether no target is ignored, as far as seen.
         gradient: That of the loss: ``(loss, work, y) -> [N, *out]``.
         root: Columns of a root of the Hessian, in a dtype, and with ``fewest`` others if these are fewer:
             ``(loss, work, y, dtype, fewest) -> Root``.
@@ -106,7 +108,7 @@ class ClosedForm:
     """
 
     function: Callable[..., Tensor]
-    check: Callable[[Loss, Tensor, Tensor], None]
+    check: Callable[[Loss, Tensor, Tensor], bool]
     gradient: Callable[[Loss, Tensor, Tensor], Tensor]
     root: Callable[[Loss, Tensor, Tensor, torch.dtype, bool], Root]
     sampled: Callable[..., Callable[[int, int], Tensor]]
@@ -184,7 +186,7 @@ def values_visible(*tensors: Any) -> bool:
     return not torch.compiler.is_compiling() and all(_has_value(t) for t in found if isinstance(t, Tensor))
 
 
-def check(loss: Loss, out: Tensor, y: Any) -> None:
+def check(loss: Loss, out: Tensor, y: Any) -> Loss:
     """Validate output and targets against the loss.
 
     Shapes and dtypes are always checked. Class indices are checked on the CPU and outside of tracing only, since
@@ -194,6 +196,9 @@ def check(loss: Loss, out: Tensor, y: Any) -> None:
         loss: The loss.
         out: Output of the model, [N, ...].
         y: Targets.
+
+    Returns:
+        The loss, for these targets alone: with what was seen of them.
 
     Raises:
         TypeError: If the output, or the target of a named loss, is not a tensor.
@@ -209,7 +214,7 @@ def check(loss: Loss, out: Tensor, y: Any) -> None:
             "a leading axis of at least one sample. Select such an output with output_fn."
         )
     if loss.name is None:
-        return
+        return loss
     if out.numel() == 0 and not is_sum(loss):
         raise ValueError(
             f"{what}: the output has shape {tuple(out.shape)}, and so no entries, which have no mean. Use reduction='sum', "
@@ -217,10 +222,11 @@ def check(loss: Loss, out: Tensor, y: Any) -> None:
         )
     if not isinstance(y, Tensor):
         raise TypeError(f"{what} needs a tensor of targets and got {type(y).__name__}. Pass y as a tensor.")
-    CLOSED_FORMS[loss.name].check(loss, out, y)
+    kept = CLOSED_FORMS[loss.name].check(loss, out, y)
+    return Loss(loss.name, loss.fn, loss.options, loss.tensors, kept)
 
 
-def check_entries(loss: Loss, out: Tensor, y: Tensor) -> None:
+def check_entries(loss: Loss, out: Tensor, y: Tensor) -> bool:
     """A target for each entry of the output, and weights that fit these."""
     what = label(loss)
     if y.shape != out.shape or not y.is_floating_point():
@@ -235,9 +241,10 @@ def check_entries(loss: Loss, out: Tensor, y: Tensor) -> None:
                 f"{what}: {key} of shape {tuple(weight.shape)} does not fit the output's shape {tuple(out.shape)}. "
                 f"Pass {key} with the output's shape."
             )
+    return True
 
 
-def check_classes(loss: Loss, out: Tensor, y: Tensor) -> None:
+def check_classes(loss: Loss, out: Tensor, y: Tensor) -> bool:
     """Targets of cross-entropy: indices [N, *d] in [0, C) or ``ignore_index``, or probabilities [N, C, *d]."""
     what = label(loss)
     if out.ndim < 2:
@@ -251,7 +258,7 @@ def check_classes(loss: Loss, out: Tensor, y: Tensor) -> None:
     if y.shape == out.shape and y.is_floating_point():
         if dict(loss.options)["ignore_index"] >= 0:
             raise ValueError(f"{what}: class probabilities have no ignore_index. Leave it out, or pass class indices.")
-        return
+        return True
     if y.shape == out.shape[:-1] and y.shape != indices and not y.is_floating_point():
         swap = "output.transpose(1, 2)" if out.ndim == 3 else "output.movedim(-1, 1)"
         raise ValueError(
@@ -264,16 +271,18 @@ def check_classes(loss: Loss, out: Tensor, y: Tensor) -> None:
             "(y.long()), or class probabilities of the output's shape in floating point."
         )
     if y.device.type != "cpu" or not values_visible(y) or y.numel() == 0:
-        return
-    low, high = y.aminmax()
-    if low.item() >= 0 and high.item() < num_classes:
-        return
+        return False
+    low, high = (t.item() for t in y.aminmax())
+    ignored = dict(loss.options)["ignore_index"]
+    if low >= 0 and high < num_classes:
+        return not low <= ignored <= high
     wrong = y[((y < 0) | (y >= num_classes)) & (y != dict(loss.options)["ignore_index"])]
     if wrong.numel():
         raise ValueError(
             f"{what}: target {wrong[0].item()} is out of range for C = {num_classes} classes (output of shape "
             f"{tuple(out.shape)}). Classes are 0 to {num_classes - 1}; mark positions to leave out with ignore_index."
         )
+    return False
 
 
 def label(loss: Loss) -> str:

@@ -38,6 +38,7 @@ from curvfunc.losses.closed_forms import (
     squared_error_gradient,
     squared_error_mass,
     squared_error_root,
+    uniform_mass,
 )
 from curvfunc.losses.custom import autodiff_factor, autodiff_gradient, autodiff_hessian, check_separable, mean_terms
 from curvfunc.losses.normal_form import (
@@ -55,6 +56,7 @@ from curvfunc.losses.normal_form import (
     rebuild,
     values_visible,
 )
+from curvfunc.tensors.pages import may_overwrite
 from curvfunc.tensors.precision import at_least_float32
 
 __all__ = [
@@ -267,9 +269,13 @@ def sampled_root(loss: Loss, out: Tensor, y: Any, mc_samples: int, generator: to
 def _sampled_cross_entropy(
     loss: Loss, work: Tensor, y: Tensor, mc_samples: int, generator: torch.Generator | None
 ) -> Callable[[int, int], Tensor]:
-    scale = (class_mass(loss, work, y) / mc_samples).sqrt()
+    uniform = uniform_mass(loss, y)
+    scale = (class_mass(loss, work, y) / mc_samples).sqrt() if uniform is None else math.sqrt(uniform / mc_samples)
     probs = work.softmax(1)
     drawn = draw_categories(work, mc_samples, generator)
+    if mc_samples == 1 and may_overwrite() and not torch.compiler.is_compiling():
+        column = probs.scatter_(1, drawn[0].unsqueeze(1), -1.0, reduce="add").mul_(scale)[None]
+        return lambda start, stop: column[start:stop]
     classes = along_classes(torch.arange(work.shape[1], device=work.device), work)
     return lambda start, stop: scale * (probs - (drawn[start:stop].unsqueeze(2) == classes).to(probs.dtype))
 

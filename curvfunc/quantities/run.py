@@ -111,7 +111,7 @@ class Run:
         with nullcontext() if differentiable else torch.no_grad(), full_precision:
             out = trace.out if differentiable else trace.out.detach()
             whole = self.batch.spread(out)
-            losses.check(self.loss, whole, self.batch.y)
+            loss = losses.check(self.loss, whole, self.batch.y)
             parts: dict[tuple[Any, str], list[Any]] = {}
             wanted: dict[Any, dict[str, None]] = {}
             keys = [(cotangent, self._picks(s)) for s, cotangent in zip(specs, cotangents, strict=True)]
@@ -144,7 +144,7 @@ class Run:
             for i, (key, names) in enumerate(wanted.items()):
                 cotangent, picks = key
                 if cotangent not in columns:
-                    columns[cotangent] = cotangent.root(self.loss, whole, self.batch.y, self.generator)
+                    columns[cotangent] = cotangent.root(loss, whole, self.batch.y, self.generator)
                 last = i == len(wanted) - 1
                 outs = self._outs(leaves, specs, keys, key, columns[cotangent].num, out.shape[1:])
                 given = (self.chunk_size, differentiable, self.chosen if picks else None)
@@ -288,7 +288,9 @@ class Run:
         values = shaped(spec, [spec.finish(self._samples(spec), *p) for p in zip(*lists, strict=True)], out.shape[1:])
         # autograd may return what a backward pass of the model's own keeps
         total = spec.contractions == ("total",)
-        return [apart(t) if isinstance(t, Tensor) and (total or t._base is not None) else t for t in values]
+        if total:
+            return [apart(t) for t in values]
+        return [apart(t) if isinstance(t, Tensor) and t._base is not None else t for t in values]
 
 
 def shaped(spec: Quantity, values: list[Any], shape: torch.Size) -> list[Any]:

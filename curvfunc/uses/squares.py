@@ -174,7 +174,8 @@ def sample_norms(b: Bound) -> Tensor:
         return (b.g * _same_row(b)).sum((0, 2, 3))
     s, o, k = b.positions, b.g.shape[4], b.features
     if s == 1:
-        return (b.g.square().sum((0, 4)) * b.x.square().sum(3)).sum((1, 2))
+        product = b.g.square().sum((0, 4)) * b.x.square().sum(3)  # [n, q, 1]
+        return product.flatten() if product.shape[1] == 1 else product.sum((1, 2))
     if s * (o + k) < o * k:  # ‖Σ_s g xᵀ‖² = Σ_st (g gᵀ)(x xᵀ): the Gram matrices are smaller than the gradient
         gram = b.x @ b.x.mT
         parts = [(g @ g.mT * gram).flatten(1).sum(1) for g in b.g]
