@@ -31,8 +31,11 @@ def sinc(input: Tensor) -> Tensor:
 
 
 def angle(input: Tensor) -> Tensor:
-    """At a complex zero, the derivative of the backward pass by the cotangent is nan."""
-    return torch.angle(torch.where(input == 0, 1.0, input)) if input.is_complex() else torch.angle(input)
+    """At a complex zero, the derivative of the backward pass by the cotangent is nan; the value is that of its signs."""
+    if not input.is_complex():
+        return torch.angle(input)
+    zero = input == 0
+    return torch.where(zero, torch.angle(input.detach()), torch.angle(torch.where(zero, 1.0, input)))
 
 
 def sgn(input: Tensor) -> Tensor:
