@@ -53,7 +53,8 @@ def i1(input: Tensor) -> Tensor:
     """The third derivative is wrong at 0."""
     near = input.abs() < 0.1
     x = torch.where(near, input, 0.0)
-    return torch.where(near, x / 2 * _series(x.square() / 4, I1), torch.special.i1(torch.where(near, 1.0, input)))
+    close = x / 2 * _series(x.square() / 4, I1) + 0.0  # the kernel has no negative zeros
+    return torch.where(near, close, torch.special.i1(torch.where(near, 1.0, input)))
 
 
 I1 = [1.0, 1 / 2, 1 / 12, 1 / 144, 1 / 2880, 1 / 86400]
