@@ -4,8 +4,9 @@ A trial is text that runs after the program's own and leaves ``got``, results by
 failure is what ran. Its outcome, for each quantity:
 
 - right: as `definition.Truth`, to 1e-9 in float64;
-- refused: ValueError, NotImplementedError or TypeError. Expected where samples influence each other, a defect elsewhere;
-- crashed: any other error, which does not tell the user what to do;
+- refused: an error of the library's own, which tells the user what to do. Expected where samples influence each other, a
+  defect elsewhere;
+- crashed: any other error;
 - wrong;
 - not applicable: plain torch cannot do it either (no second derivative, no vmap over the model).
 """
@@ -473,6 +474,7 @@ def applicable(case: Case, trial: Trial) -> bool:
         "grad": "torch.func.grad(lambda p: loss_fn(torch.func.functional_call(net, p, (X,)), y))(params)",
         "jvp": "L = lambda p: loss_fn(torch.func.functional_call(net, p, (X,)), y)\n"
         "torch.func.jvp(torch.func.grad(L), (params,), (params,))",
+        "two losses": f"loss = {LOSSES[case.program.loss]}\n(loss(net(X), y) + loss(net(0.5 * X.flip(-1)), y)).backward()",
         "compile": 'torch.compile(lambda p, X: torch.func.functional_call(net, p, (X,)), backend="aot_eager")(params, X)',
     }.get(trial.path)
     if code is None:
@@ -515,7 +517,7 @@ def outcomes(case: Case, trial: Trial) -> dict[str, Outcome]:
 
 def refusal(error: BaseException) -> bool:
     """Whether an error is the library's answer and no accident on the way: a ``raise`` statement of its own."""
-    if not isinstance(error, (ValueError, NotImplementedError, TypeError)):
+    if not isinstance(error, (ValueError, RuntimeError, TypeError)):
         return False
     last = traceback.extract_tb(error.__traceback__)[-1]
     return "curvfunc" in last.filename and (last.line or "").startswith("raise")
