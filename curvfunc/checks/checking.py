@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from curvfunc import losses
 from curvfunc.checks.trials import Calls, gradient, inner, mixes, name_of, relative_errors, same_draws, trial
 from curvfunc.engine.capture import capture
+from curvfunc.engine.model import recomputation
 from curvfunc.engine.outputs import check_output
 from curvfunc.engine.passes import BackwardPass
 from curvfunc.engine.sites import Trace
@@ -135,7 +136,7 @@ def check(
     batch = read_batch(X, y, None)
 
     def model(leaves: Sequence[Tensor], X: Any = X) -> Tensor:
-        with same_draws(), forward_errors(names, list(leaves), X), sdpa_kernel(SDPBackend.MATH):
+        with same_draws(), forward_errors(names, list(leaves), X), sdpa_kernel(SDPBackend.MATH), recomputation(model_fn):
             out = model_fn(rebuild(leaves), X)
         check_output(out, len(optree.tree_leaves(X)[0]))
         return out

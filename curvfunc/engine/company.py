@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvfunc.engine.chance import Chance
 from curvfunc.engine.effects import Attributes, all_held
+from curvfunc.engine.model import recomputation
 from curvfunc.engine.observer import Observer
 from curvfunc.engine.outputs import check_output, visible
 from curvfunc.engine.separation import Outcome, differ, holds, moved, outcome, require, same_chance
@@ -138,7 +139,7 @@ class _Company:
         mode = Observer({}, None, samples)  # for what it writes
         attributes = Attributes.of(self.model_fn).now()
         try:
-            with torch.set_grad_enabled(graph), mode:
+            with torch.set_grad_enabled(graph), mode, recomputation(self.model_fn):
                 result: Tensor = self.model_fn(self.rebuild([p.clone() for p in leaves]), X)
             check_output(result, samples)
         finally:

@@ -1,17 +1,28 @@
 """Autograd's graph of a forward pass: its edges, and what of the parameters it reaches."""
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from curvfunc.engine.columns import over_columns
 from curvfunc.engine.sites import Site
 
-__all__ = ["Opaque", "Reached", "calls_may_hide", "edge_of", "gradients", "pullback", "reached", "viewed"]
+__all__ = [
+    "Opaque",
+    "Reached",
+    "all_visible",
+    "calls_may_hide",
+    "edge_of",
+    "gradients",
+    "pullback",
+    "reached",
+    "viewed",
+]
 
 
 class Opaque(Exception):
@@ -22,9 +33,26 @@ class Opaque(Exception):
 HIDING = ("CheckpointFunctionBackward", "CompiledFunctionBackward")
 
 
+class _Here(threading.local):
+    visible = False
+
+
+_HERE = _Here()
+
+
 def calls_may_hide() -> bool:
     """Whether this is not yet the attempt with nothing hidden."""
-    return torch.utils.checkpoint.CheckpointFunction.__module__ == "torch.utils.checkpoint"
+    return not _HERE.visible
+
+
+@contextmanager
+def all_visible() -> Iterator[None]:
+    """Take it, in this thread, that no calls are hidden."""
+    before, _HERE.visible = _HERE.visible, True
+    try:
+        yield
+    finally:
+        _HERE.visible = before
 
 
 def edge_of(t: Tensor) -> GradientEdge:

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from curvfunc.engine.effects import keepers, shares_memory
 
-__all__ = ["ModelFunction", "call", "check_function", "functionalize", "without_recomputation"]
+__all__ = ["ModelFunction", "call", "check_function", "functionalize", "recomputation", "without_recomputation"]
 
 
 class ModelFunction:
@@ -206,39 +206,62 @@ def _held(module: nn.Module, kind: str) -> tuple[Any, list[tuple[str, Tensor]]]:
     return _Slots(module) if isinstance(module, torch.jit.ScriptModule) else held, found
 
 
-class _Plain:
-    """Checkpoints, of both kinds, as if there were none."""
-
-    @staticmethod
-    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-        return function(*args)
-
-    @staticmethod
-    def generator(*args: Any, **kwargs: Any) -> Iterator[None]:
-        yield
-
-
 _CHECKPOINTS = torch.utils.checkpoint.CheckpointFunction, torch.utils.checkpoint._checkpoint_without_reentrant_generator
 _LOCK, _DEPTH = threading.Lock(), [0]
 
 
+class _Here(threading.local):
+    plain = 0
+
+
+_HERE = _Here()
+
+
+class _Plain:
+    """Checkpoints, of both kinds, as if there were none; in other threads as they are."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args) if _HERE.plain else _CHECKPOINTS[0].apply(function, preserve_rng_state, *args)
+
+    @staticmethod
+    def generator(
+        fn: Any, preserve_rng_state: bool, context_fn: Callable[[], Any], *args: Any, **kwargs: Any
+    ) -> Iterator[None]:
+        if not _HERE.plain:
+            yield from _CHECKPOINTS[1](fn, preserve_rng_state, context_fn, *args, **kwargs)
+            return
+        forward_context, _ = context_fn()
+        storing = isinstance(forward_context, torch.utils.checkpoint._CachingTorchDispatchMode)  # for a second run only
+        with nullcontext() if storing else forward_context:
+            yield
+
+
 @contextmanager
 def without_recomputation() -> Iterator[None]:
-    """Run checkpointed parts of a model as they are: in a backward pass, they would run with the module's own parameters.
-
-    Other threads' checkpoints that begin meanwhile take more memory, and have the same results.
-    """
+    """Run checkpointed parts of a model as they are: in a backward pass, they would run with the module's own parameters."""
     module: Any = torch.utils.checkpoint
     with _LOCK:
         _DEPTH[0] += 1
         module.CheckpointFunction, module._checkpoint_without_reentrant_generator = _Plain, _Plain.generator
+    _HERE.plain += 1
     try:
         yield
     finally:
+        _HERE.plain -= 1
         with _LOCK:
             _DEPTH[0] -= 1
             if not _DEPTH[0]:
                 module.CheckpointFunction, module._checkpoint_without_reentrant_generator = _CHECKPOINTS
+
+
+def recomputation(model_fn: Any) -> AbstractContextManager[None]:
+    """How checkpoints run in a call of ``model_fn``, whose backward pass may come when the call is over.
+
+    A functionalized module knows whether its parameters are still there by then. Of any other function nothing is known:
+    ``torch.func.functional_call`` puts the module's own back, and a second run would silently take these.
+    """
+    return nullcontext() if isinstance(model_fn, ModelFunction) else without_recomputation()
 
 
 Holders = dict[str, tuple[Any, str]]
@@ -285,8 +308,10 @@ def functionalize(
         module: Any module. Its parameters are not changed; its mode (train or eval), buffers and frozen parameters are read
             at each call. Buffers and other attributes that its forward pass updates (running statistics in training mode, a
             counter) are updated once per call, as when the module itself is called; tensors made from ``params`` that it keeps
-            are taken back. A parameter shared by several submodules appears once. Scripted and traced parts run sample by
-            sample, or under vmap over samples, since their operations cannot be seen.
+            are taken back. A parameter shared by several submodules appears once. Activation checkpoints save memory where the
+            model runs with the module's own parameters, or detached ones as here; at other values, and in a plain function of
+            ``(params, X)``, they run as if there were none, since a second run would meet other parameters. Scripted and traced
+            parts run sample by sample, or under vmap over samples, since their operations cannot be seen.
         output_fn: Chooses the output tensor where the module returns more, e.g. ``lambda out: out.logits``.
 
     Returns:

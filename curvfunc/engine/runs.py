@@ -1,20 +1,19 @@
 """The forward passes of one call: on the whole batch, under vmap over samples, and sample by sample."""
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
-from unittest.mock import patch
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor
 from torch._C import _functorch
 
 from curvfunc.engine.columns import without_fallback_warnings
 from curvfunc.engine.effects import Attributes, ParameterChanged
-from curvfunc.engine.graph import Opaque, calls_may_hide, edge_of, reached
-from curvfunc.engine.model import without_recomputation
+from curvfunc.engine.graph import Opaque, all_visible, calls_may_hide, edge_of, reached
+from curvfunc.engine.model import recomputation, without_recomputation
 from curvfunc.engine.observer import Observer
 from curvfunc.engine.outputs import check_leaves, check_output
 from curvfunc.engine.separation import ALONE, Outcome, differ, holds, moved, outcome, require, same_chance
@@ -65,7 +64,7 @@ class Runs:
         """On the whole batch, watched."""
         leaves = [p.clone() for p in self.leaves] if self.changing else self.leaves
         params, X = self.rebuild(leaves), tree_map(mode.marked, self.X)
-        with mode:
+        with mode, recomputation(self.model_fn):
             out = self.model_fn(params, X)
         check_output(out, self.samples)
         return out
@@ -136,7 +135,8 @@ class Runs:
                 return out.squeeze(0)
 
             try:
-                with without_fallback_warnings(), _no_checkpoints():
+                # what checkpoints run again in the backward pass would meet tensors of a vmap that is over
+                with without_fallback_warnings(), without_recomputation():
                     out = torch.vmap(one, randomness="different")(inputs, generic)
             finally:
                 for mode in modes:
@@ -160,7 +160,7 @@ class Runs:
             self.begin()
             mode = self.watch({}, None, 1)
             try:
-                with mode:
+                with mode, recomputation(self.model_fn):
                     out = self.model_fn(self.rebuild(own), x)
             finally:
                 self.end(mode)
@@ -242,26 +242,25 @@ def hides_calls(error: Exception) -> bool:
 
 
 @contextmanager
-def _no_checkpoints() -> Iterator[None]:
-    """Have checkpoints raise: what they run again in the backward pass would meet tensors of a vmap that is over."""
-
-    def opaque(*args: Any, **kwargs: Any) -> Iterator[None]:
-        raise Opaque
+def nothing_hidden() -> Iterator[None]:
+    """Run checkpointed parts of a model as they are, and compiled parts eagerly."""
+    with all_visible(), without_recomputation(), nullcontext() if torch.compiler.is_compiling() else _eager():
         yield
 
-    if not calls_may_hide():
-        yield
-        return
-    with patch.object(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", opaque):
-        yield
+
+_LOCK, _STANCES = threading.Lock(), list[Any]()
 
 
 @contextmanager
-def nothing_hidden() -> Iterator[None]:
-    """Run checkpointed parts of a model as they are, and compiled parts eagerly."""
-    quiet = nullcontext() if torch.compiler.is_compiling() else torch.compiler.set_stance("force_eager")
-    with without_recomputation(), quiet:
+def _eager() -> Iterator[None]:
+    """Run compiled code eagerly, in all threads; the last of those that want it puts back what the first one found."""
+    with _LOCK:
+        _STANCES.append(nullcontext() if _STANCES else torch.compiler.set_stance("force_eager"))
+    try:
         yield
+    finally:
+        with _LOCK:
+            _STANCES.pop().__exit__(None, None, None)  # the first one is the last
 
 
 def _copies(p: Tensor, samples: int) -> Tensor:

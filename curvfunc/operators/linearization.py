@@ -33,12 +33,12 @@ from curvfunc.engine.columns import over_columns
 from curvfunc.engine.company import Entangled, check_subset
 from curvfunc.engine.cotangents import CHUNK_BYTES
 from curvfunc.engine.effects import Attributes, Effects
-from curvfunc.engine.graph import Opaque, reached
+from curvfunc.engine.graph import reached
 from curvfunc.engine.leaves import leaf
 from curvfunc.engine.model import without_recomputation
 from curvfunc.engine.observer import Observer
 from curvfunc.engine.outputs import check_leaves, check_output
-from curvfunc.engine.runs import nothing_hidden
+from curvfunc.engine.runs import hides_calls, nothing_hidden
 from curvfunc.rules.batch_axis import mutates
 from curvfunc.rules.kernels import INSTEAD, Instead, standardized
 from curvfunc.tensors.inputs import Batch, check_generator, check_used, flatten_params, forward_errors, read_batch
@@ -114,9 +114,11 @@ class Problem:
         try:
             with without_recomputation():  # in the derivatives of backward passes
                 return self._forward(leaves, batch)
-        except Opaque:  # compiled parts, which have no second derivatives
-            with nothing_hidden():
-                return self._forward(leaves, batch)
+        except Exception as error:  # compiled parts, which have no second derivatives
+            if not hides_calls(error):
+                raise
+        with nothing_hidden():
+            return self._forward(leaves, batch)
 
     def _forward(self, leaves: Sequence[Tensor], batch: Batch) -> Tensor:
         X, size = batch.inputs(), batch.size

@@ -331,3 +331,47 @@ def test_complex_zeros(function: Any, order: int) -> None:
     again = torch.func.vjp(lambda u: pull(u)[0], torch.ones_like(out))[1](torch.ones_like(pairs))[0]
     rows = torch.autograd.functional.jacobian(partial(real, f=function), pairs)
     assert_close(again, rows.flatten(-2).sum(-1))
+
+
+SPECIAL = torch.tensor(
+    [0.0, -0.0, 1.0, -1.0, 0.05, -0.3, 3.0, -3.0, 7.7, 1e-9, math.inf, -math.inf, math.nan], dtype=torch.float64
+)
+ELEMENTWISE = [torch.angle, torch.sgn, torch.sinc, torch.special.i1, torch.logcumsumexp, F.hardsigmoid]
+
+
+REAL = (torch.special.i1, F.hardsigmoid)
+
+
+@pytest.mark.parametrize(
+    ("function", "is_complex"), [(f, z) for f in ELEMENTWISE for z in (False, True) if not z or f not in REAL]
+)
+def test_values_at_special_numbers(function: Any, is_complex: bool) -> None:
+    """Zeros have their signs, which what follows may tell apart: an angle of pi, or of minus pi."""
+    t = torch.complex(*torch.cartesian_prod(SPECIAL, SPECIAL).unbind(1)) if is_complex else SPECIAL
+    rows = torch.complex(*torch.cartesian_prod(t.real, t.imag).unbind(1)) if is_complex else torch.cartesian_prod(t, t)
+    t, options = (rows, {"dim": -1}) if function is torch.logcumsumexp else (t, {})
+    for order in (1, 2, 3):
+        want, got = (f(t, **options) for f in (function, INSTEAD[order].get(function, function)))
+        parts = [torch.view_as_real(z) if z.is_complex() else z for z in (want, got)]
+        torch.testing.assert_close(*parts[::-1], rtol=1e-12, atol=0, equal_nan=True)
+        signs = [torch.signbit(z) & ~parts[0].isnan() for z in parts]
+        assert torch.equal(*signs), t[(signs[0] != signs[1]).nonzero()[0][0]]
+
+
+def test_models_on_a_branch_cut() -> None:
+    """A ReLU gives zeros, a Fourier transform of them zeros of all signs, and a division other signs: angles of 0, π and -π."""
+    X, y = torch.tensor([[0.2, 0.5, 0.0], [0.0, 0.0, 0.0], [-0.0, 0.0, -0.0]]), torch.tensor([0, 1, 2])
+    params = {"s": torch.tensor([0.2, -0.2, -0.3]), "w": torch.randn(3, 3)}
+    model = lambda p, x: (torch.fft.fft(x) / p["s"]).angle() @ p["w"]
+    assert (torch.fft.fft(X) / params["s"]).angle()[1:].abs().max() > 3
+    leaves = {k: p.clone().requires_grad_() for k, p in params.items()}
+    out = model(leaves, X)
+    J = torch.stack([torch.autograd.grad(o, leaves["w"], retain_graph=True)[0] for o in out.flatten()]).view(3, 3, 9)
+    S = F.softmax(out.detach(), 1)
+    H = (torch.diag_embed(S) - S[:, :, None] * S[:, None]) / 3
+    want = torch.einsum("ncp,ncd,ndq->pq", J, H, J)
+    v = torch.randn(9)
+    got = curvfunc.ggn_vp(model, params, X, y, {"s": torch.zeros(3), "w": v.view(3, 3)})
+    assert_close(got["w"].flatten(), want @ v)
+    assert_close(curvfunc.diag_ggn(model, params, X, y)["w"].flatten(), want.diagonal())
+    assert_close(curvfunc.diag_hessian(model, params, X, y)["w"].flatten(), want.diagonal())

@@ -3,6 +3,9 @@
 With L = R sum_n l_n(f_n) and f = model(X) on the whole batch, everything follows from the gradient of one sample's term,
 from the rows of the Jacobian of f, and from second derivatives by double backward. Samples that influence each other are no
 exception: the term of sample n is differentiated through all that it depends on.
+
+A checkpoint is the function that it runs. Plain autograd of a reentrant one is not: its first run is without a graph, and so
+is what a module keeps from it, a table made of parameters for instance, whose gradient it then takes for zero.
 """
 
 import functools
@@ -12,6 +15,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -31,6 +35,14 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int) -> Tensor:
     return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1))
 
 
+class Transparent:
+    """A reentrant checkpoint as the function that it runs."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
 class Truth:
     """The definitions at one point. ``values``: the parameters' values if not those that the model is made with."""
 
@@ -47,7 +59,8 @@ class Truth:
                 if self.values is not None:
                     p.copy_(self.values[name])
         # the fused kernels have no second derivative, and torch's weight norm a wrong one
-        with sdpa_kernel(SDPBackend.MATH), patch.object(torch, "_weight_norm", _weight_norm):
+        checkpoints = patch.object(torch.utils.checkpoint, "CheckpointFunction", Transparent)
+        with sdpa_kernel(SDPBackend.MATH), patch.object(torch, "_weight_norm", _weight_norm), checkpoints:
             return net(self.X.clone()), dict(net.named_parameters())
 
     def term(self, out: Tensor, n: int) -> Tensor:

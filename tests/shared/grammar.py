@@ -13,9 +13,11 @@ import itertools
 import linecache
 import random
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from textwrap import dedent, indent
+from types import ModuleType
 from typing import Any, NamedTuple
 
 __all__ = ["PIECES", "Node", "Piece", "Program", "Shape", "random_program", "single", "smaller"]
@@ -263,12 +265,14 @@ class Program:
         return "net = make()\nmodel_fn, params = curvfunc.functionalize(net)\n"
 
     def run(self) -> dict[str, Any]:
-        """What the program defines. Its source is known to ``inspect``, which scripting and tracing read."""
-        name = f"<program {next(COUNTER)}>"
+        """What the program defines. Its source is known to ``inspect``, which scripting reads, and it is a module to dynamo."""
+        number = next(COUNTER)
+        name = f"<program {number}>"
         linecache.cache[name] = (len(self.source), None, self.source.splitlines(keepends=True), name)
-        namespace: dict[str, Any] = {"__name__": "program"}
-        exec(compile(self.source, name, "exec"), namespace)
-        return namespace
+        module = ModuleType(f"program_{number}")
+        sys.modules[module.__name__] = module
+        exec(compile(self.source, name, "exec"), vars(module))
+        return vars(module)
 
 
 def nodes(rng: random.Random, time: bool, depth: int, names: list[str], pointwise: bool = False) -> Node:

@@ -31,8 +31,11 @@ def sinc(input: Tensor) -> Tensor:
 
 
 def angle(input: Tensor) -> Tensor:
-    """At a complex zero, the derivative of the backward pass by the cotangent is nan."""
-    return torch.angle(torch.where(input == 0, 1.0, input)) if input.is_complex() else torch.angle(input)
+    """At a complex zero, the derivative of the backward pass by the cotangent is nan; the value is that of its signs."""
+    if not input.is_complex():
+        return torch.angle(input)
+    zero = input == 0
+    return torch.where(zero, torch.angle(input.detach()), torch.angle(torch.where(zero, 1.0, input)))
 
 
 def sgn(input: Tensor) -> Tensor:
@@ -50,7 +53,8 @@ def i1(input: Tensor) -> Tensor:
     """The third derivative is wrong at 0."""
     near = input.abs() < 0.1
     x = torch.where(near, input, 0.0)
-    return torch.where(near, x / 2 * _series(x.square() / 4, I1), torch.special.i1(torch.where(near, 1.0, input)))
+    close = x / 2 * _series(x.square() / 4, I1) + 0.0  # the kernel has no negative zeros
+    return torch.where(near, close, torch.special.i1(torch.where(near, 1.0, input)))
 
 
 I1 = [1.0, 1 / 2, 1 / 12, 1 / 144, 1 / 2880, 1 / 86400]

@@ -42,7 +42,7 @@ def logcumsumexp(input: Tensor, dim: int) -> Tensor:
         later, earlier = x.narrow(dim, step, size - step), x.narrow(dim, 0, size - step)
         x = torch.cat([x.narrow(dim, 0, step), torch.logaddexp(later, earlier)], dim)
         step *= 2
-    return x if x is not input else input.clone()
+    return x + 0.0  # the kernel has no negative zeros
 
 
 def linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Tensor:
