@@ -173,7 +173,7 @@ class LinearOperator:
             why = self._space.difference(other._space)
             if why is not None:
                 raise ValueError(f"operators at other parameters cannot be added; they have {why}.")
-        elif isinstance(other, Tensor) and not torch.allclose(other, other.mT, atol=torch.finfo(other.dtype).eps ** 0.5):
+        elif isinstance(other, Tensor) and not _is_symmetric(other):
             raise ValueError("the tensor is not symmetric, and operators are. Add (A + A.mT) / 2.")
 
     # -- linear systems
@@ -288,6 +288,12 @@ class _Foreign:
         rows = torch.cat([t.reshape(len(t), t.shape[1:].numel()) for t in vectors], dim=1)
         parts = torch.split((self.matrix @ rows.mT).mT, [t.shape[1:].numel() for t in vectors], dim=1)
         return [part.reshape(t.shape) for part, t in zip(parts, vectors, strict=True)]
+
+
+def _is_symmetric(matrix: Tensor) -> bool:
+    """Whether it is, up to rounding."""
+    largest = matrix.abs().max() if matrix.numel() else 0.0
+    return bool(((matrix - matrix.mT).abs() <= torch.finfo(matrix.dtype).eps ** 0.5 * largest).all())
 
 
 def _number(value: Any) -> float | None:

@@ -61,6 +61,7 @@ __all__ = [
     "check_vector",
     "differentiate",
     "eager",
+    "linearization",
     "linearize",
     "linearized",
     "pullback_graph",
@@ -341,8 +342,7 @@ def check_chunk_size(chunk_size: Any) -> None:
         raise ValueError(f"chunk_size must be a positive int or None, got {chunk_size!r}.")
 
 
-@eager
-def linearize(
+def linearization(
     caller: str,
     matrix: Any,
     model_fn: Callable[[Any, Any], Tensor],
@@ -366,6 +366,12 @@ def linearize(
         leaves = [leaf(p) for p in tensors]
         out = problem.forward(leaves)
         return Linearization(names, leaves, rebuild, linearized(matrix, problem, leaves, out), out)
+
+
+@eager
+def linearize(*given: Any) -> tuple[list[str], list[Tensor], Callable[[Sequence[Any]], Any], Product]:
+    """As `linearization`, without the output, at which dynamo would look where code goes on after this."""
+    return linearization(*given)[:-1]
 
 
 def linearized(matrix: Any, problem: Problem, leaves: Sequence[Tensor], out: Tensor) -> Product:

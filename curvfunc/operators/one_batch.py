@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from curvfunc.operators.linear_operators import LinearOperator
-from curvfunc.operators.linearization import Linearization, batched, eager, linearize
+from curvfunc.operators.linearization import Linearization, batched, eager, linearization
 from curvfunc.operators.matrices import Space
 
 __all__ = ["batch_operator", "changed", "close", "fingerprint", "versions"]
@@ -37,7 +37,7 @@ class OneBatch:
     """A linearized model. It is pickled as what it was made of, and linearized again with the same random numbers.
 
     Attributes:
-        given: Arguments of `linearize`, but for the generator.
+        given: Arguments of `linearization`, but for the generator.
         kept: The graph.
         drawn: Where the random numbers began.
         before: `versions` of the parameters.
@@ -53,7 +53,7 @@ class OneBatch:
         """Run the model."""
         drawn = Drawn.now(generator)
         arguments = (*given[:-1], generator, given[-1])
-        kept = linearize(*arguments)
+        kept = linearization(*arguments)
         return cls(given, kept, drawn, versions(kept.leaves))
 
     def multiply(self, vectors: Sequence[Tensor]) -> list[Tensor]:

@@ -187,7 +187,7 @@ def blocks(
     chunk_size: int | None = None,
 ) -> Any:
     """One function per parameter, for any matrix."""
-    names, leaves, rebuild, product, _ = linearize(
+    names, leaves, rebuild, product = linearize(
         caller, matrix, model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size
     )
     return rebuild([block(product, leaves, i, name, chunk_size) for i, name in enumerate(names)])
