@@ -1,8 +1,8 @@
 """Draw the spectrum of the Hessian and of the generalized Gauss-Newton matrix of the digits network, over the whole data set.
 
 The network is trained first. A product with either matrix then goes through all digits, batch by batch, so that memory is that
-of one batch, and neither matrix (431 080 rows) is ever formed. Stochastic Lanczos quadrature makes densities of the products. It takes a few
-minutes on two cores.
+of one batch, and neither matrix (431 080 rows) is ever formed. Stochastic Lanczos quadrature makes densities of the products.
+It takes a few minutes on two cores.
 
     python examples/dataset_spectrum.py --help
 """
