@@ -5,6 +5,7 @@ from curvfunc.checks.checking import Comparison, Report, check
 from curvfunc.checks.rule_report import RuleReport, check_rule
 from curvfunc.data.loop import accumulate
 from curvfunc.data.merging import Accumulation, accumulation, merge
+from curvfunc.data.operators import fisher_operator, ggn_operator, hessian_operator
 from curvfunc.engine.model import ModelFunction, functionalize
 from curvfunc.operators.estimators import (
     Spectrum,
@@ -15,7 +16,7 @@ from curvfunc.operators.estimators import (
     spectral_density,
     xdiag,
 )
-from curvfunc.operators.linear_operators import LinearOperator, fisher_operator, ggn_operator, hessian_operator
+from curvfunc.operators.linear_operators import LinearOperator
 from curvfunc.operators.products import fisher_vp, ggn_vp, ggnmp, hessian_vp, hmp, jvp, pchmp, vjp
 from curvfunc.quantities.call import compute
 from curvfunc.quantities.explain import Explanation, explain

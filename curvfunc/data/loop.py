@@ -2,9 +2,7 @@
 
 import dataclasses
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,13 +13,15 @@ from torch._C import _functorch
 from curvfunc import losses
 from curvfunc.data.batches import outline, split_batch, to_device, wrong_device
 from curvfunc.data.checkpoints import Digest, RandomState, check_same, description, load, save
-from curvfunc.data.merging import Accumulation, Reduction, State, make
+from curvfunc.data.merging import Accumulation, State, make
+from curvfunc.data.scales import Reduction, observed
 from curvfunc.data.stores import Files, Memory
 from curvfunc.quantities.laws import Joined
 from curvfunc.quantities.quantity import Quantity
 from curvfunc.tensors.inputs import check_generator, flatten_params
-from curvfunc.tensors.samples import flatten, tensors_of
+from curvfunc.tensors.progress import bar
 from curvfunc.tensors.samples import leaves as flat
+from curvfunc.tensors.samples import tensors_of
 
 __all__ = ["accumulate"]
 
@@ -111,7 +111,7 @@ def accumulate(
     if checkpoint is not None:
         run.start(checkpoint, before)
     length = len(data) if isinstance(data, Sized) else None
-    with _bar(length, progress) as advance:
+    with bar("accumulate", "batch", length, progress) as advance:
         batches = run.skip(iter(data), before, checkpoint, advance)
         for batch in batches:
             run.take(batch)
@@ -204,23 +204,7 @@ class _Run:
 
     def observe(self, out: Tensor, y: Any) -> str:
         """Whether the loss is a sum or a mean."""
-        remedy = (
-            "So the scale of a batch in a larger one is not known. Pass reduction='sum', 'mean' (over samples), or a function "
-            "(output, y) -> total weight."
-        )
-        known = self.acc.reduction
-        if self.reference is None:
-            self.reference = losses.reference_sample(self.acc.loss, out, y)
-        elif isinstance(self.reference[1], list):  # from a checkpoint
-            self.reference = self.reference[0], flatten(y)[1](self.reference[1])
-        if self.reference is None:
-            raise ValueError(f"all gradients of loss_fn are zero here, as those of a sum and of a mean may be. {remedy}")
-        try:
-            kind = losses.observed_reduction(self.acc.loss, out, y, self.reference)
-        except ValueError as error:
-            raise ValueError(f"{error}. {remedy}") from error
-        if known not in (None, kind):
-            raise ValueError(f"loss_fn is a {known} for the first batch, and a {kind} for this one. {remedy}")
+        kind, self.reference = observed(self.acc.loss, out, y, self.reference, self.acc.reduction)
         self.acc = dataclasses.replace(self.acc, reduction=kind)
         return kind
 
@@ -318,17 +302,3 @@ def _check_options(data: Any, store_on: Any, out: Any, every: int) -> None:
 def _file_names(number: int, spec: Quantity, names: list[str]) -> list[str]:
     kind = f"{number}-{type(spec).__name__}"
     return [kind] if spec.forward else [f"{kind}-{j}-{name.replace(os.sep, '_')}" for j, name in enumerate(names)]
-
-
-@contextmanager
-def _bar(total: int | None, show: bool) -> Iterator[Callable[[], Any]]:
-    """Something to call after each batch, which shows how far it is where somebody may look at it."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        show = False
-    if not show or not sys.stderr.isatty():
-        yield lambda: None
-        return
-    with tqdm(total=total, unit="batch", desc="accumulate") as bar:
-        yield bar.update

@@ -17,6 +17,8 @@ from torch import Generator, Tensor
 from torch.utils import _pytree as pytree
 
 from curvfunc import losses
+from curvfunc.data.scales import Reduction, check_reduction
+from curvfunc.data.scales import mass as batch_mass
 from curvfunc.engine.model import check_function
 from curvfunc.quantities.call import compute
 from curvfunc.quantities.laws import Averaged, Joined, Law, Refused, Summed
@@ -30,7 +32,6 @@ from curvfunc.uses.second_moments import InputFactor
 __all__ = ["Accumulation", "accumulation", "merge"]
 
 State = dict[str, Any]
-Reduction = str | Callable[[Tensor, Any], Any]
 Join = Callable[[tuple[int, int], list[Tensor], Sequence[int], Sequence[Tensor | None], int], Tensor]
 
 RESULT = "result"  # the only part of most quantities
@@ -166,7 +167,7 @@ class Accumulation:
         out = results.pop() if needs_output else None
         reduction = observe(out, y) if observe is not None else self.reduction
         samples = _first(y).shape[0]
-        mass = self._mass(reduction, samples, out, y)
+        mass = batch_mass(self.loss, reduction, samples, out, y, _first(y))
         listed = []
         for spec, tree in zip(self.specs, results, strict=True):
             values = [tree] if spec.forward else self.structure.values(tree)
@@ -175,20 +176,6 @@ class Accumulation:
         joined = any(isinstance(law, Joined) for spec in self.specs for law in spec.laws)
         chunks = [{"samples": samples, "mass": mass}] if joined else []
         return {"batches": one, "samples": one * samples, "mass": mass, "chunks": chunks, "results": listed}
-
-    def _mass(self, reduction: Reduction | None, samples: int, out: Tensor | None, y: Any) -> Tensor:
-        if reduction is None:
-            return losses.normalizer(self.loss, y)
-        device = _first(y).device
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        if callable(reduction):
-            given = torch.as_tensor(reduction(cast(Tensor, out), y), dtype=wide, device=device)
-            if given.ndim:
-                raise ValueError(
-                    f"reduction returned shape {tuple(given.shape)}; a number is needed: the total weight of the batch."
-                )
-            return given
-        return torch.full((), samples if reduction == "mean" else 1, dtype=wide, device=device)
 
     def _parts(self, spec: Quantity, value: Any, samples: int, mass: Tensor, donate: bool) -> dict[str, Any]:
         """What is added up of a result for one parameter."""
@@ -315,10 +302,7 @@ def make(
         raise ValueError("specs holds no quantity. Pass at least one, such as Grad().")
     if decay is not None and not 0 <= decay <= 1:
         raise ValueError(f"decay must be between 0 and 1, or None, got {decay!r}.")
-    if reduction is not None and losses.has_normalizer(loss):
-        raise ValueError("reduction is for losses of one's own; that of this loss_fn is one of its options. Leave it out.")
-    if reduction is not None and not callable(reduction) and reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction must be 'sum', 'mean' or a function (output, y) -> total weight, got {reduction!r}.")
+    check_reduction(loss, reduction)
     flatten_params(params)  # for its errors
     return Accumulation(model_fn, tuple(leaves), loss, reduction, decay, chunk_size, Structure.of(params), tree)
 

@@ -139,6 +139,10 @@ class Attributes:
         modules = {id(m): m for root in _modules_of(model_fn) for m in root.modules()}
         return cls(keepers(modules.values()))
 
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the attributes, buffers included."""
+        return [t for own in self._own for value in own.values() for t in kept_tensors(value)]
+
     def kept(self) -> list[tuple[nn.Module, str]]:
         """Attributes that hold floating-point tensors beside parameters and buffers."""
         found = []

@@ -3,7 +3,7 @@
 Every function takes a symmetric ``operator``: a `curvfunc.operators.LinearOperator`, a dense tensor [P, P], or any
 object with ``shape``, ``dtype``, ``device`` and ``@`` on matrices [P, K]. Vectors are multiplied together, in the
 chunks that the operator was made with. Random vectors come from ``generator``, or from the default generator of the
-operator's device.
+operator's device. An operator over a data set goes through all of it for each product, of however many vectors.
 """
 
 import math
@@ -14,19 +14,21 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from curvfunc.operators.linear_operators import as_scipy, scipy_linalg
+from curvfunc.operators.matrices import as_scipy, scipy_linalg, watched
+from curvfunc.operators.matrices import size_of as _size
 from curvfunc.tensors.inputs import check_generator
 
 __all__ = ["Spectrum", "eigsh", "hutchinson_diag", "hutchinson_trace", "hutchpp_trace", "spectral_density", "xdiag"]
 
 
-def hutchinson_trace(operator: Any, num_products: int, *, generator: Generator | None = None) -> Tensor:
+def hutchinson_trace(operator: Any, num_products: int, *, generator: Generator | None = None, progress: bool = False) -> Tensor:
     """Trace of the matrix, (1/K) Σ_k zₖᵀ A zₖ with random signs z. Unbiased, with an error of order 1/√K.
 
     Args:
         operator: Symmetric, [P, P].
         num_products: Number K of products.
         generator: Source of randomness.
+        progress: Whether to show a bar of the products, where there are a terminal and tqdm.
 
     Returns:
         Scalar.
@@ -35,10 +37,11 @@ def hutchinson_trace(operator: Any, num_products: int, *, generator: Generator |
         Girard 1989; Hutchinson 1989.
     """
     z = _signs(operator, _positive("hutchinson_trace", num_products), generator)
-    return (z * _times(operator, z)).sum() / num_products
+    with watched("hutchinson_trace", operator, 1, progress) as operator:
+        return (z * _times(operator, z)).sum() / num_products
 
 
-def hutchpp_trace(operator: Any, num_products: int, *, generator: Generator | None = None) -> Tensor:
+def hutchpp_trace(operator: Any, num_products: int, *, generator: Generator | None = None, progress: bool = False) -> Tensor:
     """Trace of the matrix by Hutch++: exact on a random subspace Q, by random signs G on its complement.
 
         tr(Qᵀ A Q) + (1/K) tr(Gᵀ (I - Q Qᵀ) A (I - Q Qᵀ) G),    Q = orth(A S),
@@ -51,6 +54,7 @@ def hutchpp_trace(operator: Any, num_products: int, *, generator: Generator | No
         num_products: Number of products, at least 3; rounded down to a multiple of 3. Exact if
             the rank is at most a third of it (and the random vectors are in general position).
         generator: Source of randomness.
+        progress: Whether to show a bar of the products, where there are a terminal and tqdm.
 
     Returns:
         Scalar.
@@ -60,16 +64,17 @@ def hutchpp_trace(operator: Any, num_products: int, *, generator: Generator | No
     """
     if num_products < 3:
         raise ValueError(f"hutchpp_trace: num_products must be at least 3, got {num_products}.")
-    count = num_products // 3
-    Q = torch.linalg.qr(_times(operator, _signs(operator, min(count, _size(operator)), generator))).Q
-    G = _signs(operator, count, generator)
-    G = G - Q @ (Q.mT @ G)
-    both = torch.cat([Q, G], dim=1)
-    traces = (both * _times(operator, both)).sum(0)
+    count, start = num_products // 3, _signs(operator, min(num_products // 3, _size(operator)), generator)
+    with watched("hutchpp_trace", operator, 2, progress) as operator:
+        Q = torch.linalg.qr(_times(operator, start)).Q
+        G = _signs(operator, count, generator)
+        G = G - Q @ (Q.mT @ G)
+        both = torch.cat([Q, G], dim=1)
+        traces = (both * _times(operator, both)).sum(0)
     return traces[: Q.shape[1]].sum() + traces[Q.shape[1] :].sum() / count
 
 
-def hutchinson_diag(operator: Any, num_products: int, *, generator: Generator | None = None) -> Tensor:
+def hutchinson_diag(operator: Any, num_products: int, *, generator: Generator | None = None, progress: bool = False) -> Tensor:
     """Diagonal of the matrix, (1/K) Σ_k zₖ ⊙ A zₖ with random signs z. Unbiased.
 
     The variance of entry i is Σ_{j≠i} A_ij² / K.
@@ -78,6 +83,7 @@ def hutchinson_diag(operator: Any, num_products: int, *, generator: Generator | 
         operator: Symmetric, [P, P].
         num_products: Number K of products.
         generator: Source of randomness.
+        progress: Whether to show a bar of the products, where there are a terminal and tqdm.
 
     Returns:
         [P]; a `LinearOperator`'s ``unflatten`` gives it the shape of the parameters.
@@ -86,10 +92,11 @@ def hutchinson_diag(operator: Any, num_products: int, *, generator: Generator | 
         Bekas, Kokiopoulou, Saad 2007, "An estimator for the diagonal of a matrix".
     """
     z = _signs(operator, _positive("hutchinson_diag", num_products), generator)
-    return (z * _times(operator, z)).mean(1)
+    with watched("hutchinson_diag", operator, 1, progress) as operator:
+        return (z * _times(operator, z)).mean(1)
 
 
-def xdiag(operator: Any, num_products: int, *, generator: Generator | None = None) -> Tensor:
+def xdiag(operator: Any, num_products: int, *, generator: Generator | None = None, progress: bool = False) -> Tensor:
     """Diagonal of the matrix by XDiag: a low-rank approximation, and random signs for the rest, each used for both.
 
     With signs Z [P, K], Q R = A Z and the rank K-1 basis Q₋ₖ that arises without zₖ,
@@ -102,6 +109,7 @@ def xdiag(operator: Any, num_products: int, *, generator: Generator | None = Non
         operator: Symmetric, [P, P].
         num_products: Number 2 K of products, at least 4 and at most 2 P; rounded down to an even number.
         generator: Source of randomness.
+        progress: Whether to show a bar of the products, where there are a terminal and tqdm.
 
     Returns:
         [P]; a `LinearOperator`'s ``unflatten`` gives it the shape of the parameters.
@@ -114,11 +122,12 @@ def xdiag(operator: Any, num_products: int, *, generator: Generator | None = Non
         raise ValueError(f"xdiag: num_products must be from 4 to 2 P = {2 * size}, got {num_products}.")
     count = num_products // 2
     Z = _signs(operator, count, generator)
-    Q, R = torch.linalg.qr(_times(operator, Z))
+    with watched("xdiag", operator, 2, progress) as operator:
+        Q, R = torch.linalg.qr(_times(operator, Z))
+        B = _times(operator, Q)
     # Q₋ₖ Q₋ₖᵀ = Q (I - sₖ sₖᵀ) Qᵀ: sₖ is the unit vector with sₖᵀ R[:, j] = 0 for all j ≠ k, a column of R⁻ᵀ
     S = _inverse_transposed(R)
     S = S / S.norm(dim=0)
-    B = _times(operator, Q)
     low_rank: Tensor = (Q * B).sum(1) - ((Q @ S) * (B @ S)).sum(1) / count
     # (I - Q₋ₖ Q₋ₖᵀ) A zₖ = Q sₖ sₖᵀ R[:, k], since A zₖ = Q R[:, k] lies in the range of Q
     rest = (Z * (Q @ (S * (S * R).sum(0)))).mean(1)
@@ -161,7 +170,12 @@ class Spectrum:
 
 
 def spectral_density(
-    operator: Any, *, num_steps: int = 50, num_vectors: int = 5, generator: Generator | None = None
+    operator: Any,
+    *,
+    num_steps: int = 50,
+    num_vectors: int = 5,
+    generator: Generator | None = None,
+    progress: bool = False,
 ) -> Spectrum:
     """Spectral density of the matrix by stochastic Lanczos quadrature.
 
@@ -174,6 +188,7 @@ def spectral_density(
         num_steps: Number T of Lanczos steps; at most P count.
         num_vectors: Number K of random vectors. The cost is T products with K vectors.
         generator: Source of randomness.
+        progress: Whether to show a bar of the products, where there are a terminal and tqdm.
 
     Returns:
         The density as a `Spectrum`.
@@ -191,7 +206,8 @@ def spectral_density(
     count = _positive("spectral_density", num_vectors)
     check_generator(generator)
     q = torch.randn(_size(operator), count, generator=generator, dtype=operator.dtype, device=operator.device)
-    alphas, betas = _lanczos(operator, q / q.norm(dim=0), steps)
+    with watched("spectral_density", operator, steps, progress) as operator:
+        alphas, betas = _lanczos(operator, q / q.norm(dim=0), steps)
     tridiagonal = torch.diag_embed(alphas) + torch.diag_embed(betas, 1) + torch.diag_embed(betas, -1)
     nodes, vectors = torch.linalg.eigh(tridiagonal)
     return Spectrum(nodes, vectors[:, 0].square(), _size(operator))
@@ -220,7 +236,13 @@ def _lanczos(operator: Any, q: Tensor, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def eigsh(
-    operator: Any, k: int = 6, *, which: str = "LM", tol: float = 0.0, generator: Generator | None = None
+    operator: Any,
+    k: int = 6,
+    *,
+    which: str = "LM",
+    tol: float = 0.0,
+    generator: Generator | None = None,
+    progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Extremal eigenvalues and their eigenvectors, by scipy's ``eigsh`` (implicitly restarted Lanczos, ARPACK).
 
@@ -230,6 +252,7 @@ def eigsh(
         which: "LM" largest magnitude, "LA" largest, "SA" smallest, "BE" half from each end.
         tol: Relative precision of the eigenvalues; 0 is machine precision.
         generator: Source of the start vector.
+        progress: Whether to show a bar of the products, where there are a terminal and tqdm.
 
     Returns:
         Eigenvalues [k] in ascending order and eigenvectors [P, k], of the operator's dtype and device.
@@ -247,7 +270,8 @@ def eigsh(
     check_generator(generator)
     linalg = scipy_linalg()
     start = torch.randn(size, generator=generator, dtype=operator.dtype, device=operator.device)
-    values, vectors = linalg.eigsh(as_scipy(operator), k, which=which, tol=tol, v0=start.cpu().numpy())
+    with watched("eigsh", operator, None, progress) as operator:
+        values, vectors = linalg.eigsh(as_scipy(operator), k, which=which, tol=tol, v0=start.cpu().numpy())
     order = values.argsort()
     return _tensor(values[order], operator), _tensor(vectors[:, order], operator)
 
@@ -267,22 +291,6 @@ def _signs(operator: Any, count: int, generator: Generator | None) -> Tensor:
     shape = (_size(operator), count)
     bits = torch.randint(0, 2, shape, generator=generator, device=operator.device)
     return (2 * bits - 1).to(operator.dtype)
-
-
-def _size(operator: Any) -> int:
-    kinds = {"dtype": torch.dtype, "device": torch.device}
-    if not all(isinstance(getattr(operator, name, None), kind) for name, kind in kinds.items()):
-        raise TypeError(
-            f"the operator is a {type(operator).__name__}; a curvfunc.LinearOperator, a tensor [P, P], or an object with "
-            "shape, dtype and device as tensors have them, and @ on matrices [P, K], is needed. Convert arrays by "
-            "torch.as_tensor."
-        )
-    if len(operator.shape) != 2:
-        raise ValueError(f"the operator has shape {tuple(operator.shape)}; a square one is needed.")
-    rows, columns = operator.shape
-    if rows != columns:
-        raise ValueError(f"the operator has shape {tuple(operator.shape)}; a square one is needed.")
-    return int(rows)
 
 
 def _positive(caller: str, number: int) -> int:

@@ -1,35 +1,28 @@
-"""Curvature matrices as linear operators: the model runs once, and every product is linear work on what it left behind.
+"""Symmetric matrices as linear operators, and their algebra: sums, multiples, shifts, solutions of linear systems.
 
 An operator acts on the parameters, as a pytree like ``params`` or flattened into a vector [P], P being the number of
 entries of all parameters. It is symmetric. Its shape, dtype and device are those of the matrix it stands for.
 """
 
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-import optree
 import torch
-import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Tensor
 
-from curvfunc.operators.linearization import (
-    GaussNewton,
-    Hessian,
-    Product,
-    batched,
-    check_vector,
-    linearize,
-    read_vector,
-)
-from curvfunc.operators.products import _mc, fisher_matrix
-from curvfunc.tensors.ownership import own
+from curvfunc.operators.conjugate_gradients import conjugate_gradients
+from curvfunc.operators.matrices import Space, as_scipy, size_of, watched
 
-__all__ = ["LinearOperator", "fisher_operator", "ggn_operator", "hessian_operator"]
+__all__ = ["LinearOperator", "Source"]
 
-Model = Callable[[Any, Any], Tensor]
-LossFunction = Callable[[Tensor, Any], Tensor]
-Indices = Sequence[int] | Tensor
+
+class Source(Protocol):
+    """Where products come from."""
+
+    def multiply(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """The product with vectors, a tensor [K, *shape] for each parameter."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,22 +34,46 @@ class LinearOperator:
     - a vector [P] or a matrix [P, K];
     - a pytree like ``params``, or one whose tensors have a leading axis, [K, *shape].
 
+    Operators at the same parameters form an algebra: ``A + B``, ``A - B``, ``-A``, ``2 * A``, ``A / 2``; a number that is added
+    is a shift, ``A + 0.1`` being A + 0.1 I. Symmetric tensors [P, P], and other objects with ``shape``, ``dtype``, ``device``
+    and ``@``, can be added too. Nothing is multiplied before ``@``; a product with a sum is one with each of its terms.
+
+    Operators can be pickled where the model, the loss and the data can be: the model runs again when they are loaded,
+    with the same random numbers.
+
     Attributes:
         names: Of the parameters, in the order of the flat vector.
         shape: (P, P).
         dtype: Of the parameters.
         device: Of the parameters.
+
+    Example:
+        >>> import curvfunc
+        >>> model_fn, params = curvfunc.functionalize(torch.nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> G, H = (f(model_fn, params, X, y) for f in (curvfunc.ggn_operator, curvfunc.hessian_operator))
+        >>> ((G - H) @ params)["bias"].shape
+        torch.Size([3])
+        >>> step = (G + 0.1).solve(curvfunc.compute(model_fn, params, X, y, curvfunc.Grad()))
+        >>> step["weight"].shape
+        torch.Size([3, 4])
     """
 
     names: tuple[str, ...]
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
-    _leaves: list[Tensor] = field(repr=False)
-    _rebuild: Callable[[Sequence[Any]], Any] = field(repr=False)
-    _product: Product = field(repr=False)
-    _chunk_size: int | None = field(repr=False)
+    _space: Space = field(repr=False)
+    _source: Source = field(repr=False)
     __array_ufunc__ = None  # so that numpy leaves products to this class
+
+    @classmethod
+    def of(cls, space: Space, source: Source) -> "LinearOperator":
+        """The operator on a space that multiplies as ``source`` does."""
+        first = space.like[0]
+        return cls(space.names, (space.size, space.size), first.dtype, first.device, space, source)
+
+    # -- products
 
     def __matmul__(self, v: Any) -> Any:
         """The product with v.
@@ -64,20 +81,10 @@ class LinearOperator:
         Raises:
             TypeError, ValueError: If v does not fit the parameters.
         """
-        if not isinstance(v, Tensor):
-            values = self._read(v)
-            if values[0].ndim > self._leaves[0].ndim:
-                return self._rebuild(self._multiply(values))
-            return self._rebuild([t[0] for t in self._multiply([t[None] for t in values])])
-        if v.ndim not in (1, 2) or v.shape[0] != self.shape[1]:
-            raise ValueError(f"v has shape {tuple(v.shape)}; [P] or [P, K] with P = {self.shape[1]} is needed.")
-        rows = v.mT if v.ndim == 2 else v[None]
-        split = torch.split(rows, [p.numel() for p in self._leaves], dim=1)
-        vectors = [t.reshape(len(rows), *p.shape) for t, p in zip(split, self._leaves, strict=True)]
-        for name, t, p in zip(self.names, vectors, self._leaves, strict=True):
-            check_vector(f"v at {name!r}", t, p, batched=True)
-        result = _rows(self._multiply(vectors))
-        return result.mT if v.ndim == 2 else result[0]
+        if isinstance(v, LinearOperator):
+            raise TypeError("operator @ operator is not formed. Multiply one after the other: A @ (B @ v).")
+        values, back = self._space.read(v)
+        return back(self._source.multiply(values))
 
     def __rmatmul__(self, v: Any) -> Any:
         """Refused: the operator is on the left."""
@@ -85,18 +92,11 @@ class LinearOperator:
 
     def flatten(self, v: Any) -> Tensor:
         """A pytree like ``params`` as a vector [P], or with leading axes [K, *shape] as a matrix [P, K]."""
-        values = self._read(v)
-        if values[0].ndim > self._leaves[0].ndim:
-            return _rows(values).mT
-        return torch.cat([t.flatten() for t in values])
+        return self._space.flatten(v)
 
     def unflatten(self, v: Tensor) -> Any:
         """A vector [P] as a pytree like ``params``; a matrix [P, K] as one with leading axes [K, *shape]."""
-        if v.ndim not in (1, 2) or v.shape[0] != self.shape[1]:
-            raise ValueError(f"v has shape {tuple(v.shape)}; [P] or [P, K] with P = {self.shape[1]} is needed.")
-        split = torch.split(v.mT if v.ndim == 2 else v, [p.numel() for p in self._leaves], dim=-1)
-        parts = [t.reshape((*v.shape[1:], *p.shape)) for t, p in zip(split, self._leaves, strict=True)]
-        return self._rebuild(own(parts, lambda: [v]))
+        return self._space.unflatten(v)
 
     def dense(self) -> Tensor:
         """The matrix itself, [P, P]: P products, for small problems."""
@@ -111,159 +111,197 @@ class LinearOperator:
         """
         return as_scipy(self)
 
-    def _read(self, v: Any) -> list[Tensor]:
-        if isinstance(v, LinearOperator):
-            raise TypeError("operator @ operator is not formed. Multiply one after the other: A @ (B @ v).")
-        leaves: list[Any] = optree.tree_leaves(v)
-        wrong = [type(t).__name__ for t in leaves if not isinstance(t, Tensor)]
-        if wrong and not isinstance(v, dict):
-            raise TypeError(
-                f"v must be a tensor [P] or [P, K], or a pytree of tensors like params, got {wrong[0]}. Convert it by "
-                "torch.as_tensor(v), or use operator.to_scipy() for numpy arrays."
+    # -- the algebra
+
+    def __add__(self, other: Any) -> "LinearOperator":
+        """The sum with another matrix, or with a multiple of the identity."""
+        mine = Combination.of(self)
+        if (number := _number(other)) is not None:
+            return LinearOperator.of(self._space, Combination(mine.terms, mine.shift + number))
+        self._check(other)
+        theirs = Combination.of(other)
+        return LinearOperator.of(self._space, Combination((*mine.terms, *theirs.terms), mine.shift + theirs.shift))
+
+    __radd__ = __add__
+
+    def __mul__(self, factor: Any) -> "LinearOperator":
+        """A multiple."""
+        number = _number(factor)
+        if number is None:
+            raise TypeError(f"an operator can be multiplied by a number, and is, by @, with vectors; got {_kind(factor)}.")
+        mine = Combination.of(self)
+        terms = tuple((number * weight, term) for weight, term in mine.terms)
+        return LinearOperator.of(self._space, Combination(terms, number * mine.shift))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> "LinearOperator":
+        """A multiple."""
+        number = _number(divisor)
+        if number is None:
+            raise TypeError(f"an operator can be divided by a number, got {_kind(divisor)}. See A.solve(b).")
+        return self * (1 / number)
+
+    def __neg__(self) -> "LinearOperator":
+        """Minus the matrix."""
+        return self * -1
+
+    def __sub__(self, other: Any) -> "LinearOperator":
+        """The difference to another matrix, or to a multiple of the identity."""
+        number = _number(other)
+        if number is not None:
+            return self + -number
+        return -(-self + other)
+
+    def __rsub__(self, other: Any) -> "LinearOperator":
+        """The difference of another matrix, or of a multiple of the identity, to this one."""
+        return -self + other
+
+    def _check(self, other: Any) -> None:
+        """Raise unless it is a matrix on the same parameters."""
+        try:
+            size = size_of(other)
+        except TypeError as error:
+            raise TypeError(f"{_kind(other)} cannot be added to an operator: {error} Numbers are shifts.") from error
+        if size != self.shape[0]:
+            raise ValueError(f"matrices of shapes {self.shape} and {(size, size)} cannot be added.")
+        if (other.dtype, other.device) != (self.dtype, self.device):
+            raise ValueError(
+                f"matrices in {self.dtype} on {self.device}, and in {other.dtype} on {other.device} cannot be added. Convert."
             )
-        extra = sum(t.ndim for t in leaves if isinstance(t, Tensor)) > sum(p.ndim for p in self._leaves)
-        return read_vector("v", v, self.names, self._leaves, batched=extra)
+        if isinstance(other, LinearOperator):
+            why = self._space.difference(other._space)
+            if why is not None:
+                raise ValueError(f"operators at other parameters cannot be added; they have {why}.")
+        elif isinstance(other, Tensor) and not _is_symmetric(other):
+            raise ValueError("the tensor is not symmetric, and operators are. Add (A + A.mT) / 2.")
 
-    def _multiply(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        return batched(self._product, self._leaves, range(len(self._leaves)), vectors, self._chunk_size)
+    # -- linear systems
 
+    def solve(
+        self,
+        b: Any,
+        *,
+        damping: float = 0.0,
+        preconditioner: Any = None,
+        tol: float = 1e-5,
+        max_iterations: int | None = None,
+        strict: bool = True,
+        progress: bool = False,
+    ) -> Any:
+        """The solution x of (A + damping) x = b by conjugate gradients, for a positive definite matrix.
 
-def _rows(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors [K, *shape] side by side, [K, P]; a parameter without axes has one entry."""
-    return torch.cat([t.reshape(len(t), t.shape[1:].numel()) for t in tensors], dim=1)
+        Several right-hand sides are solved for together, each until its residual |b - (A + damping) x| is at most
+        ``tol`` |b|, which is computed anew at the end.
 
+        Args:
+            b: Right-hand sides, in a format that ``@`` takes.
+            damping: A shift, not negative.
+            preconditioner: An approximation of (A + damping)⁻¹, symmetric positive definite: a matrix [P, P] (a tensor, or
+                an object with ``shape``, ``dtype``, ``device`` and ``@``), or a function that maps a tree like ``params`` with
+                leading axes [K, *shape] to one, such as ``lambda r: kronecker.matmul(inverse, r)``.
+            tol: Relative residual.
+            max_iterations: Most products, by default 10 P, and 1000 at most.
+            strict: If False, nothing is raised where it does not converge or meets negative curvature, and the last
+                iterate is returned: truncated conjugate gradients, with ``tol=0`` of ``max_iterations`` steps.
+            progress: Whether to show a bar of the products, where there are a terminal and tqdm.
 
-def as_scipy(operator: Any) -> Any:
-    """Any symmetric operator as scipy's: what has ``shape``, ``dtype``, ``device`` and ``@`` on [P, K]."""
-    linalg = scipy_linalg()
+        Returns:
+            x, in the format of ``b``.
 
-    def product(v: Any) -> Any:
-        return (operator @ torch.tensor(v, dtype=operator.dtype, device=operator.device)).cpu().numpy()
+        Raises:
+            ArithmeticError: If the matrix is not positive definite, or the residual is not reached.
+            TypeError, ValueError: If b or the preconditioner does not fit the parameters.
 
-    def vector_product(v: Any) -> Any:  # scipy passes [P] or [P, 1]
-        return product(v.reshape(-1, 1)).reshape(-1)
+        References:
+            Hestenes, Stiefel 1952, "Methods of conjugate gradients for solving linear systems"; Martens 2010, "Deep learning
+            via Hessian-free optimization".
+        """
+        shift = _number(damping)
+        if shift is None or not shift >= 0:
+            raise ValueError(f"solve: damping must be a number that is not negative, got {damping!r}.")
+        if _number(tol) is None or not tol >= 0:
+            raise ValueError(f"solve: tol must be a number that is not negative, got {tol!r}.")
+        steps = min(10 * self.shape[0], 1000) if max_iterations is None else max_iterations
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"solve: max_iterations must be a positive int, got {max_iterations!r}.")
+        values, back = self._space.read(b)
+        precondition = self._preconditioner(preconditioner)
+        with watched("solve", self + shift if shift else self, None, progress) as matrix, torch.no_grad():
+            x = conjugate_gradients(
+                lambda v: matrix @ v,
+                self._space.columns(values),
+                tol=tol,
+                max_iterations=steps,
+                precondition=precondition,
+                strict=strict,
+            )
+        return back([t.contiguous() for t in self._space.split(x)])
 
-    return linalg.LinearOperator(
-        tuple(operator.shape),
-        matvec=vector_product,
-        rmatvec=vector_product,
-        matmat=product,
-        rmatmat=product,
-        dtype=torch.empty(0, dtype=operator.dtype).numpy().dtype,
-    )
-
-
-def scipy_linalg() -> Any:
-    """``scipy.sparse.linalg``."""
-    try:
-        import scipy.sparse.linalg
-    except ImportError as error:
-        raise ImportError(
-            "this needs scipy, which is not installed: pip install 'curvfunc[scipy]', or pip install scipy."
-        ) from error
-    return scipy.sparse.linalg
-
-
-def hessian_operator(
-    model_fn: Model,
-    params: Any,
-    X: Any,
-    y: Any,
-    *,
-    loss_fn: LossFunction = F.cross_entropy,
-    subsampling: Indices | None = None,
-    chunk_size: int | None = None,
-) -> LinearOperator:
-    """The Hessian ∇²L at ``params`` as a linear operator.
-
-    The model runs once, here; memory and lifetime are those of `curvfunc.hmp`.
-
-    Returns:
-        Operator of shape (P, P). Arguments: see `curvfunc.operators.products`.
-
-    Raises:
-        TypeError, ValueError, NotImplementedError: As `curvfunc.hmp`.
-
-    Example:
-        >>> import curvfunc
-        >>> model_fn, params = curvfunc.functionalize(torch.nn.Linear(4, 3))
-        >>> H = hessian_operator(model_fn, params, torch.randn(8, 4), torch.arange(8) % 3)
-        >>> H.shape, (H @ torch.randn(15)).shape, (H @ params)["weight"].shape
-        ((15, 15), torch.Size([15]), torch.Size([3, 4]))
-    """
-    return _operator("hessian_operator", Hessian(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
-
-
-def ggn_operator(
-    model_fn: Model,
-    params: Any,
-    X: Any,
-    y: Any,
-    *,
-    loss_fn: LossFunction = F.cross_entropy,
-    mc_samples: int = 0,
-    subsampling: Indices | None = None,
-    generator: Generator | None = None,
-    chunk_size: int | None = None,
-) -> LinearOperator:
-    """The generalized Gauss-Newton matrix R Σₙ Jₙᵀ ∇²ℓₙ Jₙ at ``params`` as a linear operator.
-
-    Draws (``mc_samples``) are made once, here. Memory and lifetime are those of `curvfunc.hmp`.
-
-    Returns:
-        Operator of shape (P, P). Arguments: see `curvfunc.operators.products`.
-
-    Raises:
-        TypeError, ValueError, NotImplementedError: As `curvfunc.hmp`.
-    """
-    matrix = GaussNewton(_mc("ggn_operator", mc_samples))
-    return _operator("ggn_operator", matrix, model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
+    def _preconditioner(self, given: Any) -> Callable[[Tensor], Tensor] | None:
+        """The preconditioner as a function on [P, K]."""
+        if given is None:
+            return None
+        if hasattr(given, "__matmul__"):
+            if (size := size_of(given)) != self.shape[0]:
+                raise ValueError(f"solve: the preconditioner has shape {(size, size)}, and the operator {self.shape}.")
+            return lambda r: given @ r
+        if not callable(given):
+            raise TypeError(f"solve: the preconditioner is {_kind(given)}; a matrix or a function of trees is needed.")
+        space = self._space
+        return lambda r: space.columns(space.read_tree(given(space.build(space.split(r)))))
 
 
-def fisher_operator(
-    model_fn: Model,
-    params: Any,
-    X: Any,
-    y: Any,
-    *,
-    loss_fn: LossFunction = F.cross_entropy,
-    empirical: bool = False,
-    mc_samples: int = 0,
-    subsampling: Indices | None = None,
-    generator: Generator | None = None,
-    chunk_size: int | None = None,
-) -> LinearOperator:
-    """The Fisher information, or the empirical one, at ``params`` as a linear operator; scaled as `curvfunc.fisher_vp`.
+@dataclass(frozen=True, eq=False)
+class Combination:
+    """Σ_i w_i A_i + shift; the terms are what `LinearOperator` multiplies with, or other matrices [P, P]."""
 
-    Draws (``mc_samples``) are made once, here. Memory and lifetime are those of `curvfunc.hmp`.
+    terms: tuple[tuple[float, Any], ...]
+    shift: float
 
-    Returns:
-        Operator of shape (P, P). Arguments: see `curvfunc.fisher_vp` and `curvfunc.operators.products`.
+    @classmethod
+    def of(cls, operator: Any) -> "Combination":
+        """A matrix as a sum."""
+        if isinstance(operator, LinearOperator):
+            source = operator._source
+            return source if isinstance(source, Combination) else cls(((1.0, source),), 0.0)
+        matrix = operator.detach() if isinstance(operator, Tensor) else operator
+        return cls(((1.0, _Foreign(matrix)),), 0.0)
 
-    Raises:
-        TypeError, ValueError, NotImplementedError: As `curvfunc.hmp` and `curvfunc.fisher_vp`.
-    """
-    matrix = fisher_matrix("fisher_operator", loss_fn, empirical, mc_samples)
-    return _operator("fisher_operator", matrix, model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
+    def multiply(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """The product with vectors [K, *shape]."""
+        total = [self.shift * v for v in vectors]
+        for weight, term in self.terms:
+            for t, part in zip(total, term.multiply(vectors), strict=True):
+                t.add_(part, alpha=weight)
+        return total
 
 
-def _operator(
-    caller: str,
-    matrix: Any,
-    model_fn: Model,
-    params: Any,
-    X: Any,
-    y: Any,
-    loss_fn: LossFunction,
-    subsampling: Indices | None,
-    generator: Generator | None,
-    chunk_size: int | None,
-) -> LinearOperator:
-    names, leaves, rebuild, product = linearize(
-        caller, matrix, model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size
-    )
-    kinds = sorted({f"{p.dtype} on {p.device}" for p in leaves})
-    if len(kinds) > 1:
-        raise ValueError(f"{caller}: parameters are {', '.join(kinds)}; an operator needs one dtype and one device.")
-    size = sum(p.numel() for p in leaves)
-    return LinearOperator(tuple(names), (size, size), leaves[0].dtype, leaves[0].device, leaves, rebuild, product, chunk_size)
+@dataclass(frozen=True, eq=False)
+class _Foreign:
+    """A matrix that knows vectors alone."""
+
+    matrix: Any
+
+    def multiply(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """The product with vectors [K, *shape]."""
+        rows = torch.cat([t.reshape(len(t), t.shape[1:].numel()) for t in vectors], dim=1)
+        parts = torch.split((self.matrix @ rows.mT).mT, [t.shape[1:].numel() for t in vectors], dim=1)
+        return [part.reshape(t.shape) for part, t in zip(parts, vectors, strict=True)]
+
+
+def _is_symmetric(matrix: Tensor) -> bool:
+    """Whether it is, up to rounding."""
+    largest = matrix.abs().max() if matrix.numel() else 0.0
+    return bool(((matrix - matrix.mT).abs() <= torch.finfo(matrix.dtype).eps ** 0.5 * largest).all())
+
+
+def _number(value: Any) -> float | None:
+    """A real number, as a float; None for anything else."""
+    if isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex() and value.dtype != torch.bool:
+        return float(value)
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
+
+
+def _kind(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

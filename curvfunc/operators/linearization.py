@@ -17,7 +17,7 @@ per such parameter. All of them give the product with the whole matrix, one of t
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import optree
 import torch
@@ -51,12 +51,17 @@ __all__ = [
     "GaussNewton",
     "Hessian",
     "Jacobian",
+    "Linearization",
     "Matrix",
     "Problem",
     "Product",
     "batched",
+    "check_chunk_size",
+    "check_eager",
     "check_vector",
     "differentiate",
+    "eager",
+    "linearization",
     "linearize",
     "linearized",
     "pullback_graph",
@@ -299,15 +304,47 @@ def _outer_products(columns: Tensor) -> Callable[[Tensor, bool], Tensor]:
     return middle
 
 
-def _eager(function: Function) -> Function:
+def eager(function: Function) -> Function:
     """Where dynamo cannot follow autograd's graph, it would compile the engine piece by piece."""
     reason = "operators and functions of products keep a graph. Use hessian_vp, ggn_vp or fisher_vp"
     disabled: Function = torch.compiler.disable(function, reason=reason)
     return disabled
 
 
-@_eager
-def linearize(
+class Linearization(NamedTuple):
+    """A model at one batch, ready for products.
+
+    Attributes:
+        names: Of the parameters.
+        leaves: The parameters, as leaves of the graph.
+        rebuild: Makes the params pytree of a list.
+        product: With the matrix.
+        out: Output of the model.
+    """
+
+    names: list[str]
+    leaves: list[Tensor]
+    rebuild: Callable[[Sequence[Any]], Any]
+    product: Product
+    out: Tensor
+
+
+def check_eager(caller: str) -> None:
+    """Refuse transformations and compilation, which no graph can leave."""
+    if _functorch.peek_interpreter_stack() is not None or torch.compiler.is_compiling():
+        raise NotImplementedError(
+            f"{caller} returns what keeps a graph, which cannot leave torch.func transforms or torch.compile. Use "
+            "hessian_vp, ggn_vp or fisher_vp there."
+        )
+
+
+def check_chunk_size(chunk_size: Any) -> None:
+    """Raise unless it is a number of vectors, or None."""
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"chunk_size must be a positive int or None, got {chunk_size!r}.")
+
+
+def linearization(
     caller: str,
     matrix: Any,
     model_fn: Callable[[Any, Any], Tensor],
@@ -318,15 +355,10 @@ def linearize(
     subsampling: Sequence[int] | Tensor | None,
     generator: Generator | None,
     chunk_size: int | None,
-) -> tuple[list[str], list[Tensor], Callable[[Sequence[Any]], Any], Product]:
-    """Names, tensors and structure of the parameters, and the product; runs the model."""
-    if _functorch.peek_interpreter_stack() is not None or torch.compiler.is_compiling():
-        raise NotImplementedError(
-            f"{caller} returns what keeps a graph, which cannot leave torch.func transforms or torch.compile. Use "
-            "hessian_vp, ggn_vp or fisher_vp there."
-        )
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size must be a positive int or None, got {chunk_size!r}.")
+) -> Linearization:
+    """Check what is given, run the model, and keep its graph for products."""
+    check_eager(caller)
+    check_chunk_size(chunk_size)
     check_generator(generator)
     names, tensors, rebuild = flatten_params(params)
     loss = losses.normalize(loss_fn)
@@ -334,7 +366,14 @@ def linearize(
     problem = Problem(model_fn, names, rebuild, batch, loss, generator)
     with torch.enable_grad():
         leaves = [leaf(p) for p in tensors]
-        return names, leaves, rebuild, linearized(matrix, problem, leaves, problem.forward(leaves))
+        out = problem.forward(leaves)
+        return Linearization(names, leaves, rebuild, linearized(matrix, problem, leaves, out), out)
+
+
+@eager
+def linearize(*given: Any) -> tuple[list[str], list[Tensor], Callable[[Sequence[Any]], Any], Product]:
+    """As `linearization`, without the output, at which dynamo would look where code goes on after this."""
+    return linearization(*given)[:-1]
 
 
 def linearized(matrix: Any, problem: Problem, leaves: Sequence[Tensor], out: Tensor) -> Product:
@@ -346,7 +385,7 @@ def linearized(matrix: Any, problem: Problem, leaves: Sequence[Tensor], out: Ten
     return lambda which, v, create_graph: [torch.zeros_like(t) for t in v]
 
 
-@_eager
+@eager
 def batched(
     product: Product, leaves: Sequence[Tensor], which: Sequence[int], v: Sequence[Tensor], chunk_size: int | None
 ) -> list[Tensor]:

@@ -130,7 +130,7 @@ def ggnmp(
         Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent". BackPACK's
         ``GGNMP``.
     """
-    matrix = GaussNewton(_mc("ggnmp", mc_samples))
+    matrix = GaussNewton(check_draws("ggnmp", mc_samples))
     return blocks("ggnmp", matrix, model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
 
 
@@ -190,7 +190,6 @@ def blocks(
     names, leaves, rebuild, product = linearize(
         caller, matrix, model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size
     )
-
     return rebuild([block(product, leaves, i, name, chunk_size) for i, name in enumerate(names)])
 
 
@@ -265,7 +264,7 @@ def ggn_vp(
     References:
         Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent".
     """
-    matrix = GaussNewton(_mc("ggn_vp", mc_samples))
+    matrix = GaussNewton(check_draws("ggn_vp", mc_samples))
     return _product(matrix, model_fn, params, X, y, v, loss_fn, subsampling, generator)
 
 
@@ -332,7 +331,7 @@ def vjp(model_fn: Model, params: Any, X: Any, u: Tensor, *, subsampling: Indices
 def fisher_matrix(caller: str, loss_fn: Any, empirical: bool, mc_samples: int) -> GaussNewton | EmpiricalFisher:
     """The matrix that the options of `fisher_vp` mean."""
     if empirical:
-        if _mc(caller, mc_samples):
+        if check_draws(caller, mc_samples):
             raise ValueError(f"{caller}: the empirical Fisher has no draws; leave mc_samples at 0.")
         return EmpiricalFisher()
     if losses.normalize(loss_fn).name is None:
@@ -340,10 +339,11 @@ def fisher_matrix(caller: str, loss_fn: Any, empirical: bool, mc_samples: int) -
             f"{caller}: a custom loss implies no likelihood, so there is no Fisher information but the empirical one. "
             "Use a cross-entropy, squared error or BCE-with-logits loss, empirical=True, or the GGN."
         )
-    return GaussNewton(_mc(caller, mc_samples))
+    return GaussNewton(check_draws(caller, mc_samples))
 
 
-def _mc(caller: str, mc_samples: int) -> int:
+def check_draws(caller: str, mc_samples: int) -> int:
+    """The number of Monte-Carlo draws, if it is one."""
     if isinstance(mc_samples, bool) or not isinstance(mc_samples, int):
         raise TypeError(f"{caller}: mc_samples must be an int, got {mc_samples!r} of type {type(mc_samples).__name__}.")
     if mc_samples < 0:

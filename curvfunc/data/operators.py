@@ -1,0 +1,186 @@
+"""Curvature matrices as linear operators, of one batch or of a data set.
+
+Of one batch (X and y), the model runs once, and every product is linear work on the graph that it left behind. Of a data set
+(an iterable of batches in place of X, and no y) each product goes through all batches, and runs the model on each: its time is
+that of as many passes over the data as there are products, its memory that of one batch. A product with a matrix [P, K]
+is one pass.
+
+Shared by all functions below, besides what `curvfunc.operators.products` explains:
+
+Args:
+    X: Input of a batch; or, if ``y`` is left out, an iterable of batches over which several passes can be made, such as a
+        DataLoader or a list. Each is a pair (X, y), or a mapping whose targets are at "labels" or "label". The scale is that of
+        one batch of all samples, whatever the loss divides by. The data is read once when the operator is made, and has to
+        give the same batches in each pass; if the second pass is found to differ, or later ones to lead the model to other
+        outputs, the product is refused.
+    y: Targets; None if X is a data set.
+    subsampling: Only of one batch.
+    split: ``batch -> (X, y)`` for batches of another kind.
+    device: Where batches of a data set are copied to.
+    reduction: For losses other than cross-entropy, squared error and BCE with logits, over a data set: "sum", "mean" over
+        samples, or, for any other mean, a function ``(output, y) -> W`` of a batch that returns what it divides by. By default
+        sums and means over samples are told from each other by the gradients of each batch, and anything else is refused.
+    progress: Whether products over a data set that take longer than a second show a bar, where there are a terminal and tqdm.
+
+Over a data set all products are those of one matrix: the random numbers of each batch, of Monte-Carlo draws and of dropout, are
+the same in each pass, and what a model keeps in buffers and attributes is put back after each batch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from curvfunc.data.passes import data_operator
+from curvfunc.data.scales import Reduction
+from curvfunc.operators.linear_operators import LinearOperator
+from curvfunc.operators.linearization import GaussNewton, Hessian
+from curvfunc.operators.one_batch import batch_operator
+from curvfunc.operators.products import check_draws, fisher_matrix
+
+__all__ = ["fisher_operator", "ggn_operator", "hessian_operator"]
+
+Model = Callable[[Any, Any], Tensor]
+LossFunction = Callable[[Tensor, Any], Tensor]
+Indices = Sequence[int] | Tensor
+Split = Callable[[Any], tuple[Any, Any]]
+Device = torch.device | str
+
+
+def hessian_operator(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any = None,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    subsampling: Indices | None = None,
+    chunk_size: int | None = None,
+    split: Split | None = None,
+    device: Device | None = None,
+    reduction: Reduction | None = None,
+    progress: bool = True,
+) -> LinearOperator:
+    """The Hessian ∇²L at ``params`` as a linear operator, of one batch (X, y) or of a data set in place of X.
+
+    Of one batch the model runs once, here; memory and lifetime are those of `curvfunc.hmp`.
+
+    Returns:
+        Operator of shape (P, P). Arguments: see `curvfunc.data.operators`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: As `curvfunc.hmp`, and for data that has no answer.
+
+    Example:
+        >>> import curvfunc
+        >>> model_fn, params = curvfunc.functionalize(torch.nn.Linear(4, 3))
+        >>> H = hessian_operator(model_fn, params, torch.randn(8, 4), torch.arange(8) % 3)
+        >>> H.shape, (H @ torch.randn(15)).shape, (H @ params)["weight"].shape
+        ((15, 15), torch.Size([15]), torch.Size([3, 4]))
+        >>> batches = [(torch.randn(n, 4), torch.arange(n) % 3) for n in (8, 8, 5)]
+        >>> curvfunc.hutchpp_trace(hessian_operator(model_fn, params, batches), 30).shape
+        torch.Size([])
+    """
+    given = _Given(subsampling, split, device, reduction, progress)
+    return _operator("hessian_operator", Hessian(), model_fn, params, X, y, loss_fn, None, chunk_size, given)
+
+
+def ggn_operator(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any = None,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    mc_samples: int = 0,
+    subsampling: Indices | None = None,
+    generator: Generator | None = None,
+    chunk_size: int | None = None,
+    split: Split | None = None,
+    device: Device | None = None,
+    reduction: Reduction | None = None,
+    progress: bool = True,
+) -> LinearOperator:
+    """The generalized Gauss-Newton matrix R Σₙ Jₙᵀ ∇²ℓₙ Jₙ at ``params`` as a linear operator, of one batch or of a data set.
+
+    Draws (``mc_samples``) are the same in all products. Memory and lifetime: as `hessian_operator`.
+
+    Returns:
+        Operator of shape (P, P). Arguments: see `curvfunc.data.operators`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: As `hessian_operator`.
+    """
+    matrix = GaussNewton(check_draws("ggn_operator", mc_samples))
+    given = _Given(subsampling, split, device, reduction, progress)
+    return _operator("ggn_operator", matrix, model_fn, params, X, y, loss_fn, generator, chunk_size, given)
+
+
+def fisher_operator(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any = None,
+    *,
+    loss_fn: LossFunction = F.cross_entropy,
+    empirical: bool = False,
+    mc_samples: int = 0,
+    subsampling: Indices | None = None,
+    generator: Generator | None = None,
+    chunk_size: int | None = None,
+    split: Split | None = None,
+    device: Device | None = None,
+    reduction: Reduction | None = None,
+    progress: bool = True,
+) -> LinearOperator:
+    """The Fisher information, or the empirical one, at ``params`` as a linear operator, of one batch or of a data set.
+
+    It is scaled as `curvfunc.fisher_vp`. Draws (``mc_samples``) are the same in all products. Memory and lifetime: as
+    `hessian_operator`.
+
+    Returns:
+        Operator of shape (P, P). Arguments: see `curvfunc.fisher_vp` and `curvfunc.data.operators`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: As `hessian_operator` and `curvfunc.fisher_vp`.
+    """
+    matrix = fisher_matrix("fisher_operator", loss_fn, empirical, mc_samples)
+    given = _Given(subsampling, split, device, reduction, progress)
+    return _operator("fisher_operator", matrix, model_fn, params, X, y, loss_fn, generator, chunk_size, given)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Options that are only of one batch, and those that are only of a data set."""
+
+    subsampling: Indices | None
+    split: Split | None
+    device: Device | None
+    reduction: Reduction | None
+    progress: bool
+
+
+def _operator(
+    caller: str,
+    matrix: Any,
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    loss_fn: LossFunction,
+    generator: Generator | None,
+    chunk_size: int | None,
+    given: _Given,
+) -> LinearOperator:
+    if y is None:
+        if given.subsampling is not None:
+            raise ValueError(f"{caller}: subsampling is of one batch. Pass a data set of the samples that you mean.")
+        about = given.reduction, generator, chunk_size, given.split, given.device, given.progress
+        return data_operator(caller, matrix, model_fn, params, X, loss_fn, *about)
+    for name in ("split", "device", "reduction"):
+        if getattr(given, name) is not None:
+            raise ValueError(f"{caller}: {name} is for data sets, and X and y are one batch. Leave it out, or pass [(X, y)].")
+    return batch_operator(caller, matrix, model_fn, params, X, y, loss_fn, given.subsampling, generator, chunk_size)
