@@ -180,7 +180,7 @@ def scale_by_ekfac(
         K = None
         if "bases" in now:
             K = kronecker.decompose(new["factors"], structure, dtype=dtype)
-            found = dict.fromkeys(structure.names, K.values[0].new_zeros(0))
+            found = {name: K.values[0].new_zeros(0) for name in structure.names}  # each its own, on which compiled code guards
             found |= {b.names[0]: v.clamp_min(0) for b, v in zip(K.blocks, K.values, strict=True)}
             new["moments"] = structure.unflatten([found[name] for name in structure.names])
         elif "moments" in now:

@@ -16,29 +16,29 @@ OFTEN: Any = {"factors_every": 2, "damping": 0.1}
 METHODS = {
     "diagonal": lambda s: optim.scale_by_diagonal(DiagGGN(), damping=0.1, exponent=0.5, every=2),
     "kfac, pi": lambda s: optim.scale_by_kfac(s, KFLR(joined=True), inverses_every=4, kl_clip=0.1, **OFTEN),
-    "kfac, exact": lambda s: optim.scale_by_kfac(s, KFLR(), split="exact", inverses_every=4, **OFTEN),
-    "ekfac": lambda s: optim.scale_by_ekfac(s, KFLR(joined=True), bases_every=4, **OFTEN),
-    "newton, ggn": lambda s: optim.newton_cg(iterations=4),
-    "newton, hessian": lambda s: optim.newton_cg("hessian", iterations=4),
+    "kfac, exact": lambda s: optim.scale_by_kfac(s, KFLR(), split="exact", inverses_every=2, **OFTEN),
+    "ekfac": lambda s: optim.scale_by_ekfac(s, KFLR(joined=True), bases_every=2, **OFTEN),
+    "newton, ggn": lambda s: optim.newton_cg(iterations=2),
+    "newton, hessian": lambda s: optim.newton_cg("hessian", iterations=2),
 }
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_steps(name: str) -> None:
     torch._dynamo.reset()
-    model_fn, params = curvfunc.functionalize(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)))
+    model_fn, params = curvfunc.functionalize(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.LayerNorm(3)))
     X, y = torch.randn(6, 3), torch.arange(6) % 3
     structure = kronecker.structure(model_fn, params, X)
     method = optim.chain(METHODS[name](structure), optim.momentum(0.5, average=True), optim.scale(-0.1))
 
-    @torch.compile(fullgraph=True, backend="aot_eager")
+    @torch.compile(fullgraph=True, backend="eager")
     def compiled(params: Any, state: Any, X: Any, y: Any, due: Any) -> Any:
         return optim.step(model_fn, method, params, state, X, y, due=due)
 
     got = want = params
     state = eager = method.init(params)
     seen: set[Any] = set()
-    for t in range(10):
+    for t in range(5):
         X, y = torch.randn(6, 3), torch.randint(3, (6,))
         due = method.due(state)
         with torch._dynamo.config.patch(error_on_recompile=(t > 0, due) in seen):

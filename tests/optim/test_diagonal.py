@@ -109,9 +109,7 @@ def test_what_is_due() -> None:
     for _ in range(5):
         due = method.due(state)
         found.append((due, method.needs(state, due)))
-        _, state = method.update(
-            {"w": torch.ones(2)}, state, {"w": torch.zeros(2)}, {"w": torch.ones(2)} if due else (), due
-        )
+        _, state = method.update({"w": torch.ones(2)}, state, {"w": torch.zeros(2)}, {"w": torch.ones(2)} if due else (), due)
     never, now = ((), ()), (("diagonal",), DiagGGN())
     assert found == [now, never, never, now, never]
 
@@ -179,7 +177,9 @@ def test_trees_of_other_parameters() -> None:
         method.update(grads, state, params, {"w": torch.ones(3), "b": torch.ones(3)})
     with pytest.raises(ValueError, match="the state of scale_by_diagonal is of other parameters"):
         method.update(grads, method.init({"w": params["w"]}), params, params)
-    with pytest.raises(ValueError, match=r"the state of scale_by_diagonal is a dictionary with .*got a dictionary with \['mass'"):
+    with pytest.raises(
+        ValueError, match=r"the state of scale_by_diagonal is a dictionary with .*got a dictionary with \['mass'"
+    ):
         method.update(grads, optim.momentum(0.9).init(params), params, params)
     with pytest.raises(ValueError, match="the state of a chain of 2 transformations is a tuple.*got a dict"):
         optim.chain(method, optim.scale(-1.0)).update(grads, state, params)

@@ -45,7 +45,13 @@ def test_damping_follows_the_reduction_ratio() -> None:
     method = optim.newton_cg(damping=0.5, adapt=2.0, warm_start=0.0, **LOOSE)
     u = torch.linalg.solve(A + 0.5 * torch.eye(2), g["w"])
     predicted = 0.5 * g["w"] @ u  # of the damped model at its minimum
-    for ratio, size, taken in [(1.0, 0.25, True), (0.5, 0.5, True), (0.1, 1.0, True), (-0.1, 1.0, False), (math.nan, 1.0, False)]:
+    for ratio, size, taken in [
+        (1.0, 0.25, True),
+        (0.5, 0.5, True),
+        (0.1, 1.0, True),
+        (-0.1, 1.0, False),
+        (math.nan, 1.0, False),
+    ]:
 
         def loss(at: Any, ratio: float = ratio) -> Tensor:
             assert_close(at["w"], params["w"] - u)

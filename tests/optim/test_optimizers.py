@@ -104,7 +104,10 @@ def test_state_dict_continues_bit_for_bit(name: str) -> None:
 def test_schedulers_groups_and_zero_grad() -> None:
     model = make()
     start = copy.deepcopy(model)
-    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.5, "momentum": 0.0, "weight_decay": 0.1}]
+    groups = [
+        {"params": model[0].parameters()},
+        {"params": model[2].parameters(), "lr": 0.5, "momentum": 0.0, "weight_decay": 0.1},
+    ]
     optimizer = KINDS["kfac"](model, groups, lr=0.2)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.1)
     calls: list[str] = []
