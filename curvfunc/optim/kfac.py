@@ -40,22 +40,26 @@ def scale_by_kfac(
 
     Args:
         structure: From `curvfunc.kronecker.structure`, for the same parameters.
-        spec: Which factors: `curvfunc.KFAC`, `KFLR`, `KFRA`, or `EmpiricalKFAC`; ``KFAC(joined=True)`` if None, which has weight and
+        spec: Which factors: `curvfunc.KFAC`, `KFLR`, `KFRA`, or `EmpiricalKFAC`; ``KFAC(joined=True)`` if None, which has
+            weight and
             bias of a layer as one block.
         damping: δ.
         split: "pi", where δ goes into the factors (B + π√δ) ⊗ (A + √δ/π), and a step takes two products with matrices per
             block; or "exact", by eigenvalues (λ_B λ_A + δ), which takes four. See `curvfunc.kronecker.power`.
         decay: β, from 0 to less than 1.
         kl_clip: κ: u is scaled by min(1, √(κ / uᵀg)), and uᵀg = uᵀ(K + δ)u is twice the KL divergence that the step is
-            expected to cause, so that a step α u causes at most α² κ / 2. Where others take κ for the step with learning rate α,
+            expected to cause, so that a step α u causes at most α² κ / 2. Where others take κ for the step with learning
+            rate α,
             pass κ/α².
         factors_every: Steps from one renewal of the factors to the next.
         inverses_every: Steps from one renewal of the inverses to the next.
-        dtype: In which factors are decomposed; see `curvfunc.kronecker.decompose`. Inverses are kept in the parameters' type, or
+        dtype: In which factors are decomposed; see `curvfunc.kronecker.decompose`. Inverses are kept in the parameters'
+            type, or
             single precision if that is more.
 
     Returns:
-        A `Transformation` with the state ``{"count", "averages", "factors", "inverses"}``; factors and inverses are empty before
+        A `Transformation` with the state ``{"count", "averages", "factors", "inverses"}``; factors and inverses are empty
+        before
         the first update.
 
     Raises:
@@ -227,7 +231,8 @@ def _check_structure(caller: str, structure: kronecker.Structure, params: Any) -
     for layout, p in zip(structure.layouts, structure.flatten("params", params), strict=True):
         if tuple(p.shape) != layout.shape:
             raise ValueError(
-                f"{caller}: parameter {layout.name!r} has shape {tuple(p.shape)}, and the structure is of one with {layout.shape}. "
+                f"{caller}: parameter {layout.name!r} has shape {tuple(p.shape)}, and the structure is of one with "
+                f"{layout.shape}. "
                 "Make it with curvfunc.kronecker.structure(model_fn, params, X)."
             )
 
