@@ -1,6 +1,6 @@
 """Per-sample gradients, curvature and Kronecker factors as pure functions of a model and its parameters."""
 
-from curvfunc import kronecker, reference
+from curvfunc import kronecker, optim, reference
 from curvfunc.checks.checking import Comparison, Report, check
 from curvfunc.checks.rule_report import RuleReport, check_rule
 from curvfunc.data.loop import accumulate
@@ -145,6 +145,7 @@ __all__ = [
     "ntk",
     "ntk_total",
     "operation",
+    "optim",
     "pchmp",
     "reference",
     "rule",

@@ -12,6 +12,7 @@ from curvfunc.engine.cotangents import LossGradient, LossRoot
 from curvfunc.kronecker.decomposition import Block, Decomposition, hidden
 from curvfunc.kronecker.structure import Layout, Structure
 from curvfunc.quantities.call import compute
+from curvfunc.quantities.laws import Law, Summed
 from curvfunc.quantities.quantity import GaussNewton
 from curvfunc.uses.rotations import Rotation
 
@@ -27,6 +28,11 @@ class EKFAC(GaussNewton):
     decomposition: Decomposition = field(kw_only=True)
 
     contractions = ("rotated_squares",)
+
+    @property
+    def laws(self) -> tuple[Law, ...]:  # type: ignore[override]
+        """Sums over samples, in a fixed basis."""
+        return (Summed(2 if self.empirical else 1),)
 
     @property
     def cotangent(self) -> LossGradient | LossRoot:  # type: ignore[override]

@@ -190,8 +190,9 @@ def _compiled(
     leaves, tree = pytree.tree_flatten(specs, is_leaf=lambda s: isinstance(s, Quantity))
     keys = tuple([(type(s), s.key()) for s in leaves])
     tensors: dict[str, Any] = {"subsampling": subsampling} if isinstance(subsampling, Tensor) else {}
-    if any(s.tensors() is not None for s in leaves):
-        tensors["operands"] = [s.tensors() for s in leaves]
+    operands = [s.tensors() for s in leaves]
+    if any(data is not None for data in operands):
+        tensors["operands"] = [() if data is None else data for data in operands]  # None cannot cross
     constants = (keys, None if subsampling is None or "subsampling" in tensors else tuple(subsampling), chunk)
     loss = losses.normalize(loss_fn)
     check_crosses("X", X)
