@@ -62,6 +62,7 @@ FACTORS = frozenset(n for n in CONTRACTIONS if "factor" in n or n == "rotated_sq
 
 # Contractions for which an operation may give products of its inputs in place of these.
 OF_PRODUCTS = frozenset({"output_factor", "input_factor", "output_factor_expand", "input_factor_expand"})
+OF_PRODUCTS_AND_SUMS = OF_PRODUCTS | {"joined_input_factor", "joined_input_factor_expand"}
 
 # Where the cotangents of all sites are smaller than this, they may as well be kept until the backward pass is over.
 STREAMED_BYTES = 1 << 20
@@ -91,7 +92,7 @@ class Prepared:
             names: The contractions that it is for. They may do with products of inputs, or with gradients.
             alone: Whether it is its parameter's only use, and all samples are wanted.
         """
-        if alone and names and isinstance(form, Outer) and form.moment is not None and OF_PRODUCTS.issuperset(names):
+        if alone and names and isinstance(form, Outer) and form.moment is not None and _do_with_products(form, names):
             return forms.bind_products(form, g, self._once(form, True, form.moment))
         return bind(form, g, self.of, factors=not FACTORS.isdisjoint(names))
 
@@ -395,6 +396,11 @@ def _as_parameter(result: Tensor, p: Tensor) -> Tensor:
     """A gradient, dense where that of an embedding is sparse, in the parameter's own type."""
     result = result if result.layout is torch.strided else result.to_dense()
     return result if result.dtype == p.dtype else result.to(p.dtype)
+
+
+def _do_with_products(form: Outer, names: Sequence[str]) -> bool:
+    """Whether contractions take no more of a use than products of its inputs, and maybe their sums."""
+    return (OF_PRODUCTS if form.sums is None else OF_PRODUCTS_AND_SUMS).issuperset(names)
 
 
 def _forms_gradients(uses: list[tuple[Site, Form]]) -> bool:

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from curvfunc import losses
 from curvfunc.data.merging import accumulation
-from curvfunc.operators.linear_operators import ggn_operator, hessian_operator
+from curvfunc.data.operators import ggn_operator, hessian_operator
 from curvfunc.operators.products import ggn_vp, hessian_vp
 from curvfunc.optim.transformation import Local, Locally, Transformation, apply_updates
 from curvfunc.quantities.call import compute

@@ -16,6 +16,7 @@ __all__ = [
     "moment_pays",
     "paddings",
     "patch_moment",
+    "patch_sum",
     "per_dimension",
     "transposed_moment",
     "unfold",
@@ -131,6 +132,17 @@ def patch_moment(
     for (i, j), block in blocks.items():
         result[:, i, :, :, j] = block
     return result.view(c * k * f, c * k * f)
+
+
+def patch_sum(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: int | Sequence[int],
+    padding: str | int | Sequence[int],
+    dilation: int | Sequence[int],
+) -> Tensor:
+    """Σ p over the patches p of `unfold` and all samples, [c * prod(kernel)]: those of the samples' sum."""
+    return unfold(at_least_float32(x).sum(0, keepdim=True), kernel, stride, padding, dilation)[0].sum(-1)
 
 
 def _window_sums(rows: Tensor, d: int, k: int, windows: int) -> Tensor:

@@ -75,6 +75,7 @@ class Outer:
         inputs_first: Whether the parameter's axes are those of x before those of g, as in x @ W.
         sum_positions: Whether the Kronecker output factor sums g over s first (the convention of convolutions).
         moment: Gives Σ_nqs x xᵀ [k, k], where that takes less than x.
+        sums: Gives Σ_nqs x [k], where that takes less than x.
         part: Gives x of some samples, where x is larger than what it is made of, and no wider than the output.
         instead: A form of the same use that takes less work, where no Kronecker factors are wanted.
     """
@@ -86,6 +87,7 @@ class Outer:
     inputs_first: bool = False
     sum_positions: bool = False
     moment: Callable[[], Tensor] | None = None
+    sums: Callable[[], Tensor] | None = None
     part: Callable[[slice], Tensor] | None = None
     instead: "Outer | Direct | None" = None
 
@@ -418,7 +420,7 @@ def block_of(form: Form, dim: int, start: int, shape: torch.Size) -> Form | None
     if (dim == 0) != form.inputs_first:
         return replace(form, cotangent=lambda g: F.pad(cotangent(g), around), shape=shape, instead=None)
     inputs: Callable[[], Tensor] = lambda: F.pad(form.inputs(), around)
-    return replace(form, inputs=inputs, cotangent=cotangent, shape=shape, moment=None, part=None, instead=None)
+    return replace(form, inputs=inputs, cotangent=cotangent, shape=shape, moment=None, sums=None, part=None, instead=None)
 
 
 def _of_one_group(cotangent: Callable[[Tensor], Tensor], g: Tensor) -> Tensor:

@@ -25,7 +25,6 @@ from curvfunc.uses.forms import (
     scatter,
     sums_positions,
 )
-from curvfunc.uses.rotations import with_ones
 
 __all__ = [
     "InputFactor",
@@ -168,7 +167,21 @@ def input_factor(b: Bound, approximation: str | None = None) -> InputFactor | No
 
 def joined_input_factor(b: Bound, biased: bool, approximation: str | None = None) -> InputFactor | None:
     """As `input_factor`, of inputs with a one appended where the use has a bias beside it: A [k + 1, k + 1]."""
-    return input_factor(with_ones(b) if biased and isinstance(b.form, Outer) else b, approximation)
+    found = input_factor(b, approximation)
+    if found is None or not biased or not isinstance(b.form, (Outer, Products)):
+        return found
+    n, q, s = b.g.shape[1:4]
+    summed = approximation == "reduce" or (approximation is None and sums_positions(b))
+    scale = 1 / (n * q) if summed else 1 / (n * q * s)
+    if isinstance(b.form, Products):
+        assert b.form.form.sums is not None
+        total = b.form.form.sums()
+    else:
+        total = (b.x.mean(2) if approximation == "reduce" else b.x.sum(2)).sum((0, 1))
+    A = found.factor
+    total = total.to(A.dtype) * scale
+    last = torch.cat([total, A.new_full((1,), s if summed and approximation != "reduce" else 1.0)])
+    return InputFactor(torch.cat([torch.cat([A, total[:, None]], dim=1), last[None]]), found.first)
 
 
 def second_moment(x: Tensor, scale: float = 1.0) -> Tensor:

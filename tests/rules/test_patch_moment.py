@@ -120,8 +120,9 @@ class Twice(nn.Module):
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("approximation", [None, "expand", "reduce"])
+@pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("name", [*NETS, "twice"])
-def test_factors_are_the_same(name: str, approximation: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_factors_are_the_same(name: str, joined: bool, approximation: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     model_fn, params = curvfunc.functionalize(Twice() if name == "twice" else NETS[name]())
     X, y = torch.randn(5, 96), torch.arange(5) % 3
     made: list[int] = []
@@ -129,7 +130,8 @@ def test_factors_are_the_same(name: str, approximation: str | None, monkeypatch:
     monkeypatch.setattr(conv, "patch_moment", lambda *args: (made.append(1), moment(*args))[1])
 
     def found(**kwargs: Any) -> Any:
-        specs = (curvfunc.KFLR(kfac_approx=approximation), curvfunc.KFAC(mc_samples=2, kfac_approx=approximation))
+        given: dict[str, Any] = {"kfac_approx": approximation, "joined": joined}
+        specs = (curvfunc.KFLR(**given), curvfunc.KFAC(mc_samples=2, **given))
         return curvfunc.compute(model_fn, params, X, y, specs, generator=torch.Generator().manual_seed(1), **kwargs)
 
     monkeypatch.setattr(patches, "MOMENT_PRODUCTS", 10**15)
