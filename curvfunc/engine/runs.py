@@ -205,14 +205,14 @@ class Runs:
         """Raise unless the batch gives what the samples give by themselves, when nothing is drawn at random."""
         seeded = replace(self, seeded=True)
 
-        def by_themselves() -> Tensor:
+        def by_themselves() -> Outcome:
             if way != "loop":
                 try:
-                    return seeded.vmapped({None: ""}).out
-                except (RuntimeError, NotImplementedError):  # scripted parts may run once, and then not again
+                    return outcome(seeded.vmapped({None: ""}).out, self.leaves, retain_graph=False)
+                except (RuntimeError, NotImplementedError):  # of scripted parts, or of kernels, once backwards
                     if compiling:
                         raise
-            return seeded.one_by_one("").out
+            return outcome(seeded.one_by_one("").out, self.leaves, retain_graph=False)
 
         def run() -> tuple[Outcome, Outcome]:
             found = []
@@ -221,8 +221,7 @@ class Runs:
                 try:
                     if not apart:
                         seeded.begin()
-                    out = by_themselves() if apart else seeded.whole(mode)
-                    found.append(outcome(out, self.leaves, retain_graph=False))
+                    found.append(by_themselves() if apart else outcome(seeded.whole(mode), self.leaves, retain_graph=False))
                 finally:
                     self.end(mode)
             return found[0], found[1]
@@ -255,7 +254,13 @@ _LOCK, _STANCES = threading.Lock(), list[Any]()
 def _eager() -> Iterator[None]:
     """Run compiled code eagerly, in all threads; the last of those that want it puts back what the first one found."""
     with _LOCK:
-        _STANCES.append(nullcontext() if _STANCES else torch.compiler.set_stance("force_eager"))
+        try:
+            _STANCES.append(nullcontext() if _STANCES else torch.compiler.set_stance("force_eager"))
+        except RuntimeError as error:  # dynamo runs this code
+            raise NotImplementedError(
+                "the model has compiled parts, whose derivatives this call needs in another way than torch.compile gives them. "
+                "Make the call outside of compiled code, or ask with fullgraph=True why it was not compiled as a whole."
+            ) from error
     try:
         yield
     finally:

@@ -247,11 +247,13 @@ def is_traced(t: Tensor) -> bool:
 
 def explain_limits(error: RuntimeError) -> None:
     """Say what to do where torch.vmap of the caller's cannot run the model."""
-    limits = ("Batching rule not implemented", "vmap: inplace arithmetic", "attempted to call in-place operation")
+    limits = ["Batching rule not implemented", "vmap: inplace arithmetic", "attempted to call in-place operation"]
+    limits += ["slow_conv2d: grad_weight must be contiguous", "Trying to use forward AD with"]
     if _functorch.peek_interpreter_stack() is not None and any(limit in str(error) for limit in limits):
         raise NotImplementedError(
-            "torch.func cannot run the model under the transformations around this call (an operation that vmap does not know, "
-            f"or a buffer that is changed in place): {error} Loop over the parameter sets, or leave the operation out."
+            "torch.func cannot run the model under the transformations around this call (an operation that they do not "
+            f"know in this form, or a buffer that is changed in place): {error} Loop over the parameter sets, or leave the "
+            "operation out."
         ) from error
 
 

@@ -253,3 +253,29 @@ def test_the_shim_refuses_complex_parameters() -> None:
         loss = loss_fn(net(torch.randn(N, 3)), torch.arange(N) % C)
         with backpack(extension), pytest.raises(NotImplementedError, match=r"'1.weight' has dtype torch.complex128"):
             loss.backward()
+
+
+def test_convolutions_whose_kernel_does_not_run_backwards_under_vmap() -> None:
+    """Of weights as vmap lays them out; then samples run one by one."""
+    X, y = torch.randn(2, 1, 3), torch.tensor([0, 1])
+    params = {"a": 0.5 * torch.randn(3, 3, 3), "b": 0.5 * torch.randn(3, 3, 3)}
+
+    def model(p: Any, x: Tensor) -> Tensor:
+        z = torch.fft.fft(x, dim=-1)
+        return F.conv1d(z.mT, torch.polar(p["a"].exp(), p["b"]), padding=1).mT.abs().mean(1)
+
+    got = cf.diag_hessian(model, params, X, y)
+    step = 1e-5 * torch.eye(27)
+    for k, p in params.items():
+
+        def slope(e: Tensor, k: str = k, p: Tensor = p) -> Tensor:
+            leaf = (p + e.view_as(p)).requires_grad_()
+            return torch.autograd.grad(F.cross_entropy(model({**params, k: leaf}, X), y), leaf)[0].flatten()
+
+        want = torch.stack([(slope(e)[i] - slope(-e)[i]) / 2e-5 for i, e in enumerate(step)])
+        assert_close(got[k].flatten(), want, 1e-6)
+    stacked = {k: torch.stack([p, 2 * p]) for k, p in params.items()}
+    together = torch.vmap(lambda p: cf.batch_grad(model, p, X, y))(stacked)
+    for i in range(2):
+        alone = cf.batch_grad(model, {k: t[i] for k, t in stacked.items()}, X, y)
+        assert_close({k: t[i] for k, t in together.items()}, alone)
