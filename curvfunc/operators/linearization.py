@@ -35,7 +35,7 @@ from curvfunc.engine.cotangents import CHUNK_BYTES
 from curvfunc.engine.effects import Attributes, Effects
 from curvfunc.engine.graph import reached
 from curvfunc.engine.leaves import leaf
-from curvfunc.engine.model import without_recomputation
+from curvfunc.engine.model import ModelFunction, without_recomputation
 from curvfunc.engine.observer import Observer
 from curvfunc.engine.outputs import check_leaves, check_output
 from curvfunc.engine.runs import hides_calls, nothing_hidden
@@ -116,12 +116,20 @@ class Problem:
         return out[places.to(out.device)]
 
     def _visible(self, leaves: Sequence[Tensor], batch: Batch) -> Tensor:
+        held = _held(self.model_fn)
+        before = [t._version for t in held]
         try:
             with without_recomputation():  # in the derivatives of backward passes
                 return self._forward(leaves, batch)
         except Exception as error:  # compiled parts, which have no second derivatives
             if not hides_calls(error):
                 raise
+            if [t._version for t in held] != before:
+                raise NotImplementedError(
+                    "the model has compiled parts, which have no second derivatives, and changes buffers, so that it cannot run "
+                    "a second time without them. Call model.eval(), or make the product where nothing is compiled: "
+                    'with torch.compiler.set_stance("force_eager").'
+                ) from error
         with nothing_hidden():
             return self._forward(leaves, batch)
 
@@ -291,6 +299,14 @@ def _sandwich(leaves: Sequence[Tensor], out: Tensor, middle: Callable[[Tensor, b
         return differentiate([out], [leaves[i] for i in which], [w], create_graph=create_graph)
 
     return product
+
+
+def _held(model_fn: Any) -> list[Tensor]:
+    """The tensors that a model may change in a forward pass."""
+    if torch.compiler.is_compiling():
+        return []
+    buffers = model_fn.module.buffers() if isinstance(model_fn, ModelFunction) else ()
+    return [t for t in (*buffers, *Attributes.of(model_fn).tensors()) if not t.is_inference()]
 
 
 def _outer_products(columns: Tensor) -> Callable[[Tensor, bool], Tensor]:

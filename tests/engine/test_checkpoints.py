@@ -242,3 +242,28 @@ def test_compiled_parts_in_products() -> None:
     module.second.compile(backend="aot_eager")
     for k, result in want.items():
         assert_close(QUANTITIES[k](*curvfunc.functionalize(module), X, y), result)
+
+
+def test_compiled_parts_in_products_of_models_with_a_counter() -> None:
+    """A second run would count twice, and multiply by another number."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.second(self.first(x)) * self.calls
+
+    module, X, y = Counting(), torch.randn(4, 3), torch.arange(4) % 3
+    model_fn, params = curvfunc.functionalize(module)
+    want = curvfunc.hessian_vp(model_fn, params, X, y, params)
+    module.second.compile(backend="aot_eager")
+    module.calls.zero_()
+    with pytest.raises(NotImplementedError, match="changes buffers"):
+        curvfunc.hessian_vp(model_fn, params, X, y, params)
+    module.calls.zero_()
+    with torch.compiler.set_stance("force_eager"):
+        assert_close(curvfunc.hessian_vp(model_fn, params, X, y, params), want)
