@@ -126,8 +126,8 @@ class Problem:
                 raise
             if [t._version for t in held] != before:
                 raise NotImplementedError(
-                    "the model has compiled parts, which have no second derivatives, and changes buffers, so that it cannot run "
-                    "a second time without them. Call model.eval(), or make the product where nothing is compiled: "
+                    "the model has compiled parts, which have no second derivatives, and changes buffers, so that it cannot "
+                    "run a second time without them. Call model.eval(), or make the product where nothing is compiled: "
                     'with torch.compiler.set_stance("force_eager").'
                 ) from error
         with nothing_hidden():
