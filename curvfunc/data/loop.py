@@ -19,7 +19,7 @@ from curvfunc.data.merging import Accumulation, Reduction, State, make
 from curvfunc.data.processes import Processes
 from curvfunc.data.shards import Shards
 from curvfunc.data.stores import Files, Memory
-from curvfunc.data.unions import REMEDIES, about, union
+from curvfunc.data.unions import about, apart, remedy, union
 from curvfunc.quantities.laws import Joined
 from curvfunc.quantities.quantity import Quantity
 from curvfunc.tensors.inputs import check_generator
@@ -118,7 +118,7 @@ def accumulate(
             out = out and os.path.join(out, str(processes.rank))
         elif gather:
             raise ValueError("gather is for results of several processes. Pass group=, or leave it out.")
-    processes.agree(same, REMEDIES)
+    processes.agree(same, remedy)
     kept = None if store_on is None else torch.device(store_on)
     with shards.whole() as whole:
         with processes.phase():
@@ -141,8 +141,8 @@ def accumulate(
         if group is None:
             results = run.acc.result(run.state, join=run.store.join)
         else:
-            where = run.store.device
-            results = union(run.acc, run.state, processes, shards, run.store.join, rows=run.rows, gather=gather, device=where)
+            where, state = run.store.device, run.state if checkpoint is None else apart(run.state)
+            results = union(run.acc, state, processes, shards, run.store.join, rows=run.rows, gather=gather, device=where)
     if isinstance(run.store, Files):
         if checkpoint is not None and not run.store.finished:
             run.save(checkpoint, finished=True)

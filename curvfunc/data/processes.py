@@ -7,9 +7,9 @@ timeout.
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor
 __all__ = ["GroupError", "Processes"]
 
 LARGEST = 2**26  # bytes of a message that is put together of several tensors
-ROLL_CALL = timedelta(seconds=3)
-EXCHANGES: dict[str, int] = {}  # so far, by group
+PATIENCE = 1.0  # seconds in which those that are only slower may still come, before who is missing is said
+ARRIVALS: dict[str, int] = {}  # how often this process has come to an exchange, by group
 
 
 class GroupError(RuntimeError):
@@ -78,28 +78,26 @@ class Processes:
             raise GroupError(f"there is no result. {which}")
         return found
 
-    def agree(self, about: dict[str, str], remedies: dict[str, str]) -> None:
+    def agree(self, about: dict[str, str], remedy: Callable[[str], str]) -> None:
         """Raise in all of them unless all are about the same.
 
         Raises:
             ValueError: If not; the message names what differs, and which rank has something else than rank 0.
         """
         hashes = {name: hashlib.blake2b(text.encode(), digest_size=8).hexdigest() for name, text in about.items()}
-        said = self.exchange({"about": hashes})
-        names = [name for answer in said for name in answer["about"]]
-        for name in dict.fromkeys(names):
-            others = [r for r, answer in enumerate(said) if answer["about"].get(name) != said[0]["about"].get(name)]
+        said = [answer["about"] for answer in self.exchange({"about": hashes})]
+        for name in dict.fromkeys(name for answer in said for name in answer):
+            others = [rank for rank, answer in enumerate(said) if answer.get(name) != said[0].get(name)]
             if others:
-                own = about.get(name, "none")
-                here = own if len(own) < 300 else own[:300] + "..."
+                own = about.get(name, "nothing")
                 raise ValueError(
-                    f"the processes of the group differ in {name}: rank {', '.join(map(str, others))} has not what rank 0 has; "
-                    f"here, rank {self.rank} has {here}. {remedies.get(name, 'All have to ask for the same.')}"
+                    f"the processes of the group differ in {name}: {_ranks(others)} not what rank 0 has, and rank {self.rank} "
+                    f"here has {own if len(own) < 300 else own[:300] + '...'}. {remedy(name)}"
                 )
 
     def _all(self, said: dict[str, Any]) -> list[dict[str, Any]]:
-        EXCHANGES[self.group.group_name] = EXCHANGES.get(self.group.group_name, 0) + 1
         found: list[Any] = [None] * self.size
+        self._arrive()
         with self.others():
             dist.all_gather_object(found, said, group=self.group)
         return found
@@ -110,29 +108,32 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            gone = self._gone()
-            which = (
-                f"rank {', '.join(map(str, gone))} of the group is gone, or has not come in time"
-                if gone
-                else "a process is gone"
-            )
-            raise GroupError(f"there is no result, for {which}: {error}") from error
+            missing = self._missing()
+            which = f"{_ranks(missing)} not come in time, or died" if missing else "a process has died, or does not answer"
+            raise GroupError(f"there is no result, since of the group {which}: {error}") from error
 
-    def _gone(self) -> list[int]:
-        """Who does not answer any more, as far as the store of the group tells; it may itself be gone."""
+    # -- who is there, by the store of the group, which may itself be gone
+
+    def _arrive(self) -> None:
+        ARRIVALS[self.group.group_name] = ARRIVALS.get(self.group.group_name, 0) + 1
+        with contextlib.suppress(Exception):
+            store = dist.distributed_c10d._get_process_group_store(self.group)
+            store.set(f"curvfunc/{self.rank}", str(ARRIVALS[self.group.group_name]))
+
+    def _missing(self) -> list[int]:
+        """Who has not come to where this process is; none where nobody can tell."""
         try:
             store = dist.distributed_c10d._get_process_group_store(self.group)
-            key = f"curvfunc/{EXCHANGES[self.group.group_name]}"
-            store.set(f"{key}/{self.rank}", "here")
-            gone = []
-            for rank in range(self.size):
-                try:
-                    store.wait([f"{key}/{rank}"], ROLL_CALL)
-                except RuntimeError:
-                    gone.append(rank)
+            until = time.monotonic() + PATIENCE
+            while True:
+                keys = [f"curvfunc/{rank}" for rank in range(self.size)]
+                arrived = [int(store.get(key)) if store.check([key]) else 0 for key in keys]
+                missing = [rank for rank, count in enumerate(arrived) if count < ARRIVALS[self.group.group_name]]
+                if not missing or time.monotonic() > until:
+                    return missing
+                time.sleep(0.05)
         except Exception:
             return []
-        return [] if len(gone) == self.size else gone
 
     # -- tensors
 
@@ -179,6 +180,10 @@ class Processes:
                     dist.broadcast(message, group=self.group, group_src=rank)
                 put(message, part)
         return wholes
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]} has" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} have"
 
 
 REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)

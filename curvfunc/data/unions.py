@@ -15,12 +15,16 @@ from curvfunc.engine.model import ModelFunction
 from curvfunc.quantities.laws import Joined, Summed
 from curvfunc.quantities.quantity import Quantity
 
-__all__ = ["REMEDIES", "about", "union"]
+__all__ = ["about", "apart", "remedy", "union"]
 
-_BROADCAST = (
-    "Give all processes the same ones: torch.distributed.broadcast from one of them, or the same seed before the model is made."
-)
-REMEDIES = {"values of parameters": _BROADCAST, "values of buffers and fixed parameters": _BROADCAST}
+VALUES = "the values of "
+
+
+def remedy(name: str) -> str:
+    """What to do where processes differ in something of that name."""
+    if name.startswith(VALUES):
+        return "Broadcast them from one process (torch.distributed.broadcast), or make models from one seed."
+    return "All have to ask for the same."
 
 
 def about(acc: Accumulation, shards: Shards, options: dict[str, Any]) -> dict[str, str]:
@@ -36,14 +40,14 @@ def about(acc: Accumulation, shards: Shards, options: dict[str, Any]) -> dict[st
         "specs": f"{acc.specs} as {acc.tree}",
         "loss_fn": described(acc.loss),
         "parameters": ", ".join(f"{name} {_kind(p)}" for name, p in params.items()),
-        "values of parameters": _checksums(params),
         **{name: described(value) for name, value in options.items()},
     }
+    values = {f"parameter {name!r}": p for name, p in params.items()}
     if isinstance(acc.model_fn, ModelFunction) and isinstance(shards.params, dict):
         found["training mode"] = "".join(str(int(m.training)) for m in acc.model_fn.module.modules())
         state = acc.model_fn.state(shards.params)
-        found["values of buffers and fixed parameters"] = _checksums({k: t for k, t in state.items() if t.is_floating_point()})
-    return found
+        values |= {f"buffer or fixed parameter {name!r}": t for name, t in state.items() if t.is_floating_point()}
+    return found | {VALUES + name: _checksum(t) for name, t in values.items()}
 
 
 def _kind(p: Any) -> str:
@@ -51,14 +55,12 @@ def _kind(p: Any) -> str:
     return f"{p.dtype} {tuple(p.shape)} on {p.device.type}{where}"
 
 
-def _checksums(tensors: dict[str, Tensor]) -> str:
-    """Sums of the bits as integers, which are the same on every machine. Shards have nothing that could be compared."""
+def _checksum(t: Tensor) -> str:
+    """The sum of the bits as integers, which is the same on every machine. Shards have nothing that could be compared."""
+    if is_sharded(t) or t.layout is not torch.strided:
+        return "shards"
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    found = []
-    for name, t in tensors.items():
-        if not is_sharded(t) and t.layout is torch.strided:
-            found.append(f"{name} {int(t.detach().view(kinds[t.element_size()]).sum(dtype=torch.int64))}")
-    return ", ".join(found)
+    return f"a checksum of {int(t.detach().view(kinds[t.element_size()]).sum(dtype=torch.int64))}"
 
 
 Layout = list[list[dict[str, tuple[tuple[int, ...], torch.dtype]]]]
@@ -111,6 +113,12 @@ def union(
             if is_sharded(p) and _in_shards(spec) and all(shape == tuple(p.shape) for shape, _ in layout[i][j].values()):
                 made[i][j] = shards.placed(p, made[i][j])
     return acc.built(made)
+
+
+def apart(state: State) -> State:
+    """The state with sums in memory of their own, so that it itself stays what it was."""
+    values = [[{k: t if isinstance(t, list) else t.clone() for k, t in p.items()} for p in per] for per in state["results"]]
+    return {**state, "results": values}
 
 
 def _layout(acc: Accumulation, state: State) -> Layout:
