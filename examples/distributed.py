@@ -38,13 +38,13 @@ def digits(samples: int) -> tuple[Tensor, Tensor]:
 
 
 def difference(got: object, want: object) -> float:
-    """The largest difference of an entry; shards are put together first."""
+    """The largest difference of an entry, relative to the largest one; shards are put together first."""
     if isinstance(want, dict):
         return max(difference(got[name], want[name]) for name in want)  # type: ignore[index]
     if isinstance(want, tuple):
         return max(map(difference, got, want))  # type: ignore[call-overload]
     whole = got.full_tensor() if hasattr(got, "full_tensor") else got
-    return float((whole - want).abs().max())
+    return float((whole - want).abs().max() / want.abs().max())
 
 
 def work(rank: int, size: int, samples: int, store: str | None = None) -> None:

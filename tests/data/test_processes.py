@@ -1,17 +1,22 @@
 """Several processes have what one would have; when one of them fails, all do."""
 
+import importlib
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import several
 import torch
 import torch.distributed as dist
+from documents import ROOT
 from helpers import assert_close
 from several import EXACT, LOSSES, SAMPLED, SHARDED, SIZES, problem, share
+from torch import nn
 
 import curvfunc
 from curvfunc.quantities.laws import Joined
-
 
 PAIR = (3, 9)  # samples of two processes
 
@@ -191,3 +196,22 @@ def test_what_is_no_group() -> None:
     with pytest.raises(ValueError, match="Pass group="):
         curvfunc.accumulate(model_fn, params, [(X, y)], curvfunc.Grad(), gather=True)
     assert_close(curvfunc.compute(model_fn, params, X, y, curvfunc.Grad(), group=dist.group.WORLD), of_all(curvfunc.Grad()))
+
+
+def test_the_example_runs() -> None:
+    """Without torchrun it starts two processes."""
+    command = [sys.executable, str(ROOT / "examples" / "distributed.py"), "--samples", "101"]
+    found = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    lines = found.stdout.splitlines()
+    assert lines[0] == "101 digits on 2 processes; largest difference from one process:"
+    assert len(lines) == 8
+    assert lines[-1] == "equal"
+
+
+def test_flattened_parameters_are_refused() -> None:
+    kind = type("FullyShardedDataParallel", (nn.Linear,), {"__module__": "torch.distributed.fsdp.fully_sharded_data_parallel"})
+    importlib.import_module("torch.distributed.fsdp")
+    with pytest.raises(TypeError, match=r"1 is wrapped in FullyShardedDataParallel.*Use torch.distributed.fsdp.fully_shard"):
+        curvfunc.functionalize(nn.Sequential(nn.Linear(2, 2), kind(2, 2)))
