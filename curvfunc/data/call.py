@@ -10,8 +10,8 @@ from torch._C import _functorch
 
 from curvfunc.data.loop import accumulate
 from curvfunc.data.merging import Reduction
-from curvfunc.data.processes import Processes
 from curvfunc.quantities.call import compute as compute_alone
+from curvfunc.tensors.processes import Processes
 
 __all__ = ["compute"]
 

@@ -16,13 +16,13 @@ from curvfunc import losses
 from curvfunc.data.batches import outline, split_batch, to_device, wrong_device
 from curvfunc.data.checkpoints import Digest, RandomState, check_same, description, load, save
 from curvfunc.data.merging import Accumulation, Reduction, State, make
-from curvfunc.data.processes import Processes
 from curvfunc.data.shards import Shards
 from curvfunc.data.stores import Files, Memory
 from curvfunc.data.unions import about, apart, remedy, union
 from curvfunc.quantities.laws import Joined
 from curvfunc.quantities.quantity import Quantity
 from curvfunc.tensors.inputs import check_generator
+from curvfunc.tensors.processes import Processes
 from curvfunc.tensors.samples import flatten, tensors_of
 from curvfunc.tensors.samples import leaves as flat
 

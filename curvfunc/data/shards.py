@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from curvfunc.data.processes import Processes
 from curvfunc.engine.model import ModelFunction
 from curvfunc.tensors.inputs import flatten_params
+from curvfunc.tensors.processes import Processes
 
 __all__ = ["Shards", "is_sharded"]
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from curvfunc.data.checkpoints import described
 from curvfunc.data.merging import Accumulation, Join, State, law_of
-from curvfunc.data.processes import Processes
 from curvfunc.data.shards import Shards, is_sharded
 from curvfunc.engine.model import ModelFunction
 from curvfunc.quantities.laws import Joined, Summed
 from curvfunc.quantities.quantity import Quantity
+from curvfunc.tensors.processes import Processes, checksum
 
 __all__ = ["about", "apart", "remedy", "union"]
 
@@ -47,7 +47,7 @@ def about(acc: Accumulation, shards: Shards, options: dict[str, Any]) -> dict[st
         found["training mode"] = "".join(str(int(m.training)) for m in acc.model_fn.module.modules())
         state = acc.model_fn.state(shards.params)
         values |= {f"buffer or fixed parameter {name!r}": t for name, t in state.items() if t.is_floating_point()}
-    return found | {VALUES + name: _checksum(t) for name, t in values.items()}
+    return found | {VALUES + name: _told(t) for name, t in values.items()}
 
 
 def _kind(p: Any) -> str:
@@ -55,12 +55,9 @@ def _kind(p: Any) -> str:
     return f"{p.dtype} {tuple(p.shape)} on {p.device.type}{where}"
 
 
-def _checksum(t: Tensor) -> str:
-    """The sum of the bits as integers, which is the same on every machine. Shards have nothing that could be compared."""
-    if is_sharded(t) or t.layout is not torch.strided:
-        return "shards"
-    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return f"a checksum of {int(t.detach().view(kinds[t.element_size()]).sum(dtype=torch.int64))}"
+def _told(t: Tensor) -> str:
+    """A tensor by its values; shards have nothing that could be compared."""
+    return "shards" if is_sharded(t) or t.layout is not torch.strided else f"a checksum of {checksum(t)}"
 
 
 Layout = list[list[dict[str, tuple[tuple[int, ...], torch.dtype]]]]

@@ -6,6 +6,7 @@ entries of all parameters. It is symmetric. Its shape, dtype and device are thos
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import optree
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from curvfunc import losses
 from curvfunc.operators.linearization import (
     GaussNewton,
     Hessian,
@@ -23,6 +25,7 @@ from curvfunc.operators.linearization import (
     read_vector,
 )
 from curvfunc.operators.products import _mc, fisher_matrix
+from curvfunc.operators.unions import Union, union
 from curvfunc.tensors.ownership import own
 
 __all__ = ["LinearOperator", "fisher_operator", "ggn_operator", "hessian_operator"]
@@ -56,6 +59,7 @@ class LinearOperator:
     _rebuild: Callable[[Sequence[Any]], Any] = field(repr=False)
     _product: Product = field(repr=False)
     _chunk_size: int | None = field(repr=False)
+    _union: Union | None = field(repr=False, default=None)  # with the samples of other processes
     __array_ufunc__ = None  # so that numpy leaves products to this class
 
     def __matmul__(self, v: Any) -> Any:
@@ -125,7 +129,8 @@ class LinearOperator:
         return read_vector("v", v, self.names, self._leaves, batched=extra)
 
     def _multiply(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        return batched(self._product, self._leaves, range(len(self._leaves)), vectors, self._chunk_size)
+        own = lambda: batched(self._product, self._leaves, range(len(self._leaves)), vectors, self._chunk_size)
+        return own() if self._union is None else self._union(vectors, own)
 
 
 def _rows(tensors: Sequence[Tensor]) -> Tensor:
@@ -205,19 +210,26 @@ def ggn_operator(
     subsampling: Indices | None = None,
     generator: Generator | None = None,
     chunk_size: int | None = None,
+    group: Any = None,
 ) -> LinearOperator:
     """The generalized Gauss-Newton matrix R Σₙ Jₙᵀ ∇²ℓₙ Jₙ at ``params`` as a linear operator.
 
     Draws (``mc_samples``) are made once, here. Memory and lifetime are those of `curvfunc.hmp`.
+
+    With a ``group`` of torch.distributed it is the matrix of the samples of all its processes, each of which passes its own X
+    and y, of which there may be none. A product is then made by all of them at once, with the same vector, and all have it:
+    where an estimator draws vectors, seed it alike everywhere. The loss has to be cross-entropy, squared error or BCE with
+    logits.
 
     Returns:
         Operator of shape (P, P). Arguments: see `curvfunc.operators.products`.
 
     Raises:
         TypeError, ValueError, NotImplementedError: As `curvfunc.hmp`.
+        RuntimeError: If another process of the group has failed or is gone, here or at a product.
     """
     matrix = GaussNewton(_mc("ggn_operator", mc_samples))
-    return _operator("ggn_operator", matrix, model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
+    return _operator("ggn_operator", matrix, model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size, group)
 
 
 def fisher_operator(
@@ -258,12 +270,19 @@ def _operator(
     subsampling: Indices | None,
     generator: Generator | None,
     chunk_size: int | None,
+    group: Any = None,
 ) -> LinearOperator:
-    names, leaves, rebuild, product = linearize(
-        caller, matrix, model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size
+    together, run = (
+        None,
+        partial(linearize, caller, matrix, model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size),
     )
+    if group is None:
+        names, leaves, rebuild, product = run()
+    else:
+        (names, leaves, rebuild, product), together = union(group, matrix, params, y, losses.normalize(loss_fn), run)
     kinds = sorted({f"{p.dtype} on {p.device}" for p in leaves})
     if len(kinds) > 1:
         raise ValueError(f"{caller}: parameters are {', '.join(kinds)}; an operator needs one dtype and one device.")
     size = sum(p.numel() for p in leaves)
-    return LinearOperator(tuple(names), (size, size), leaves[0].dtype, leaves[0].device, leaves, rebuild, product, chunk_size)
+    kind = leaves[0].dtype, leaves[0].device
+    return LinearOperator(tuple(names), (size, size), *kind, leaves, rebuild, product, chunk_size, together)

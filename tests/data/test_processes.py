@@ -29,7 +29,7 @@ def _double(float64: None) -> None:
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("three")
-    others = ("sampled", "alone", "wrapped", "fully_sharded", "placements", "differing", "late", "killed")
+    others = ("sampled", "alone", "wrapped", "fully_sharded", "placements", "products", "differing", "late", "killed")
     calls: list[tuple[Any, ...]] = [("equal", name) for name in LOSSES]
     calls += [("pair", PAIR), ("loops", folder), *[(name,) for name in others]]
     names = [*LOSSES, "pair", "loops", *others]
@@ -102,6 +102,26 @@ def test_a_group_of_one(three: dict[int, dict[str, Any]]) -> None:
         assert "not in the group" in message
 
 
+def test_products(three: dict[int, dict[str, Any]]) -> None:
+    for i, name in enumerate(("weights, ignored", "sum")):
+        make, targets, _ = LOSSES[name]
+        net, X, y = problem(targets)
+        model_fn, params = curvfunc.functionalize(net)
+        want = curvfunc.ggn_operator(model_fn, params, X, y, loss_fn=make())
+        for found in three.values():
+            dense, product, values = found["products"][0][i]
+            assert_close(dense, want.dense(), rtol=1e-12)
+            assert_close(product, want @ params, rtol=1e-12)
+            assert_close(values, torch.linalg.eigvalsh(want.dense())[-len(values) :], rtol=1e-9)
+    for rank, found in three.items():
+        _, (kind, differ), (own_kind, own), (bad_kind, bad) = found["products"]
+        assert kind == "ValueError"
+        assert "differ in the vector that is multiplied: rank 1 has" in differ
+        assert own_kind == "NotImplementedError"
+        assert "scale of the union" in own
+        assert bad_kind == ("ValueError" if rank == 1 else "GroupError"), bad
+
+
 def test_models_in_distributed_data_parallel(three: dict[int, dict[str, Any]]) -> None:
     want = of_all(SHARDED)
     for rank, found in three.items():
@@ -115,8 +135,11 @@ def test_models_in_distributed_data_parallel(three: dict[int, dict[str, Any]]) -
 def test_fully_sharded_models(three: dict[int, dict[str, Any]]) -> None:
     """Twice: from a function made before it was sharded, and after a forward pass of its own; one parameter is fixed."""
     want = [{k: t for k, t in r.items() if k != "2.bias"} if isinstance(r, dict) else r for r in of_all(SHARDED)]
-    for found in three.values():
-        steps, trains, (kind, message) = found["fully_sharded"]
+    for rank, found in three.items():
+        steps, trains, (kind, message), others = found["fully_sharded"]
+        assert rank == 2 or (
+            others[0] == "ValueError" and "sharded over ranks [0, 1, 2], and the group has [0, 1]" in others[1]
+        )
         for kinds, results in steps:
             assert kinds == ["Tensor", *4 * ["DTensor"], "tuple", "DTensor", "Tensor"]
             assert_close(results, want, rtol=1e-12)

@@ -99,6 +99,21 @@ def sampled(rank: int) -> Any:
     return curvfunc.compute(model_fn, params, *share(rank, X, y), SAMPLED, generator=generator, group=world(), gather=True)
 
 
+def products(rank: int) -> Any:
+    """Of vectors, of a matrix, in an estimator, of two losses; then with vectors that differ."""
+    found = []
+    for name in ("weights, ignored", "sum"):
+        make, targets, _ = LOSSES[name]
+        net, X, y = problem(targets)
+        model_fn, params = curvfunc.functionalize(net)
+        ggn = curvfunc.ggn_operator(model_fn, params, *share(rank, X, y), loss_fn=make(), group=world())
+        found.append((ggn.dense(), ggn @ params, curvfunc.eigsh(ggn, 2)[0]))
+    differ = error(lambda: ggn @ torch.full((ggn.shape[0],), 1.0 + (rank == 1)))
+    own = error(lambda: curvfunc.ggn_operator(model_fn, params, *share(rank, X, y), loss_fn=terms, group=world()))
+    bad = error(lambda: curvfunc.ggn_operator(model_fn, params, X, y + 9 * (rank == 1), group=world()))
+    return found, differ, own, bad
+
+
 def alone(rank: int) -> Any:
     """A group of two of them, and of one."""
     net, X, y = problem()
@@ -163,7 +178,9 @@ def fully_sharded(rank: int) -> Any:
     assert list(before) == [n for n, _ in net.named_parameters()]
     net(X).sum().backward()
     refused = error(lambda: curvfunc.compute(model_fn, params, X, y, curvfunc.Grad()))
-    return found, net[0].weight.grad is not None, refused
+    two = dist.new_group([0, 1])
+    others = error(lambda: curvfunc.compute(model_fn, params, X, y, curvfunc.Grad(), group=two)) if rank < 2 else None
+    return found, net[0].weight.grad is not None, refused, others
 
 
 def placements(rank: int) -> Any:

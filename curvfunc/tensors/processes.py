@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["GroupError", "Processes"]
+__all__ = ["GroupError", "Processes", "checksum"]
 
 LARGEST = 2**26  # bytes of a message that is put together of several tensors
 PATIENCE = 1.0  # seconds in which those that are only slower may still come, before who is missing is said
@@ -78,7 +78,7 @@ class Processes:
             raise GroupError(f"there is no result. {which}")
         return found
 
-    def agree(self, about: dict[str, str], remedy: Callable[[str], str]) -> None:
+    def agree(self, about: dict[str, str], remedy: Callable[[str], str] = lambda name: "All have to ask for the same.") -> None:
         """Raise in all of them unless all are about the same.
 
         Raises:
@@ -204,6 +204,12 @@ def buckets(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
             size += t.nbytes
         if part:
             yield part
+
+
+def checksum(t: Tensor) -> int:
+    """The sum of the bits as integers, which is the same on every machine."""
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return int(t.detach().view(kinds[t.element_size()]).sum(dtype=torch.int64))
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
