@@ -83,9 +83,11 @@ def union(
         GroupError: In all processes, if one has failed.
     """
     leaves = acc.structure.values(shards.params)
-    own = {name: float(state[name]) for name in ("batches", "samples", "mass")}
-    kind = acc.reduction if isinstance(acc.reduction, str) else ""
-    said = processes.exchange({**own, "rows": rows, "kind": kind, "layout": _layout(acc, state)})
+    with processes.phase():
+        own = {name: float(state[name]) for name in ("batches", "samples", "mass")}
+        kind = acc.reduction if isinstance(acc.reduction, str) else ""
+        layout = _layout(acc, state)
+    said = processes.exchange({**own, "rows": rows, "kind": kind, "layout": layout})
     laid = [(rank, answer["layout"]) for rank, answer in enumerate(said) if answer["layout"]]
     if not laid:
         raise ValueError("data gave no samples in any process of the group; at least one is needed.")
