@@ -57,3 +57,4 @@ def demo(session: nox.Session) -> None:
     """The example of the README."""
     session.install(*CONSTRAINTS, "-e", ".[examples]")
     session.run("python", "examples/digits.py", *session.posargs)
+    session.run("python", "examples/distributed.py")

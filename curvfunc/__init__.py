@@ -3,6 +3,7 @@
 from curvfunc import kronecker, optim, reference
 from curvfunc.checks.checking import Comparison, Report, check
 from curvfunc.checks.rule_report import RuleReport, check_rule
+from curvfunc.data.call import compute
 from curvfunc.data.loop import accumulate
 from curvfunc.data.merging import Accumulation, accumulation, merge
 from curvfunc.data.operators import fisher_operator, ggn_operator, hessian_operator
@@ -18,7 +19,6 @@ from curvfunc.operators.estimators import (
 )
 from curvfunc.operators.linear_operators import LinearOperator
 from curvfunc.operators.products import fisher_vp, ggn_vp, ggnmp, hessian_vp, hmp, jvp, pchmp, vjp
-from curvfunc.quantities.call import compute
 from curvfunc.quantities.explain import Explanation, explain
 from curvfunc.quantities.functions import (
     batch_diag_ggn,

@@ -15,10 +15,13 @@ from curvfunc.data.batches import outline, split_batch, to_device, wrong_device
 from curvfunc.data.checkpoints import Digest, RandomState, check_same, description, load, save
 from curvfunc.data.merging import Accumulation, State, make
 from curvfunc.data.scales import Reduction, observed
+from curvfunc.data.shards import Shards
 from curvfunc.data.stores import Files, Memory
+from curvfunc.data.unions import about, apart, remedy, union
 from curvfunc.quantities.laws import Joined
 from curvfunc.quantities.quantity import Quantity
-from curvfunc.tensors.inputs import check_generator, flatten_params
+from curvfunc.tensors.inputs import check_generator
+from curvfunc.tensors.processes import Processes
 from curvfunc.tensors.progress import bar
 from curvfunc.tensors.samples import leaves as flat
 from curvfunc.tensors.samples import tensors_of
@@ -45,6 +48,8 @@ def accumulate(
     checkpoint: str | os.PathLike[str] | None = None,
     every: int = 100,
     progress: bool = True,
+    group: Any = None,
+    gather: bool = False,
 ) -> Any:
     """Several quantities of all samples of a data set, batch by batch: what `compute` returns for one batch of them all.
 
@@ -78,7 +83,11 @@ def accumulate(
             at that place. Per-sample results are in the file, unless they are in ``out``. Buffers that the model changes in its
             forward pass are not.
         every: Number of batches from one checkpoint to the next.
-        progress: Whether to show a bar, where there are a terminal and tqdm.
+        progress: Whether to show a bar, where there are a terminal and tqdm; in a group, that of its first process.
+        group: A process group of torch.distributed: the results are those of the samples of all its processes, each of which
+            calls with data of its own, which may be none. See `compute`. Files are then each process's own: ``checkpoint`` gets
+            the rank as a suffix, and ``out`` as a folder in it. There is no ``decay``.
+        gather: In a group, whether all processes get the results of all samples; else each has those of its own.
 
     Returns:
         The tree of ``specs`` with each spec replaced by its result, without graph. In low precision, sums are in float32.
@@ -96,34 +105,44 @@ def accumulate(
     """
     if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None:
         raise ValueError("accumulate is a loop around compute, for no transformation; use curvfunc.accumulation inside of one.")
-    _check_options(data, store_on, out, every)
-    check_generator(generator)
-    acc = make(model_fn, params, specs, losses.normalize(loss_fn), reduction, decay, chunk_size)
-    names, _, rebuild = flatten_params(params)
-    names = acc.structure.values(rebuild(names))
-    run = _Run(acc, params, names, generator, split, None if device is None else torch.device(device), out is not None)
-    before = None if checkpoint is None else load(checkpoint)
-    if out is None:
-        run.store = Memory(None if store_on is None else torch.device(store_on))
-    else:
-        files = [_file_names(i, spec, names) for i, spec in enumerate(acc.specs)]
-        run.store = Files(out, files, before is not None and bool(before["finished"]))
-    if checkpoint is not None:
-        run.start(checkpoint, before)
-    length = len(data) if isinstance(data, Sized) else None
-    with bar("accumulate", "batch", length, progress) as advance:
-        batches = run.skip(iter(data), before, checkpoint, advance)
-        for batch in batches:
-            run.take(batch)
-            advance()
-            if checkpoint is not None and run.done % every == 0:
+    processes = Processes(group)
+    with processes.phase():
+        _check_options(data, store_on, out, every)
+        check_generator(generator)
+        acc = make(model_fn, params, specs, losses.normalize(loss_fn), reduction, decay, chunk_size)
+        shards, same = Shards(model_fn, params, processes), {}
+        if group is not None:
+            _check_group(acc, gather, out)
+            same = about(acc, shards, {"reduction": reduction, "gather": gather, "store_on": store_on and str(store_on)})
+            checkpoint = checkpoint and f"{os.fspath(checkpoint)}.{processes.rank}"
+            out = out and os.path.join(out, str(processes.rank))
+        elif gather:
+            raise ValueError("gather is for results of several processes. Pass group=, or leave it out.")
+    processes.agree(same, remedy)
+    kept = None if store_on is None else torch.device(store_on)
+    with shards.whole() as whole:
+        with processes.phase():
+            names = acc.structure.values(shards.rebuild(shards.names))
+            run = _Run(acc, whole, names, generator, split, None if device is None else torch.device(device), out is not None)
+            before = None if checkpoint is None else load(checkpoint)
+            if out is None:
+                run.store = Memory(kept)
+            else:
+                files = [_file_names(i, spec, names) for i, spec in enumerate(acc.specs)]
+                run.store = Files(out, files, before is not None and bool(before["finished"]))
+            if checkpoint is not None:
+                run.start(checkpoint, before)
+            run.loop(data, before, checkpoint, every, progress and processes.rank == 0)
+            if not run.state["results"] and group is None:
+                what = f"{run.done} batches without samples" if run.done else "no batches (an iterator gives them only once)"
+                raise ValueError(f"data gave {what}; at least one sample is needed.")
+            if checkpoint is not None and run.new:
                 run.save(checkpoint, finished=False)
-    if not run.state["results"]:
-        what = f"{run.done} batches without samples" if run.done else "no batches (an iterator gives them only once)"
-        raise ValueError(f"data gave {what}; at least one sample is needed.")
-    if checkpoint is not None and run.new:
-        run.save(checkpoint, finished=False)
-    results = run.acc.result(run.state, join=run.store.join)
+        if group is None:
+            results = run.acc.result(run.state, join=run.store.join)
+        else:
+            where, state = run.store.device, run.state if checkpoint is None else apart(run.state)
+            results = union(run.acc, state, processes, shards, run.store.join, rows=run.rows, gather=gather, device=where)
     if isinstance(run.store, Files):
         if checkpoint is not None and not run.store.finished:
             run.save(checkpoint, finished=True)
@@ -160,6 +179,17 @@ class _Run:
         self.first: dict[str, Any] = {}
         self.digest = Digest()
         self.about: dict[str, str] = {}
+
+    def loop(self, data: Iterable[Any], before: dict[str, Any] | None, checkpoint: Any, every: int, progress: bool) -> None:
+        """Take all batches, from where the checkpoint stands."""
+        length = len(data) if isinstance(data, Sized) else None
+        with bar("accumulate", "batch", length, progress) as advance:
+            batches = self.skip(iter(data), before, checkpoint, advance)
+            for batch in batches:
+                self.take(batch)
+                advance()
+                if checkpoint is not None and self.done % every == 0:
+                    self.save(checkpoint, finished=False)
 
     # -- one batch
 
@@ -297,6 +327,18 @@ def _check_options(data: Any, store_on: Any, out: Any, every: int) -> None:
         raise ValueError("store_on keeps per-sample results in memory, and out in files. Pass one of them.")
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"every must be a positive int, got {every!r}.")
+
+
+def _check_group(acc: Accumulation, gather: bool, out: Any) -> None:
+    if acc.decay is not None:
+        raise ValueError(
+            "decay weighs batches in their order, which those of several processes have not. Leave out one of them."
+        )
+    if gather and out is not None:
+        raise ValueError("gather gives all processes all results, and out puts those of each into files. Pass one of them.")
+    for spec in acc.specs if gather else ():
+        if len(spec.laws) > 1 and any(isinstance(law, Joined) for law in spec.laws):
+            raise ValueError(f"{type(spec).__name__} has parts for each sample, which cannot be gathered. Leave out gather.")
 
 
 def _file_names(number: int, spec: Quantity, names: list[str]) -> list[str]:

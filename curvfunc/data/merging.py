@@ -87,7 +87,8 @@ def _whole(spec: Quantity, samples: Tensor, parts: dict[str, Tensor]) -> Any:
     return spec.finish(cast(int, samples), *given)
 
 
-def _law(spec: Quantity, part: str) -> Law:
+def law_of(spec: Quantity, part: str) -> Law:
+    """That of one part of a quantity."""
     return spec.laws[0] if part == RESULT else spec.laws[spec.contractions.index(part.removesuffix(FIRST))]
 
 
@@ -125,19 +126,23 @@ class Accumulation:
 
     def result(self, state: State, *, join: Join | None = None) -> Any:
         """The tree of specs with the results for all samples; with a ``decay``, for the mean batch."""
+        return self.built(self.made(state, join=join))
+
+    def made(self, state: State, *, join: Join | None = None) -> list[list[Any]]:
+        """The results for each spec and parameter."""
         if not state["results"]:
             raise ValueError("there are no samples to have results of. Pass at least one batch.")
         samples, mass, batches = state["samples"], state["mass"], state["batches"]
         if self.decay is not None:
             samples, mass = samples / batches, mass / batches
         rate = torch.where(mass == 0, 0.0, 1 / mass)  # gradients are zero where there is nothing to divide by
-        found: list[Any] = []
+        found = []
         for i, (spec, values) in enumerate(zip(self.specs, state["results"], strict=True)):
             made = []
             for j, parts in enumerate(values):
                 whole = {}
                 for name, value in parts.items():
-                    law = _law(spec, name)
+                    law = law_of(spec, name)
                     if isinstance(law, Joined):
                         factors = [self._scale(rate * chunk["mass"], law.degree) for chunk in state["chunks"]]
                         rows = [chunk["samples"] for chunk in state["chunks"]]
@@ -151,8 +156,13 @@ class Accumulation:
                             factor = 1 / batches if factor is None else factor / batches
                         whole[name] = value if factor is None else _times(value, factor)
                 made.append(_whole(spec, samples, whole))
-            found.append(made[0] if spec.forward else self.structure.build(made))
-        return pytree.tree_unflatten(found, self.tree)
+            found.append(made)
+        return found
+
+    def built(self, found: list[list[Any]]) -> Any:
+        """The tree of specs with these results."""
+        results = [v[0] if s.forward else self.structure.build(v) for s, v in zip(self.specs, found, strict=True)]
+        return pytree.tree_unflatten(results, self.tree)
 
     def part(
         self, params: Any, X: Any, y: Any, *, generator: Generator | None = None, observe: Any = None, donate: bool = False
@@ -181,7 +191,7 @@ class Accumulation:
         """What is added up of a result for one parameter."""
         found: dict[str, Any] = {}
         for name, t in ({RESULT: value} if len(spec.laws) == 1 else value).items():
-            law = _law(spec, name)
+            law = law_of(spec, name)
             if isinstance(law, Joined):
                 empty = callable(self.reduction) and law.degree > 0
                 found[name] = [torch.where(mass.to(t.device) == 0, 0.0, t) if empty else t]
@@ -303,7 +313,7 @@ def make(
     if decay is not None and not 0 <= decay <= 1:
         raise ValueError(f"decay must be between 0 and 1, or None, got {decay!r}.")
     check_reduction(loss, reduction)
-    flatten_params(params)  # for its errors
+    flatten_params(params, sharded=True)  # for its errors; compute is handed whole ones
     return Accumulation(model_fn, tuple(leaves), loss, reduction, decay, chunk_size, Structure.of(params), tree)
 
 

@@ -28,6 +28,7 @@ the same in each pass, and what a model keeps in buffers and attributes is put b
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from curvfunc.operators.linear_operators import LinearOperator
 from curvfunc.operators.linearization import GaussNewton, Hessian
 from curvfunc.operators.one_batch import batch_operator
 from curvfunc.operators.products import check_draws, fisher_matrix
+from curvfunc.operators.unions import union
 
 __all__ = ["fisher_operator", "ggn_operator", "hessian_operator"]
 
@@ -103,20 +105,28 @@ def ggn_operator(
     device: Device | None = None,
     reduction: Reduction | None = None,
     progress: bool = True,
+    group: Any = None,
 ) -> LinearOperator:
     """The generalized Gauss-Newton matrix R Σₙ Jₙᵀ ∇²ℓₙ Jₙ at ``params`` as a linear operator, of one batch or of a data set.
 
     Draws (``mc_samples``) are the same in all products. Memory and lifetime: as `hessian_operator`.
+
+    With a ``group`` of torch.distributed it is the matrix of the samples of all its processes, each of which passes its own X
+    and y, of which there may be none. A product is then made by all of them at once, with the same vector, and all have it:
+    where an estimator draws vectors, seed it alike everywhere. The loss has to be cross-entropy, squared error or BCE with
+    logits.
 
     Returns:
         Operator of shape (P, P). Arguments: see `curvfunc.data.operators`.
 
     Raises:
         TypeError, ValueError, NotImplementedError: As `hessian_operator`.
+        RuntimeError: If another process of the group has failed or is gone, here or at a product.
     """
     matrix = GaussNewton(check_draws("ggn_operator", mc_samples))
     given = _Given(subsampling, split, device, reduction, progress)
-    return _operator("ggn_operator", matrix, model_fn, params, X, y, loss_fn, generator, chunk_size, given)
+    run = partial(_operator, "ggn_operator", matrix, model_fn, params, X, y, loss_fn, generator, chunk_size, given)
+    return run() if group is None else union("ggn_operator", group, matrix, params, y, loss_fn, run)
 
 
 def fisher_operator(

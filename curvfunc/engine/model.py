@@ -1,5 +1,6 @@
 """Modules as pure functions of their parameters."""
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,6 +13,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from curvfunc.engine.effects import keepers, shares_memory
+from curvfunc.engine.wrappers import SHARDING, Talkers, unwrapped
 
 __all__ = ["ModelFunction", "call", "check_function", "functionalize", "recomputation", "without_recomputation"]
 
@@ -39,6 +41,8 @@ class ModelFunction:
         scripted = [name for name, m in self.module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
         self.scripted = [name for name in scripted if not name or name.rpartition(".")[0] not in scripted]  # the outermost
         changeable = [m for m in self.module.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self._talkers, self._kinds = Talkers(changeable), [(m, type(m)) for m in changeable]
+        self._talks = bool(self._talkers)
         self._submodules = [(m._modules, key, child) for m in changeable for key, child in m._modules.items()]
 
     @property
@@ -49,7 +53,8 @@ class ModelFunction:
 
     def refresh(self) -> list[tuple[dict[str, Any], str, Any]]:
         """Note it again if a submodule was replaced since; returns where each is held, by which key, and itself."""
-        if any(held.get(key) is not child for held, key, child in self._submodules):
+        replaced = any(held.get(key) is not child for held, key, child in self._submodules)
+        if replaced or (SHARDING in sys.modules and any(type(m) is not kind for m, kind in self._kinds)):  # by fully_shard
             self._read()
         return self._submodules
 
@@ -69,7 +74,8 @@ class ModelFunction:
         values = state | params if state else params
         lists = [(m, m._flat_weights, m._flat_weight_refs) for m in self._recurrent]  # where they keep what they ran with
         try:
-            with nullcontext() if self._are_own(values) else without_recomputation():
+            silent = self._talkers.silent() if self._talks else nullcontext()
+            with silent, nullcontext() if self._are_own(values) else without_recomputation():
                 if torch.compiler.is_compiling() and not self.scripted:
                     out = self._functional_call(values, args, kwargs)
                 else:
@@ -82,6 +88,11 @@ class ModelFunction:
     def trace(self, params: dict[str, Tensor], state: dict[str, Tensor], X: Any) -> Tensor:
         """As :meth:`apply` for dynamo to see what is read, at the module's own tensors where these are alike."""
         self._check(params)
+        if self._talks:
+            raise NotImplementedError(
+                f"{type(self.module).__name__} has parts that talk to other processes (fully_shard, or DistributedDataParallel "
+                "inside of it), which compiled code cannot leave out. Call curvfunc outside of compiled code."
+            )
         args, kwargs = _arguments(X)
         alike = True
         for name, t in params.items():
@@ -118,6 +129,19 @@ class ModelFunction:
                 "the Python modules that they were made of, or call curvfunc outside of compiled code."
             )
         return self.frozen(params) | {name: held[key] for name, (held, key) in self._buffers.items()}
+
+    @contextmanager
+    def holding(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """Have the module's parameters of these names be these tensors for a while."""
+        before = [(held, key, held[key]) for name in values for _, held, key in self._places[name]]
+        try:
+            for name, t in values.items():
+                for _, held, key in self._places[name]:
+                    held[key] = t
+            yield
+        finally:
+            for held, key, t in before:
+                held[key] = t
 
     def holds(self, t: Tensor) -> bool:
         """Whether a call puts another tensor in the place of this one."""
@@ -311,7 +335,10 @@ def functionalize(
             are taken back. A parameter shared by several submodules appears once. Activation checkpoints save memory where the
             model runs with the module's own parameters, or detached ones as here; at other values, and in a plain function of
             ``(params, X)``, they run as if there were none, since a second run would meet other parameters. Scripted and traced
-            parts run sample by sample, or under vmap over samples, since their operations cannot be seen.
+            parts run sample by sample, or under vmap over samples, since their operations cannot be seen. Of a model in
+            ``DistributedDataParallel`` it is the one inside, with its own names (without ``module.``), and no call reduces
+            gradients or broadcasts buffers. After ``fully_shard`` parameters are `DTensor`s, for ``compute(..., group=)``
+            and ``accumulate(..., group=)``; its mixed precision is not taken over.
         output_fn: Chooses the output tensor where the module returns more, e.g. ``lambda out: out.logits``.
 
     Returns:
@@ -329,6 +356,7 @@ def functionalize(
             f"functionalize takes a torch.nn.Module, got {type(module).__name__}. A plain function of (params, X) "
             "needs no conversion: pass it as model_fn."
         )
+    module = unwrapped(module)
     params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     return ModelFunction(module, output_fn), params
 

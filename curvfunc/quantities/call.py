@@ -39,42 +39,7 @@ def compute(
     chunk_size: int | None = None,
     out: Any = None,
 ) -> Any:
-    """Several quantities at once, from one forward pass and one backward pass per kind of cotangent.
-
-    Args:
-        model_fn: ``(params, X) -> output [N, ...]``, from `curvfunc.functionalize` or any function.
-        params: Pytree of real floating-point tensors, usually ``{name: tensor}``.
-        X: Input, a tensor or a pytree of tensors with leading sample axis N.
-        y: Targets, likewise.
-        specs: Any pytree of specs such as ``(Loss(), Grad(), DiagGGN(mc_samples=1))``.
-        loss_fn: ``(output, y) -> scalar`` that sums or averages over samples.
-        subsampling: Indices of samples for everything but `Loss`, `Output` and `Grad`, which are of the whole batch. The
-            subset has a forward pass of its own, which costs as much as it is large; but if the model draws random numbers,
-            as dropout does, one pass of the whole batch serves everything, so that each sample has one mask in a call,
-            also where it is listed twice. Draws from the default generators of torch, Python and numpy, and from
-            generators that are passed to torch's operations, are noticed.
-        generator: Source of Monte-Carlo draws. Specs with the same ``mc_samples`` share their draws.
-        chunk_size: Number of vectors that are backpropagated together; by default chosen by memory.
-        out: Tensors for the results to be written to, as an earlier call with the same specs returned them; None in place
-            of a result, or of all, means new memory. Large results (`BatchGrad`, `SqrtGGN`, `BatchDiagGGN`) are formed
-            there, without a copy: memory that is new at each step costs more than the arithmetic. Not for calls that
-            are differentiated.
-
-    Returns:
-        The tree of ``specs`` with each spec replaced by its result; where ``out`` has tensors, by these. All others are
-        dense and share memory with nothing, so that each can be changed in place and be passed as ``out``.
-
-    Raises:
-        TypeError, ValueError: For input that has no answer; the message names the argument, the shapes and the remedy.
-
-    Example:
-        >>> from curvfunc import BatchL2, Grad, Loss
-        >>> model_fn, params = functionalize(nn.Linear(4, 3))
-        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
-        >>> loss, (grad, norms) = compute(model_fn, params, X, y, (Loss(), (Grad(), BatchL2())))
-        >>> grad["weight"].shape, norms["bias"].shape
-        (torch.Size([3, 4]), torch.Size([8]))
-    """
+    """`curvfunc.compute`, in one process."""
     if torch.compiler.is_compiling():
         return _compiled(model_fn, params, X, y, specs, loss_fn, subsampling, generator, chunk_size, out)
     if torch.is_inference_mode_enabled():  # it forbids graphs; tensors that were made in it are copied out of it

@@ -30,6 +30,7 @@ class Quantity:
     forward: ClassVar[str | None] = None
     whole_batch: ClassVar[bool] = False
     averages: ClassVar[bool] = False  # over samples, so that there has to be one
+    entrywise: ClassVar[bool] = False  # whether ``finish`` makes each entry of its parts' entries there, so that shards will do
     of_entries: ClassVar[bool] = False  # of each sample's output: axis 1 of a result, which gets the shape of the output
 
     @property

@@ -111,6 +111,7 @@ class Variance(Quantity):
     contractions = ("squares", "total")
     laws = (Summed(2), Summed(1))
     averages = True
+    entrywise = True
 
     def finish(self, samples: int | Tensor, *parts: Tensor) -> Tensor:
         """Second moment minus squared mean."""

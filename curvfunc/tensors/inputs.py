@@ -85,8 +85,8 @@ class Batch:
         return columns if self.index is None else columns[:, self.index.to(columns.device)]
 
 
-def flatten_params(params: Any) -> tuple[list[str], list[Tensor], Callable[[Sequence[Any]], Any]]:
-    """Names, tensors, and the function that puts values in the tensors' places."""
+def flatten_params(params: Any, *, sharded: bool = False) -> tuple[list[str], list[Tensor], Callable[[Sequence[Any]], Any]]:
+    """Names, tensors (DTensors too if they may be sharded), and the function that puts values in the tensors' places."""
     if isinstance(params, (Iterator, torch.nn.Module)):
         raise TypeError(
             f"params is a {type(params).__name__}, such as module.parameters(); a dictionary by name, or another pytree of "
@@ -108,10 +108,11 @@ def flatten_params(params: Any) -> tuple[list[str], list[Tensor], Callable[[Sequ
     for name, p in zip(names, leaves, strict=True):
         if not isinstance(p, Tensor):
             raise TypeError(f"parameter {name!r} is {p!r} of type {type(p).__name__}; a tensor is needed.")
-        if type(p) not in (Tensor, Parameter) and hasattr(p, "full_tensor"):
+        if type(p) not in (Tensor, Parameter) and hasattr(p, "full_tensor") and not sharded:
             raise TypeError(
-                f"parameter {name!r} is a DTensor, sharded over processes, which is not supported. Functionalize the model as "
-                "it is before fully_shard (a copy, with p.full_tensor() for its parameters)."
+                f"parameter {name!r} is a DTensor, sharded over processes. curvfunc.compute and curvfunc.accumulate take such "
+                "parameters with group=, the processes that they are sharded over. For anything else pass whole ones "
+                "(p.full_tensor(), and a model as it is before fully_shard)."
             )
         if not p.is_floating_point():
             raise TypeError(
