@@ -68,6 +68,7 @@ from curvfunc.quantities.specs import (
     Variance,
 )
 from curvfunc.rules import operation, rule
+from curvfunc.tensors.pages import empty_cache
 from curvfunc.uses.forms import Direct, Outer, Rows
 
 __version__ = "0.1.0"
@@ -120,6 +121,7 @@ __all__ = [
     "diag_ggn",
     "diag_hessian",
     "eigsh",
+    "empty_cache",
     "explain",
     "fisher_operator",
     "fisher_vp",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -54,6 +55,7 @@ def test_advice_stays_inside_of_the_tensor(monkeypatch: pytest.MonkeyPatch) -> N
     asked: list[tuple[int, int, int]] = []
     monkeypatch.setattr(pages, "MADVISE", lambda *args: asked.append(args))
     monkeypatch.setattr(pages, "LEAST_BYTES", 1 << 16)
+    pages.empty_cache()
     large = pages.empty(torch.empty(0, dtype=torch.float64), 30, 1000)
     pages.empty(large, 10, 10)
     ((start, size, advice),) = asked
@@ -116,8 +118,6 @@ def test_sizes_may_be_symbols(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_close(compiled(params, X, y), curvfunc.batch_grad(model_fn, params, X, y), rtol=1e-12)
 
 
-# -- results that replace others
-
 HOLDERS: dict[str, Callable[[Tensor], Any]] = {
     "name": lambda t: t,
     "list": lambda t: [t],
@@ -128,6 +128,99 @@ HOLDERS: dict[str, Callable[[Tensor], Any]] = {
     "graph": lambda t: (t * torch.ones((), requires_grad=True)).sum(),
     "capsule": torch.utils.dlpack.to_dlpack,
 }
+SEEN = HOLDERS | {"shared": lambda t: t.share_memory_(), "typed": lambda t: memoryview(t.numpy())}
+
+
+# -- memory that is kept
+
+
+def kept(shape: tuple[int, ...] = (30, 1000)) -> Tensor:
+    return pages.empty(torch.empty(0), *shape)
+
+
+@pytest.fixture
+def blocks(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Results of any size come from blocks of memory, of which there are none yet."""
+    monkeypatch.setattr(pages, "LEAST_BYTES", 1)
+    monkeypatch.setattr(pages, "_BLOCKS", pages._Blocks())
+    return pages._BLOCKS
+
+
+def test_memory_that_nobody_holds_is_taken_again(blocks: Any) -> None:
+    first = kept().fill_(1.0)
+    address = first.data_ptr()
+    second = kept()
+    assert second.data_ptr() != address
+    del first
+    third = kept((1000, 30))
+    assert third.data_ptr() == address
+    assert third.shape == (1000, 30)
+    assert third.is_contiguous()
+    assert third._base is None
+    assert kept((31, 1000)).data_ptr() not in (address, second.data_ptr())
+
+
+@pytest.mark.parametrize("holder", [*SEEN])
+def test_memory_that_somebody_holds_is_not(holder: str, blocks: Any) -> None:
+    result = kept().fill_(1.0)
+    address, held = result.data_ptr(), SEEN[holder](result)
+    del result
+    assert kept().data_ptr() != address
+    del held
+    assert holder in ("graph", "capsule", "shared") or kept().data_ptr() == address
+
+
+def test_memory_is_given_back(blocks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = kept().nbytes
+    used = kept()
+    assert [b.nbytes() for b in blocks._blocks] == [size]  # the first one was free
+    other = kept()
+    del used
+    pages.empty_cache()
+    assert [b.data_ptr() for b in blocks._blocks] == [other.data_ptr()]
+    del other
+    monkeypatch.setattr(pages, "_is_short", lambda size: True)
+    held = kept((10, 10))
+    assert [b.data_ptr() for b in blocks._blocks] == [held.data_ptr()]  # the free one went
+
+
+def test_memory_that_is_kept_is_bounded(blocks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "MOST_BYTES", 300_000)
+    held = [kept() for _ in range(4)]
+    assert [b.data_ptr() for b in blocks._blocks] == [t.data_ptr() for t in held[2:]]
+    assert kept((100, 1000)).nbytes == 400_000
+    assert len(blocks._blocks) == 2
+
+
+def test_results_in_kept_memory_share_it_with_nothing(blocks: Any) -> None:
+    """Those of a second call are right while those of the first are held, and take their memory afterwards."""
+    model_fn, params = curvfunc.functionalize(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)))
+    X, y = torch.randn(2, 7, 6), torch.arange(7) % 3
+    first = curvfunc.batch_grad(model_fn, params, X[0], y)
+    want = {name: g.clone() for name, g in first.items()}
+    second = curvfunc.batch_grad(model_fn, params, X[1], y)
+    assert_close(first, want, rtol=0.0)
+    address = first["0.weight"].data_ptr()
+    del first
+    assert address in [g.data_ptr() for g in curvfunc.batch_grad(model_fn, params, X[0], y).values()]
+    assert_close(curvfunc.batch_grad(model_fn, params, X[0], y), want, rtol=1e-6)
+    assert_close(second, curvfunc.batch_grad(model_fn, params, X[1], y), rtol=1e-6)
+
+
+def test_threads_have_memory_of_their_own(blocks: Any) -> None:
+    def work(number: int) -> bool:
+        for _ in range(200):
+            t = kept().fill_(number)
+            if not bool((t == number).all()):
+                return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
+
+
+# -- results that replace others
+
 EXTENSIONS = ["BatchGrad", "BatchDiagGGNExact", "BatchDiagGGNMC", "SqrtGGNExact", "SqrtGGNMC"]
 
 
