@@ -69,6 +69,7 @@ class Observer(Follower):
             if level is None:
                 self.mark(p, CONSTANT)
         self.level = level
+        self.depth = _functorch.maybe_current_level() or 0  # of the transformations around the model
         self.samples = samples
         self.guesses: bool | None = None  # whether constants were taken for samples; False forbids it
         self.rows: list[Tensor] = []  # these constants
@@ -161,7 +162,12 @@ class Observer(Follower):
         return True
 
     def _sampled(self, t: Tensor) -> bool:
-        """Whether a tensor may depend on samples with a gradient, or on a single one of them."""
+        """Whether a tensor may depend on samples with a gradient, or on a single one of them.
+
+        Of what a transformation inside of the model (`torch.func.jvp`, `grad`, `vmap`) wraps nobody knows that it does not.
+        """
+        if _functorch.maybe_get_level(t) > self.depth:
+            return True
         if self.level is None:
             return self.axis_of(t) not in (None, CONSTANT)
         return id(t) not in self.index and (t.requires_grad or _functorch.is_batchedtensor(t))
