@@ -158,7 +158,7 @@ class Accumulation:
     ) -> State:
         """The state of one batch; ``observe`` is told output and targets."""
         asked: list[Quantity] = [s if len(s.laws) == 1 else Parts(type(s), s.key()) for s in self.specs]
-        needs_output = observe is not None or callable(self.reduction)
+        needs_output = observe is not None or self.counts
         if needs_output:
             asked.append(Output())
         given: dict[str, Any] = {"generator": generator, "chunk_size": self.chunk_size}
@@ -176,9 +176,23 @@ class Accumulation:
         chunks = [{"samples": samples, "mass": mass}] if joined else []
         return {"batches": one, "samples": one * samples, "mass": mass, "chunks": chunks, "results": listed}
 
+    @property
+    def counts(self) -> bool:
+        """Whether what a mean divides by is counted in each batch's output and targets, and may be zero."""
+        return callable(self.reduction) or self.reduction == "terms"
+
     def _mass(self, reduction: Reduction | None, samples: int, out: Tensor | None, y: Any) -> Tensor:
         if reduction is None:
             return losses.normalizer(self.loss, y)
+        if reduction == "terms":
+            disguise = losses.unmasked(self.loss, cast(Tensor, out), y)
+            if disguise is None:
+                raise ValueError(
+                    "reduction='terms' is for losses that only move entries of the output before cross-entropy, squared error "
+                    "or BCE with logits, and this one is not known to. Pass 'sum', 'mean', or a function (output, y) -> total "
+                    "weight."
+                )
+            return losses.normalizer(disguise.loss, disguise.y)
         device = _first(y).device
         wide = torch.float32 if device.type == "mps" else torch.float64
         if callable(reduction):
@@ -196,7 +210,7 @@ class Accumulation:
         for name, t in ({RESULT: value} if len(spec.laws) == 1 else value).items():
             law = _law(spec, name)
             if isinstance(law, Joined):
-                empty = callable(self.reduction) and law.degree > 0
+                empty = self.counts and law.degree > 0
                 found[name] = [torch.where(mass.to(t.device) == 0, 0.0, t) if empty else t]
                 continue
             assert isinstance(law, Averaged | Summed)
@@ -204,7 +218,7 @@ class Accumulation:
             factor = samples if isinstance(law, Averaged) else self._scale(mass.to(t.device), law.degree)
             if factor is not None:
                 t = t.mul_(factor) if donate else _times(t, factor)
-                if isinstance(law, Summed) and (spec.forward or callable(self.reduction)):  # nan where nothing counts
+                if isinstance(law, Summed) and (spec.forward or self.counts):  # nan where nothing counts
                     t = torch.where(mass.to(t.device) == 0, 0.0, t)
             found[name] = t
         return found
@@ -267,8 +281,9 @@ def accumulation(
         params: Pytree of tensors. Only its structure counts.
         specs: Any pytree of specs.
         loss_fn: ``(output, y) -> scalar`` that sums or averages over samples.
-        reduction: For losses other than cross-entropy, squared error and BCE with logits: "sum", "mean" over samples, or, for
-            any other mean, a function ``(output, y) -> W`` of a batch that returns what it divides by.
+        reduction: For losses other than cross-entropy, squared error and BCE with logits: "sum", "mean" over samples, "terms"
+            for the mean of one of these behind moves of the output (`lambda out, y: F.cross_entropy(out.flatten(0, 1),
+            y.flatten())`), or, for any other mean, a function ``(output, y) -> W`` of a batch that returns what it divides by.
         decay: Between 0 and 1; None for all batches alike.
         chunk_size: As for `compute`.
 
@@ -289,7 +304,10 @@ def accumulation(
     """
     loss = losses.normalize(loss_fn)
     if reduction is None and not losses.has_normalizer(loss):
-        raise ValueError(f"{_UNKNOWN}reduction='sum', 'mean' (over samples), or a function (output, y) -> total weight.")
+        raise ValueError(
+            f"{_UNKNOWN}reduction='sum', 'mean' (over samples), 'terms' (of "
+            "a known loss behind moves of the output), or a function (output, y) -> total weight."
+        )
     return make(model_fn, params, specs, loss, reduction, decay, chunk_size)
 
 
@@ -317,8 +335,8 @@ def make(
         raise ValueError(f"decay must be between 0 and 1, or None, got {decay!r}.")
     if reduction is not None and losses.has_normalizer(loss):
         raise ValueError("reduction is for losses of one's own; that of this loss_fn is one of its options. Leave it out.")
-    if reduction is not None and not callable(reduction) and reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction must be 'sum', 'mean' or a function (output, y) -> total weight, got {reduction!r}.")
+    if reduction is not None and not callable(reduction) and reduction not in ("sum", "mean", "terms"):
+        raise ValueError(f"reduction must be 'sum', 'mean', 'terms' or a function (output, y) -> weight, got {reduction!r}.")
     flatten_params(params)  # for its errors
     return Accumulation(model_fn, tuple(leaves), loss, reduction, decay, chunk_size, Structure.of(params), tree)
 
