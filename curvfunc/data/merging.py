@@ -336,7 +336,7 @@ def make(
     if reduction is not None and losses.has_normalizer(loss):
         raise ValueError("reduction is for losses of one's own; that of this loss_fn is one of its options. Leave it out.")
     if reduction is not None and not callable(reduction) and reduction not in ("sum", "mean", "terms"):
-        raise ValueError(f"reduction must be 'sum', 'mean', 'terms' or a function (output, y) -> weight, got {reduction!r}.")
+        raise ValueError(f"reduction must be 'sum', 'mean' or a function (output, y) -> weight, or 'terms', got {reduction!r}.")
     flatten_params(params)  # for its errors
     return Accumulation(model_fn, tuple(leaves), loss, reduction, decay, chunk_size, Structure.of(params), tree)
 
