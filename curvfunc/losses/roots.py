@@ -58,6 +58,7 @@ from curvfunc.losses.normal_form import (
     values_visible,
 )
 from curvfunc.tensors.precision import at_least_float32
+from curvfunc.tensors.sizes import hint
 
 __all__ = [
     "Loss",
@@ -179,7 +180,7 @@ def summed_hessian(loss: Loss, out: Tensor, y: Any, select: Callable[[Tensor], T
         weighted, probs = select(torch.stack([class_mass(loss, work, y) * probs, probs]))
         return weighted.sum(0).diag() - weighted.mT @ probs
     root = exact_root(loss, out, y, fewest=True)
-    size = max(1, COLUMNS_BYTES // max(1, out.numel() * out.element_size()))
+    size = max(1, COLUMNS_BYTES // max(1, hint(out.numel()) * out.element_size()))
     parts = []
     for start in range(0, root.num, size):
         columns = select(root.columns(start, min(start + size, root.num))).reshape(-1, math.prod(out.shape[1:]))
@@ -373,20 +374,25 @@ def draw_categories(logits: Tensor, mc_samples: int, generator: torch.Generator 
     Out of place, so it runs under ``vmap(randomness="different")`` and compiled. E = -log u with 0 < u < 1 is positive
     and finite, so no class can win because of its noise alone: u = 0, which ``torch.rand`` may draw, is moved up.
     """
-    u = torch.rand((mc_samples, *logits.shape), generator=generator, device=logits.device, dtype=logits.dtype)
+    u = _drawn(torch.rand, logits, mc_samples, generator)
     exponential = -u.clamp(min=torch.finfo(u.dtype).tiny).log()
     return (logits.log_softmax(1) - exponential.log()).argmax(2)
 
 
 def draw_bits(logits: Tensor, mc_samples: int, generator: torch.Generator | None) -> Tensor:
     """Draw from Bernoulli(sigmoid(logits)) for logits of any shape: boolean [M, *shape]."""
-    u = torch.rand((mc_samples, *logits.shape), generator=generator, device=logits.device, dtype=logits.dtype)
+    u = _drawn(torch.rand, logits, mc_samples, generator)
     return u < logits.sigmoid()
 
 
 def draw_normal(like: Tensor, mc_samples: int, generator: torch.Generator | None) -> Tensor:
     """Draw standard normal noise [M, *shape] of the shape, device and dtype of ``like``."""
-    return torch.randn((mc_samples, *like.shape), generator=generator, device=like.device, dtype=like.dtype)
+    return _drawn(torch.randn, like, mc_samples, generator)
+
+
+def _drawn(draw: Callable[..., Tensor], like: Tensor, mc_samples: int, generator: torch.Generator | None) -> Tensor:
+    given = {} if generator is None else {"generator": generator}  # with one, even None, sizes must be no symbols
+    return draw((mc_samples, *like.shape), device=like.device, dtype=like.dtype, **given)
 
 
 CLOSED_FORMS.update(

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
+from curvfunc.tensors.sizes import hint
+
 __all__ = ["empty", "is_large", "may_overwrite"]
 
 # From here on glibc always maps new memory (its DEFAULT_MMAP_THRESHOLD_MAX).
@@ -39,7 +41,7 @@ def empty(like: Tensor, *shape: int) -> Tensor:
 
 def is_large(shape: Sequence[int], like: Tensor) -> bool:
     """Whether a tensor of that shape, with the type and device of ``like``, would come from new memory each time."""
-    return like.device.type == "cpu" and math.prod(shape) * like.element_size() >= LEAST_BYTES
+    return like.device.type == "cpu" and hint(math.prod(shape)) * like.element_size() >= LEAST_BYTES
 
 
 def may_overwrite() -> bool:

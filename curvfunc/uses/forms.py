@@ -24,6 +24,7 @@ from torch import Tensor
 from curvfunc.tensors import pages
 from curvfunc.tensors.pages import may_overwrite
 from curvfunc.tensors.precision import at_least_float32
+from curvfunc.tensors.sizes import hint, ranges
 
 __all__ = [
     "Bound",
@@ -329,11 +330,11 @@ def sample_blocks(b: Bound, each: int) -> Iterator[slice]:
     """Samples that go together, so that ``each`` entries for each of them stay in cache, and their inputs small."""
     n, q, s = b.g.shape[1:4]
     one = b.g.element_size()
-    size = BLOCK_BYTES // max(1, each * one)
+    size = BLOCK_BYTES // max(1, hint(each) * one)
     if isinstance(b.inputs, Parts):
-        size = min(size, PATCHES_BYTES // max(1, q * s * b.features * one))
-    for j in range(0, n, max(1, size)):
-        yield slice(j, min(j + max(1, size), n))
+        size = min(size, PATCHES_BYTES // max(1, hint(q * s * b.features) * one))
+    for start, stop in ranges(n, size):
+        yield slice(start, stop)
 
 
 def is_flat(b: Bound) -> bool:
