@@ -228,10 +228,10 @@ class _Diagonal(_Columns):
 
     def results(self) -> list[Tensor]:
         """What has been summed up."""
-        lead = torch.Size((len(self.trace.out),) if self.batched else ())
+        lead = (self.trace.out.shape[0],) if self.batched else ()
         dtypes = [wide(p.dtype) for p in self.leaves]
         return [
-            self.sums[i].to(dtype) if i in self.sums else p.new_zeros(lead + p.shape, dtype=dtype)
+            self.sums[i].to(dtype) if i in self.sums else p.new_zeros((*lead, *p.shape), dtype=dtype)
             for i, (p, dtype) in enumerate(zip(self.leaves, dtypes, strict=True))
         ]
 

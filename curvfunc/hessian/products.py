@@ -122,7 +122,7 @@ class HessianProducts:
     def _by_entry(self, i: int, sites: list[int]) -> Tensor:
         """One column for each entry of the parameter."""
         shape = self.trace.sites[sites[0]].forms[i].shape
-        numel, samples = math.prod(shape), len(self.trace.out)
+        numel, samples = math.prod(shape), self.trace.out.shape[0]
         parts = [self.trace.out.new_zeros(0, samples)]
         for start, stop in self.chunks(numel, 1):
             entries = _units(start, stop, numel, self._zeros(sites[0], 1)).reshape(-1, 1, *shape)

@@ -19,9 +19,10 @@ def hint(size: Any) -> int:
 
 
 def ranges(total: Any, size: Any) -> list[tuple[Any, Any]]:
-    """Parts of ``range(total)`` of at most ``size``, or about that many where ``total`` is a symbol."""
+    """Parts of ``range(total)`` of at most ``size``, or about that many where ``total`` is a symbol; all but the last alike."""
     size = max(1, hint(size))
     if not isinstance(total, torch.SymInt):
         return [(i, min(i + size, total)) for i in range(0, total, size)]
     parts = -(-hint(total) // size)
-    return [(total * i // parts, total * (i + 1) // parts) for i in range(parts)]
+    each = total // parts
+    return [(each * i, each * (i + 1) if i + 1 < parts else total) for i in range(parts)]

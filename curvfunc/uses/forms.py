@@ -12,6 +12,7 @@ A new layer says which form it has. Every quantity is a contraction of forms: th
 Axes: ``n`` sample, ``v`` backpropagated vector, ``q`` group, ``s`` shared position, ``o``/``k`` features out/in.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -191,7 +192,7 @@ class Bound:
         """x of some samples; if all of it is small, it is made at once."""
         if isinstance(self.inputs, Tensor):
             return self.inputs[samples]
-        if self.g.shape[1:4].numel() * self.features * self.g.element_size() <= PATCHES_BYTES:
+        if hint(math.prod(self.g.shape[1:4])) * self.features * self.g.element_size() <= PATCHES_BYTES:
             return self.x[samples]
         return self.inputs.of(samples).to(self.g.dtype)
 
@@ -380,8 +381,8 @@ def flat_vectors(g: Tensor) -> Tensor:
 def scatter(values: Tensor, rows: Tensor, size: int) -> Tensor:
     """Sums values [..., s, d] into rows [..., s] of [..., size, d]; the row ``size`` is dropped."""
     lead, d = values.shape[:-2], values.shape[-1]
-    first = torch.arange(lead.numel(), device=rows.device).reshape(*lead, 1) * size
-    last = lead.numel() * size  # one row for all that is dropped, so that the others stay together
+    first = torch.arange(math.prod(lead), device=rows.device).reshape(*lead, 1) * size
+    last = math.prod(lead) * size  # one row for all that is dropped, so that the others stay together
     places = torch.where(rows < size, first + rows, last).reshape(-1, 1)
     sums = values.new_zeros(last + 1, d).scatter_add(0, places.expand(-1, d), values.reshape(-1, d))
     return sums[:last].reshape(*lead, size, d)

@@ -153,7 +153,7 @@ def input_factor(b: Bound, approximation: str | None = None) -> InputFactor | No
     if isinstance(b.form, Rows):
         weight = b.g.new_full((*b.x.shape, 1), 1 / b.x.shape[1])
         x = scatter(weight, b.x, b.form.shape[0]).squeeze(2)  # [n, rows]: how often each row occurs
-        return InputFactor(x.mT @ x / len(x) if approximation == "reduce" else x.mean(0).diag(), True)
+        return InputFactor(x.mT @ x / x.shape[0] if approximation == "reduce" else x.mean(0).diag(), True)
     n, q, s = b.g.shape[1:4]
     if isinstance(b.form, Products):
         positions = s if approximation == "expand" or not sums_positions(b) else 1

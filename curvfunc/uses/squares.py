@@ -149,7 +149,7 @@ def _place(parts: list[Tensor], part: Tensor, vectors: slice, samples: slice, nu
             parts[k] = parts[k] + part
         return
     if not parts:
-        if out is None and len(part) == num:
+        if out is None and part.shape[0] == num:
             parts.append(part)
             return
         parts.append(pages.empty(part, num, *part.shape[1:]) if out is None else out.view(num, *part.shape[1:]))
