@@ -67,7 +67,8 @@ def accumulate(
         loss_fn: ``(output, y) -> scalar`` that sums or averages over samples.
         reduction: For losses other than cross-entropy, squared error and BCE with logits: "sum", "mean" over samples, or, for
             any other mean, a function ``(output, y) -> W`` of a batch that returns what it divides by. By default sums and
-            means over samples are told from each other by the gradients of each batch, and anything else is refused.
+            means over samples are told from each other by the gradients of each batch, known losses behind moves of the
+            output are looked through, and anything else is refused.
         decay: If given, a batch counts ``decay**k`` after k more; see `accumulation`.
         generator: Source of Monte-Carlo draws.
         chunk_size: As for `compute`.
@@ -271,7 +272,8 @@ class _Run:
         self.state, self.first, self.rows = before["state"], before["first"], before["rows"]
         self.shapes = {tuple(place): tuple(shape) for *place, shape in before["shapes"]}
         if before["reduction"]:
-            self.acc, self.reference = dataclasses.replace(acc, reduction=before["reduction"]), tuple(before["reference"])
+            self.acc = dataclasses.replace(acc, reduction=before["reduction"])
+            self.reference = tuple(before["reference"]) or None
         self.random.write(self.first)
 
     def skip(
@@ -306,8 +308,9 @@ class _Run:
         content = {"state": self.state, "about": self.about, "done": self.done, "rows": self.rows, "finished": int(finished)}
         shapes = [[*place, list(shape)] for place, shape in self.shapes.items()]
         observed: dict[str, Any] = {"reduction": ""}
-        if self.observes and self.reference is not None:
-            observed = {"reduction": self.acc.reduction, "reference": [self.reference[0], list(flat(self.reference[1]))]}
+        if self.observes and self.acc.reduction is not None:
+            reference = [] if self.reference is None else [self.reference[0], list(flat(self.reference[1]))]
+            observed = {"reduction": self.acc.reduction, "reference": reference}
         drawn = {"first": self.first, "now": self.random.read(), "digest": self.digest.text()}
         save(checkpoint, {**content, "shapes": shapes, **observed, **drawn})
 

@@ -169,7 +169,7 @@ class Accumulation:
     ) -> State:
         """The state of one batch; ``observe`` is told output and targets."""
         asked: list[Quantity] = [s if len(s.laws) == 1 else Parts(type(s), s.key()) for s in self.specs]
-        needs_output = observe is not None or callable(self.reduction)
+        needs_output = observe is not None or self.counts
         if needs_output:
             asked.append(Output())
         given: dict[str, Any] = {"generator": generator, "chunk_size": self.chunk_size}
@@ -187,13 +187,18 @@ class Accumulation:
         chunks = [{"samples": samples, "mass": mass}] if joined else []
         return {"batches": one, "samples": one * samples, "mass": mass, "chunks": chunks, "results": listed}
 
+    @property
+    def counts(self) -> bool:
+        """Whether what a mean divides by is counted in each batch's output and targets, and may be zero."""
+        return callable(self.reduction) or self.reduction == "terms"
+
     def _parts(self, spec: Quantity, value: Any, samples: int, mass: Tensor, donate: bool) -> dict[str, Any]:
         """What is added up of a result for one parameter."""
         found: dict[str, Any] = {}
         for name, t in ({RESULT: value} if len(spec.laws) == 1 else value).items():
             law = law_of(spec, name)
             if isinstance(law, Joined):
-                empty = callable(self.reduction) and law.degree > 0
+                empty = self.counts and law.degree > 0
                 found[name] = [torch.where(mass.to(t.device) == 0, 0.0, t) if empty else t]
                 continue
             assert isinstance(law, Averaged | Summed)
@@ -201,7 +206,7 @@ class Accumulation:
             factor = samples if isinstance(law, Averaged) else self._scale(mass.to(t.device), law.degree)
             if factor is not None:
                 t = t.mul_(factor) if donate else _times(t, factor)
-                if isinstance(law, Summed) and (spec.forward or callable(self.reduction)):  # nan where nothing counts
+                if isinstance(law, Summed) and (spec.forward or self.counts):  # nan where nothing counts
                     t = torch.where(mass.to(t.device) == 0, 0.0, t)
             found[name] = t
         return found
@@ -264,8 +269,9 @@ def accumulation(
         params: Pytree of tensors. Only its structure counts.
         specs: Any pytree of specs.
         loss_fn: ``(output, y) -> scalar`` that sums or averages over samples.
-        reduction: For losses other than cross-entropy, squared error and BCE with logits: "sum", "mean" over samples, or, for
-            any other mean, a function ``(output, y) -> W`` of a batch that returns what it divides by.
+        reduction: For losses other than cross-entropy, squared error and BCE with logits: "sum", "mean" over samples, "terms"
+            for the mean of one of these behind moves of the output (`lambda out, y: F.cross_entropy(out.flatten(0, 1),
+            y.flatten())`), or, for any other mean, a function ``(output, y) -> W`` of a batch that returns what it divides by.
         decay: Between 0 and 1; None for all batches alike.
         chunk_size: As for `compute`.
 
@@ -286,7 +292,10 @@ def accumulation(
     """
     loss = losses.normalize(loss_fn)
     if reduction is None and not losses.has_normalizer(loss):
-        raise ValueError(f"{_UNKNOWN}reduction='sum', 'mean' (over samples), or a function (output, y) -> total weight.")
+        raise ValueError(
+            f"{_UNKNOWN}reduction='sum', 'mean' (over samples), 'terms' (of "
+            "a known loss behind moves of the output), or a function (output, y) -> total weight."
+        )
     return make(model_fn, params, specs, loss, reduction, decay, chunk_size)
 
 

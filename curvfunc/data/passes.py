@@ -184,7 +184,7 @@ class Passes:
                     continue
                 X, y = self._moved(X), self._moved(y)
                 out = None
-                if observes or callable(self.reduction):
+                if observes or callable(self.reduction) or self.reduction == "terms":
                     with torch.no_grad(), self._as_it_was(number, state):
                         out = self.model_fn(self.space.build(self.params), X).detach()
                 if observes:

@@ -1,7 +1,7 @@
 """The scale of a batch in a larger one: what its loss divides by, told by its options, by the caller, or by its gradients."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ def check_reduction(loss: losses.Loss, reduction: Any) -> None:
     """Raise unless it is for this loss, and says something."""
     if reduction is not None and losses.has_normalizer(loss):
         raise ValueError("reduction is for losses of one's own; that of this loss_fn is one of its options. Leave it out.")
-    if reduction is not None and not callable(reduction) and reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction must be 'sum', 'mean' or a function (output, y) -> total weight, got {reduction!r}.")
+    if reduction is not None and not callable(reduction) and reduction not in ("sum", "mean", "terms"):
+        raise ValueError(f"reduction must be 'sum', 'mean' or a function (output, y) -> weight, or 'terms', got {reduction!r}.")
 
 
 def mass(loss: losses.Loss, reduction: Reduction | None, samples: int, out: Tensor | None, y: Any, like: Tensor) -> Tensor:
@@ -30,12 +30,21 @@ def mass(loss: losses.Loss, reduction: Reduction | None, samples: int, out: Tens
         loss: The loss.
         reduction: How one of the caller's own reduces; None where `losses.normalizer` knows.
         samples: Number of samples of the batch.
-        out: Output of the model, which only a function ``reduction`` is told.
+        out: Output of the model, which only a function ``reduction``, and "terms", are told.
         y: Targets.
         like: Whose device is that of the result.
     """
     if reduction is None:
         return losses.normalizer(loss, y)
+    if reduction == "terms":
+        disguise = losses.unmasked(loss, cast(Tensor, out), y)
+        if disguise is None:
+            raise ValueError(
+                "reduction='terms' is for losses that only move entries of the output before cross-entropy, squared error "
+                "or BCE with logits, and this one is not known to. Pass 'sum', 'mean', or a function (output, y) -> total "
+                "weight."
+            )
+        return losses.normalizer(disguise.loss, disguise.y)
     wide = torch.float32 if like.device.type == "mps" else torch.float64
     if callable(reduction):
         assert out is not None
@@ -48,9 +57,7 @@ def mass(loss: losses.Loss, reduction: Reduction | None, samples: int, out: Tens
     return torch.full((), samples if reduction == "mean" else 1, dtype=wide, device=like.device)
 
 
-def observed(
-    loss: losses.Loss, out: Tensor, y: Any, reference: Reference, known: Reduction | None
-) -> tuple[str, tuple[Tensor, Any]]:
+def observed(loss: losses.Loss, out: Tensor, y: Any, reference: Reference, known: Reduction | None) -> tuple[str, Reference]:
     """Whether a loss of one's own is a sum or a mean, and the sample that is compared with the next batch.
 
     Args:
@@ -67,6 +74,9 @@ def observed(
         "So the scale of a batch in a larger one is not known. Pass reduction='sum', 'mean' (over samples), or a function "
         "(output, y) -> total weight."
     )
+    if (disguise := losses.unmasked(loss, out, y)) is not None:
+        kind = "sum" if losses.is_sum(disguise.loss) else "terms"
+        return _as_before(kind, known, remedy), reference
     if reference is None:
         reference = losses.reference_sample(loss, out, y)
     elif isinstance(reference[1], list):
@@ -77,6 +87,13 @@ def observed(
         kind = losses.observed_reduction(loss, out, y, reference)
     except ValueError as error:
         raise ValueError(f"{error}. {remedy}") from error
+    return _as_before(kind, known, remedy), reference
+
+
+def _as_before(kind: str, known: Reduction | None, remedy: str) -> str:
+    """The same as for the batches before."""
     if known not in (None, kind):
-        raise ValueError(f"loss_fn is a {known} for the first batch, and a {kind} for this one. {remedy}")
-    return kind, reference
+        what = {"terms": "mean over the terms of a known loss"}
+        was, now = what.get(str(known), known), what.get(kind, kind)
+        raise ValueError(f"loss_fn is a {was} for the first batch, and a {now} for this one. {remedy}")
+    return kind

@@ -5,6 +5,7 @@ exact or sampled, or the output's entries themselves. One backward pass carries 
 forms no parameter gradient.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from curvfunc.engine.columns import over_columns
 from curvfunc.engine.graph import edge_of, gradients
 from curvfunc.engine.sites import Site, Trace
 from curvfunc.tensors.inputs import check_used
+from curvfunc.tensors.sizes import hint, ranges
 
 __all__ = [
     "AveragedHessian",
@@ -108,9 +110,9 @@ class AveragedHessian:
 def chunks(total: int, trace: Trace, chunk_size: int | None) -> list[tuple[int, int]]:
     """Ranges of columns that are backpropagated together."""
     if chunk_size is None:
-        widest = max([1, *[s.shape.numel() for s in trace.sites]]) * trace.out.element_size()
-        chunk_size = max(1, CHUNK_BYTES.get(trace.out.device.type, 1 << 28) // widest)
-    return [(i, min(i + chunk_size, total)) for i in range(0, total, chunk_size)]
+        widest = max([1, *[math.prod(s.shape) for s in trace.sites]]) * trace.out.element_size()
+        chunk_size = max(1, CHUNK_BYTES.get(trace.out.device.type, 1 << 28) // hint(widest))
+    return ranges(int(total), chunk_size)
 
 
 def pull(

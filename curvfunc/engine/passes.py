@@ -1,5 +1,6 @@
 """One backward pass, contracted: columns go back to the sites in chunks, and each chunk is contracted for each parameter."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from curvfunc.engine.cotangents import chunks, pull, stream
 from curvfunc.engine.sites import Site, Trace, biases
 from curvfunc.tensors import pages
 from curvfunc.tensors.precision import wide
+from curvfunc.tensors.sizes import hint
 from curvfunc.uses import forms, rotations, second_moments
 from curvfunc.uses import squares as contractions
 from curvfunc.uses.forms import Bound, Direct, Form, Outer, Products, Through, bind, direct
@@ -170,7 +172,7 @@ class BackwardPass:
                 bound = forms.merge(bounds)
             else:
                 zero = leaves[i].new_zeros((), dtype=wide(leaves[i].dtype))
-                samples = len(trace.out) if self.chosen is None else len(self.chosen)
+                samples = trace.out.shape[0] if self.chosen is None else len(self.chosen)
                 bound = direct(zero.expand(stop - start, samples, *leaves[i].shape))
             wanted = [*per_site, "total"] if i in summed else per_site
             buffers = (
@@ -227,7 +229,7 @@ class BackwardPass:
         """Whether it pays to contract inside of the backward pass, and can be done."""
         if self.differentiable or not pages.may_overwrite() or torch.compiler.is_compiling():
             return False
-        return sum(site.shape.numel() for site in self.trace.sites) * self.trace.out.element_size() >= STREAMED_BYTES
+        return sum(hint(math.prod(site.shape)) for site in self.trace.sites) * self.trace.out.element_size() >= STREAMED_BYTES
 
     def _stream(
         self,

@@ -13,6 +13,7 @@ Parameters before any other operation that curves (`curvfunc.hessian.residuals`)
 Hessian-vector products with respect to their sites' outputs, δ held fixed.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,7 @@ from curvfunc.engine.sites import Site, Trace
 from curvfunc.hessian.products import HessianProducts
 from curvfunc.hessian.residuals import Curvature, Meeting, Residual
 from curvfunc.tensors.precision import wide
+from curvfunc.tensors.sizes import hint, ranges
 from curvfunc.uses.forms import Bound, Outer, bind, merge
 from curvfunc.uses.squares import sample_squares, squared_inputs, squares, weighted_sample_squares, weighted_squares
 
@@ -132,9 +134,9 @@ class _Columns:
         size = self.chunk_size
         if size is None:
             out = self.trace.out
-            widest = max([widest, *[s.shape.numel() for s in self.trace.sites]])
-            size = max(1, CHUNK_BYTES.get(out.device.type, 1 << 28) // (widest * out.element_size()))
-        return [(start, min(start + size, total)) for start in range(0, total, size)]
+            widest = max([widest, *[math.prod(s.shape) for s in self.trace.sites]])
+            size = max(1, CHUNK_BYTES.get(out.device.type, 1 << 28) // hint(widest * out.element_size()))
+        return ranges(int(total), size)
 
     def at_uses(
         self, source: Tensor | GradientEdge, columns: Callable[[int, int], Tensor], num: int, targets: int, widest: int = 1
@@ -226,10 +228,10 @@ class _Diagonal(_Columns):
 
     def results(self) -> list[Tensor]:
         """What has been summed up."""
-        lead = torch.Size((len(self.trace.out),) if self.batched else ())
+        lead = (self.trace.out.shape[0],) if self.batched else ()
         dtypes = [wide(p.dtype) for p in self.leaves]
         return [
-            self.sums[i].to(dtype) if i in self.sums else p.new_zeros(lead + p.shape, dtype=dtype)
+            self.sums[i].to(dtype) if i in self.sums else p.new_zeros((*lead, *p.shape), dtype=dtype)
             for i, (p, dtype) in enumerate(zip(self.leaves, dtypes, strict=True))
         ]
 

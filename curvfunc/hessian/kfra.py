@@ -13,6 +13,7 @@ one before it that all paths go through. Three kinds of steps have rules:
 - each output selects one input (max pooling): the entries of G are added up where both indices agree.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -29,6 +30,7 @@ from curvfunc.engine.sites import Layouts, Site, Trace
 from curvfunc.hessian.residuals import is_affine
 from curvfunc.rules.nonlinear import is_diagonal, is_linear, is_reshape, operation, takes_data
 from curvfunc.tensors.precision import wide
+from curvfunc.tensors.sizes import hint
 from curvfunc.uses import second_moments
 from curvfunc.uses.forms import Direct, Outer, Rows, bind, per_sample
 from curvfunc.uses.second_moments import second_moment
@@ -135,7 +137,7 @@ def factors(
             raise NotImplementedError(f"kfra cannot see the operations before {step.name}. Use kflr or kfac.")
         output = step.data[0] if sites else None
         if output is not None:
-            G = _step_back(step, output, layouts, G, len(trace.out), differentiable)
+            G = _step_back(step, output, layouts, G, trace.out.shape[0], differentiable)
     return [found[i] if i in found else (p.new_zeros(p.numel(), p.numel(), dtype=wide(p.dtype)),) for i, p in enumerate(leaves)]
 
 
@@ -180,7 +182,7 @@ def _features(g: Tensor) -> Tensor:
 def _block(gradient: Callable[[Tensor], Tensor], G: Tensor, samples: int, shape: torch.Size) -> Tensor:
     """(1/N) Σₙ Cₙ G Cₙᵀ with ``gradient`` = Cₙ, the map from cotangents of z to the parameter's gradient."""
     half = []
-    for rows in G.split(max(1, CHUNK_BYTES["cpu"] // max(1, G.element_size() * samples * len(G)))):
+    for rows in G.split(max(1, CHUNK_BYTES["cpu"] // max(1, hint(G.element_size() * samples * len(G))))):
         g = rows.reshape(-1, 1, *shape[1:]).expand(-1, samples, *shape[1:])
         half.append(_flat(gradient(g)))
     columns = torch.cat(half).permute(2, 1, 0)  # [p, n, z]
@@ -201,7 +203,7 @@ def _step_back(step: _Step, x: _Tensor, layouts: Layouts, G: Tensor, samples: in
     if x.shape[0] == samples and step.output.shape[0] == samples:
         if all(map(is_reshape, nodes)):
             return G
-        if all(map(is_diagonal, nodes)) and x.shape.numel() == step.output.shape.numel():
+        if all(map(is_diagonal, nodes)) and math.prod(x.shape) == math.prod(step.output.shape):
             return _through_diagonal(step, x.edge, x.shape, G, differentiable)
         if all(map(is_linear, nodes)) and not _by_sample(nodes, layouts):
             return _shared(step, x, nodes, G, differentiable)
@@ -231,7 +233,7 @@ def _through_diagonal(step: _Step, edge: GradientEdge, shape: torch.Size, G: Ten
     nodes = _between(output.edge.node, edge.node)
     if all(map(is_reshape, nodes)):
         return G
-    if shape.numel() != output.shape.numel() or not all(map(is_diagonal, nodes)):
+    if math.prod(shape) != math.prod(output.shape) or not all(map(is_diagonal, nodes)):
         _refuse(step)
     ones = torch.ones(output.shape, dtype=_dtype(output.edge), device=G.device)
     if len(nodes) == 1 and not differentiable and len(nodes[0].next_functions) == 1:  # no need of the engine
@@ -289,7 +291,7 @@ def _shared(step: _Step, x: _Tensor, nodes: list[Node], G: Tensor, differentiabl
     def transposed(rows: Tensor) -> Tensor:
         rows = rows.to(_dtype(step.output.edge))
         batches = F.pad(rows, (0, 0, 0, -len(rows) % samples)).reshape(-1, samples, *given[1:])
-        widest = max(x.shape.numel(), given.numel())
+        widest = max(math.prod(x.shape), given.numel())
         parts = batches.split(max(1, CHUNK_BYTES.get(G.device.type, 1 << 28) // (widest * G.element_size())))
         found = [over_columns(pullback, part) if len(part) > 1 else pullback(part[0])[None] for part in parts]
         return torch.cat(found).reshape(-1, x.shape[1:].numel())[: len(rows)].to(G.dtype)
@@ -309,7 +311,7 @@ def _selected(index: Tensor, shape: torch.Size, G: Tensor) -> Tensor:
     Beyond G and the result, this takes the memory of one matrix of indices of the size of G.
     """
     channels = index.shape[1]
-    size, pixels = shape.numel() // shape[0], shape.numel() // (shape[0] * channels)
+    size, pixels = math.prod(shape) // shape[0], math.prod(shape) // (shape[0] * channels)
     offset = torch.arange(channels, device=index.device) * pixels
     place = (index.flatten(2) + offset.unsqueeze(1)).flatten(1)  # [n, o]
     total = G.new_zeros(size * size)

@@ -8,6 +8,7 @@ interact, so that one product serves all of them at once. Two families of column
   h[o,k] = Σ_st x[s,k] H[(s,o),(t,o)] x[t,k]. They serve its bias as well.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -54,7 +55,7 @@ class HessianProducts:
             weights = [i for i in mine if isinstance(site.forms[i], Outer)]
             if len(weights) == 1 and is_affine(site):
                 i = weights[0]
-                numel = site.shape.numel() // site.shape[site.axis]
+                numel = math.prod(site.shape) // site.shape[site.axis]
                 if numel <= sum(site.forms[k].shape.numel() for k in mine):
                     yield from self._by_output(j, i, [k for k in mine if k != i])
                     for k in mine:
@@ -121,7 +122,7 @@ class HessianProducts:
     def _by_entry(self, i: int, sites: list[int]) -> Tensor:
         """One column for each entry of the parameter."""
         shape = self.trace.sites[sites[0]].forms[i].shape
-        numel, samples = shape.numel(), len(self.trace.out)
+        numel, samples = math.prod(shape), self.trace.out.shape[0]
         parts = [self.trace.out.new_zeros(0, samples)]
         for start, stop in self.chunks(numel, 1):
             entries = _units(start, stop, numel, self._zeros(sites[0], 1)).reshape(-1, 1, *shape)
@@ -157,7 +158,7 @@ class HessianProducts:
         yield i, arranged(b, weight.movedim(0, 1).reshape(n, q, o, -1))
         for k in biases:
             shape = self.trace.sites[j].forms[k].shape
-            if shape.numel() == q * o:
+            if math.prod(shape) == q * o:
                 yield k, bias.mT.reshape(n, *shape)
             else:  # the weight is a part of a parameter, which has features that the bias does not have
                 yield k, self._by_entry(k, [j])

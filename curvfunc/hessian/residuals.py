@@ -9,6 +9,7 @@ into two classes:
 - *curved*: there is any other operation, or a product of two tensors that both depend on the parameter.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -93,7 +94,7 @@ class Curvature:
             if not (mask := self._masks.get(node, 0)):
                 continue
             j = self._sites.get((node, edge.output_nr))
-            if j is not None and is_affine(self._trace.sites[j]) and self._trace.sites[j].shape.numel() == numel:
+            if j is not None and is_affine(self._trace.sites[j]) and math.prod(self._trace.sites[j].shape) == numel:
                 found.append(j)
                 for producer in self._trace.sites[j].producers:
                     before |= self._masks.get(producer, 0)

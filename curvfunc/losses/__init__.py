@@ -2,6 +2,7 @@
 
 from curvfunc.losses.closed_forms import diagonal_root
 from curvfunc.losses.custom import check_separable
+from curvfunc.losses.disguises import Disguise, unmasked
 from curvfunc.losses.normal_form import (
     CLOSED_FORMS,
     ClosedForm,
@@ -31,6 +32,7 @@ from curvfunc.losses.roots import (
 __all__ = [
     "CLOSED_FORMS",
     "ClosedForm",
+    "Disguise",
     "Loss",
     "Root",
     "check",
@@ -54,5 +56,6 @@ __all__ = [
     "sampled_root",
     "signed_root",
     "summed_hessian",
+    "unmasked",
     "values_visible",
 ]

@@ -1,6 +1,7 @@
 """Losses of one's own: gradient, Hessian and root by automatic differentiation, once it is known that samples separate."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -11,6 +12,8 @@ from curvfunc.losses.normal_form import Loss, flat, label, tolerance, values_vis
 from curvfunc.tensors.samples import tree_map
 
 __all__ = ["autodiff_factor", "autodiff_gradient", "autodiff_hessian", "check_separable", "mean_terms"]
+
+LARGE = 1024  # entries of a sample's output beyond which there is a warning of the size of their Hessian
 
 
 def check_separable(loss: Loss, out: Tensor, y: Any, reference: Tensor | None = None) -> None:
@@ -58,6 +61,14 @@ def autodiff_gradient(loss: Loss, out: Tensor, y: Any) -> Tensor:
 def autodiff_hessian(loss: Loss, work: Tensor, y: Any) -> Tensor:
     """Hessian [N, D, D] of each sample: D Hessian-vector products, each with e_c in all samples at once."""
     size = math.prod(work.shape[1:])
+    if size > LARGE:
+        warnings.warn(
+            f"{label(loss)}: the Hessian of each sample has {size} x {size} entries here, which are formed and decomposed. "
+            "Cross-entropy, squared error and BCE with logits need neither: pass one as loss_fn, or let one of your own do "
+            "nothing but reshape, transpose, slice or mask the output, and return F.cross_entropy(...) of it with reduction "
+            "'mean' or 'sum'.",
+            stacklevel=2,
+        )
     pullback: Callable[[Tensor], tuple[Tensor]]
     _, pullback = torch.func.vjp(lambda f: autodiff_gradient(loss, f, y), work)  # type: ignore[misc]
     if work.shape[0] > 1 and values_visible(work, y):

@@ -182,8 +182,10 @@ def is_sum(loss: Loss) -> bool:
 
 def values_visible(*tensors: Any) -> bool:
     """Whether Python may look at the values of these tensors: none is traced, and none is batched by ``vmap``."""
+    if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        return False
     found = [t for tree in tensors for t in leaves(tree)]
-    return not torch.compiler.is_compiling() and all(_has_value(t) for t in found if isinstance(t, Tensor))
+    return all(_has_value(t) for t in found if isinstance(t, Tensor))
 
 
 def check(loss: Loss, out: Tensor, y: Any) -> Loss:

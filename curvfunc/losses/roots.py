@@ -9,6 +9,7 @@ error and binary cross-entropy with logits, with all their options. They share o
 
 where m, the *mass* of a position, is the total weight of its target. Class weights, ``ignore_index``, label smoothing,
 soft labels, ``pos_weight`` and the factor R of the reduction all end up in T and m, and nowhere else.
+Losses of one's own that only move entries of the output before one of these have its closed form (see `disguises`).
 Any other loss is *custom*: its per-sample Hessian comes from autodiff and its root from an eigendecomposition.
 
 Axes: ``n`` samples (N), ``c`` classes (C), ``d`` further axes of the output, ``v`` columns of the root (V); Monte-Carlo
@@ -41,6 +42,7 @@ from curvfunc.losses.closed_forms import (
     uniform_mass,
 )
 from curvfunc.losses.custom import autodiff_factor, autodiff_gradient, autodiff_hessian, check_separable, mean_terms
+from curvfunc.losses.disguises import unmasked
 from curvfunc.losses.normal_form import (
     CLOSED_FORMS,
     ClosedForm,
@@ -58,6 +60,7 @@ from curvfunc.losses.normal_form import (
 )
 from curvfunc.tensors.pages import may_overwrite
 from curvfunc.tensors.precision import at_least_float32
+from curvfunc.tensors.sizes import hint
 
 __all__ = [
     "Loss",
@@ -102,6 +105,8 @@ def gradient(loss: Loss, out: Tensor, y: Any, *, create_graph: bool = False) -> 
     """
     out = out if create_graph else out.detach()
     if loss.name is None:
+        if (known := unmasked(loss, out, y)) is not None:
+            return known.gradient(at_least_float32(out)).to(out.dtype)
         custom = autodiff_gradient(loss, out, y)
         check_separable(loss, out, y, custom)
         return custom
@@ -146,6 +151,8 @@ def exact_root(loss: Loss, out: Tensor, y: Any, *, fewest: bool = False) -> Root
     work = at_least_float32(out)
     if loss.name is not None:
         return CLOSED_FORMS[loss.name].root(loss, work, y, out.dtype, fewest)
+    if (known := unmasked(loss, out, y)) is not None:
+        return known.root(work, out.dtype, fewest)
     factor = autodiff_factor(loss, work, y)
     shape = out.shape
 
@@ -175,7 +182,7 @@ def summed_hessian(loss: Loss, out: Tensor, y: Any, select: Callable[[Tensor], T
         weighted, probs = select(torch.stack([class_mass(loss, work, y) * probs, probs]))
         return weighted.sum(0).diag() - weighted.mT @ probs
     root = exact_root(loss, out, y, fewest=True)
-    size = max(1, COLUMNS_BYTES // max(1, out.numel() * out.element_size()))
+    size = max(1, COLUMNS_BYTES // max(1, hint(out.numel()) * out.element_size()))
     parts = []
     for start in range(0, root.num, size):
         columns = select(root.columns(start, min(start + size, root.num))).reshape(-1, math.prod(out.shape[1:]))
@@ -203,12 +210,16 @@ def signed_root(loss: Loss, out: Tensor, y: Any) -> tuple[Root, Tensor | None]:
     Raises:
         ValueError: If a custom loss does not separate over samples.
     """
-    if loss.name is not None:
-        try:
-            return exact_root(loss, out, y, fewest=True), None
-        except ValueError:  # negative weights
-            loss = Loss(None, functools.partial(loss.fn, **dict(loss.options), **loss.tensors))
     work = at_least_float32(out)
+    known = unmasked(loss, out, y)
+    try:
+        if loss.name is not None:
+            return exact_root(loss, out, y, fewest=True), None
+        if known is not None:
+            return known.root(work, out.dtype, True), None
+    except ValueError:  # negative weights
+        if loss.name is not None:
+            loss = Loss(None, functools.partial(loss.fn, **dict(loss.options), **loss.tensors))
     check_separable(loss, work, y)
     hessian = autodiff_hessian(loss, work, y)
     if out.requires_grad:
@@ -261,8 +272,11 @@ def sampled_root(loss: Loss, out: Tensor, y: Any, mc_samples: int, generator: to
     if mc_samples < 1:
         raise ValueError(f"mc_samples is {mc_samples}; a Monte-Carlo root needs at least 1 (an exact root needs none).")
     work = at_least_float32(out)
-    sampled = _sampled_custom if loss.name is None else CLOSED_FORMS[loss.name].sampled
-    columns = sampled(loss, work, y, mc_samples, generator)
+    if (known := unmasked(loss, out, y)) is not None:
+        columns = known.sampled(work, mc_samples, generator)
+    else:
+        sampled = _sampled_custom if loss.name is None else CLOSED_FORMS[loss.name].sampled
+        columns = sampled(loss, work, y, mc_samples, generator)
     return Root(mc_samples, lambda start, stop: columns(start, stop).to(out.dtype))
 
 
@@ -318,6 +332,7 @@ def empirical_root(loss: Loss, out: Tensor, y: Any) -> Root:
         cross-entropy    the positions that are not ignored, or the sum of the weights of their labels
         BCE with logits  the output's entries
         squared error    the output's entries, or the sum of their weights
+        in disguise      those of the known loss
         custom           the samples: how the loss scales is read off its gradient on the batch twice
 
     Args:
@@ -338,6 +353,8 @@ def empirical_root(loss: Loss, out: Tensor, y: Any) -> Root:
 
 def _terms(loss: Loss, out: Tensor, y: Any, g: Tensor) -> Tensor | float:
     """The number of terms that a loss averages, or their total weight; 1 for a sum."""
+    if (known := unmasked(loss, out, y)) is not None:
+        return _terms(known.loss, known.moved(out), known.y, g)
     if loss.name is None:
         return mean_terms(loss, out, y, g)
     if is_sum(loss):
@@ -363,20 +380,25 @@ def draw_categories(logits: Tensor, mc_samples: int, generator: torch.Generator 
     Out of place, so it runs under ``vmap(randomness="different")`` and compiled. E = -log u with 0 < u < 1 is positive
     and finite, so no class can win because of its noise alone: u = 0, which ``torch.rand`` may draw, is moved up.
     """
-    u = torch.rand((mc_samples, *logits.shape), generator=generator, device=logits.device, dtype=logits.dtype)
+    u = _drawn(torch.rand, logits, mc_samples, generator)
     exponential = -u.clamp(min=torch.finfo(u.dtype).tiny).log()
     return (logits.log_softmax(1) - exponential.log()).argmax(2)
 
 
 def draw_bits(logits: Tensor, mc_samples: int, generator: torch.Generator | None) -> Tensor:
     """Draw from Bernoulli(sigmoid(logits)) for logits of any shape: boolean [M, *shape]."""
-    u = torch.rand((mc_samples, *logits.shape), generator=generator, device=logits.device, dtype=logits.dtype)
+    u = _drawn(torch.rand, logits, mc_samples, generator)
     return u < logits.sigmoid()
 
 
 def draw_normal(like: Tensor, mc_samples: int, generator: torch.Generator | None) -> Tensor:
     """Draw standard normal noise [M, *shape] of the shape, device and dtype of ``like``."""
-    return torch.randn((mc_samples, *like.shape), generator=generator, device=like.device, dtype=like.dtype)
+    return _drawn(torch.randn, like, mc_samples, generator)
+
+
+def _drawn(draw: Callable[..., Tensor], like: Tensor, mc_samples: int, generator: torch.Generator | None) -> Tensor:
+    given = {} if generator is None else {"generator": generator}  # with one, even None, sizes must be no symbols
+    return draw((mc_samples, *like.shape), device=like.device, dtype=like.dtype, **given)
 
 
 CLOSED_FORMS.update(

@@ -22,6 +22,8 @@ Args:
         listed twice has the same Monte-Carlo draws both times.
     chunk_size: Number of vectors that are backpropagated together; by default chosen by memory. It changes results by
         rounding only.
+    out: Of functions with large results, that of an earlier call (or tensors like it), in whose memory this one is formed, and
+        which is returned; see `curvfunc.compute`.
     mc_samples: 0 for the exact loss Hessian, else the number of Monte-Carlo draws per sample.
     generator: Source of the draws; the default generator if None. Cannot be used inside ``torch.compile``.
 
@@ -89,6 +91,7 @@ def batch_grad(
     loss_fn: LossFunction = F.cross_entropy,
     subsampling: Indices | None = None,
     chunk_size: int | None = None,
+    out: Any = None,
 ) -> Any:
     """Per-sample gradients, gₙ = R ∇ℓ(fₙ, yₙ).
 
@@ -98,7 +101,7 @@ def batch_grad(
     References:
         BackPACK's ``BatchGrad`` (``p.grad_batch``).
     """
-    return _one(BatchGrad(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+    return _one(BatchGrad(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size, out)
 
 
 def batch_jac(
@@ -250,6 +253,7 @@ def batch_diag_ggn(
     subsampling: Indices | None = None,
     generator: Generator | None = None,
     chunk_size: int | None = None,
+    out: Any = None,
 ) -> Any:
     """Each sample's part of the GGN's diagonal, diag(R Jₙᵀ ∇²ℓₙ Jₙ); over n they add up to `diag_ggn`.
 
@@ -262,7 +266,7 @@ def batch_diag_ggn(
     References:
         BackPACK's ``BatchDiagGGNExact``, ``BatchDiagGGNMC``.
     """
-    return _one(BatchDiagGGN(mc_samples), model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
+    return _one(BatchDiagGGN(mc_samples), model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size, out)
 
 
 def diag_hessian(
@@ -310,6 +314,7 @@ def batch_diag_hessian(
     loss_fn: LossFunction = F.cross_entropy,
     subsampling: Indices | None = None,
     chunk_size: int | None = None,
+    out: Any = None,
 ) -> Any:
     """Each sample's part of the Hessian's diagonal, diag(R ∇²ℓₙ); over n they add up to `diag_hessian`.
 
@@ -322,7 +327,7 @@ def batch_diag_hessian(
     References:
         BackPACK's ``BatchDiagHessian``.
     """
-    return _one(BatchDiagHessian(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+    return _one(BatchDiagHessian(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size, out)
 
 
 def sqrt_ggn(
@@ -336,6 +341,7 @@ def sqrt_ggn(
     subsampling: Indices | None = None,
     generator: Generator | None = None,
     chunk_size: int | None = None,
+    out: Any = None,
 ) -> Any:
     """A root of the generalized Gauss-Newton matrix: G = Σ_vn s[v,n] s[v,n]ᵀ, s[v,n] = √R Jₙᵀ Sₙ[:, v], Sₙ Sₙᵀ = ∇²ℓₙ.
 
@@ -349,7 +355,7 @@ def sqrt_ggn(
     References:
         BackPACK's ``SqrtGGNExact``, ``SqrtGGNMC``.
     """
-    return _one(SqrtGGN(mc_samples), model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
+    return _one(SqrtGGN(mc_samples), model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size, out)
 
 
 def kfac(
@@ -538,6 +544,7 @@ def _one(
     subsampling: Indices | None,
     generator: Generator | None,
     chunk_size: int | None,
+    out: Any = None,
 ) -> Any:
     return compute(
         model_fn,
@@ -549,4 +556,5 @@ def _one(
         subsampling=subsampling,
         generator=generator,
         chunk_size=chunk_size,
+        out=out,
     )

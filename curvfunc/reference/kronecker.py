@@ -181,6 +181,8 @@ def _averaged_terms(loss_fn: LossFn, out: Tensor, y: Any) -> float:
     For a loss without a ``reduction`` they are the samples, if it does not grow when the batch counts twice.
     """
     loss = losses.normalize(loss_fn)
+    if (known := losses.unmasked(loss, out, y)) is not None:
+        loss, out, y = known.loss, known.moved(out), known.y
     L = loss(out, y)
     if loss.name is None:
         twice = loss(torch.cat([out, out]), optree.tree_map(lambda t: torch.cat([t, t]), y))

@@ -80,7 +80,7 @@ def conv(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, use: Use,
         return _grouped(patches.unflatten(0, (some.shape[0], -1)), groups)  # of [n, b, c k, s]
 
     usual = "weight" not in use.sampled and input.numel() > 0
-    grouped = torch.Size((input.shape[:-dims].numel() // max(1, channels), channels, *input.shape[-dims:]))
+    grouped = torch.Size((math.prod(input.shape[:-dims]) // max(1, channels), channels, *input.shape[-dims:]))
     shared = usual and moment_pays(grouped, *sizes)
     made = usual and math.prod(call.kernel) > 1
     positions = math.prod(
@@ -125,7 +125,7 @@ def conv_transpose(input: Tensor, weight: Tensor, bias: Tensor | None = None, *,
         return _grouped(patches.unflatten(0, (*lead, -1)), groups)
 
     def inputs_alone() -> Tensor:
-        return _grouped(input.reshape(len(input), -1, input.shape[-dims - 1], math.prod(input.shape[-dims:])), groups)
+        return _grouped(input.reshape(input.shape[0], -1, input.shape[-dims - 1], math.prod(input.shape[-dims:])), groups)
 
     # the other way round, in which a convolution is the transpose of this one: patches of g meet entries of x
     instead: Outer | Direct = Outer(inputs_alone, patches_of_outputs, shape, inputs_first=True)
@@ -164,7 +164,7 @@ def _as_groups(call: Call, transposed: bool) -> Direct:
     before, after = paddings(call.padding, shape[2:], dilation)
 
     def gradient(g: Tensor) -> Tensor:  # [v, n, *b, o, *space] to [v, n, *shape]
-        n = len(input)
+        n = input.shape[0]
         x = input.reshape(n, -1, *input.shape[-dims - 1 :]).transpose(0, 1).flatten(1, 2)  # [b, n c, *space]
         x, padded = x.to(torch.promote_types(x.dtype, g.dtype)), before
         if before != after:

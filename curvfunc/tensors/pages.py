@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
+from curvfunc.tensors.sizes import hint
+
 __all__ = ["empty", "empty_cache", "is_large", "may_overwrite"]
 
 # From here on glibc always maps new memory (its DEFAULT_MMAP_THRESHOLD_MAX).
@@ -104,7 +106,7 @@ class _Blocks:
 
 def is_large(shape: Sequence[int], like: Tensor) -> bool:
     """Whether a tensor of that shape, with the type and device of ``like``, would come from new memory each time."""
-    return like.device.type == "cpu" and math.prod(shape) * like.element_size() >= LEAST_BYTES
+    return like.device.type == "cpu" and hint(math.prod(shape)) * like.element_size() >= LEAST_BYTES
 
 
 def may_overwrite() -> bool:

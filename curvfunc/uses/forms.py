@@ -12,6 +12,7 @@ A new layer says which form it has. Every quantity is a contraction of forms: th
 Axes: ``n`` sample, ``v`` backpropagated vector, ``q`` group, ``s`` shared position, ``o``/``k`` features out/in.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +25,7 @@ from torch import Tensor
 from curvfunc.tensors import pages
 from curvfunc.tensors.pages import may_overwrite
 from curvfunc.tensors.precision import at_least_float32
+from curvfunc.tensors.sizes import hint, ranges
 
 __all__ = [
     "Bound",
@@ -192,7 +194,7 @@ class Bound:
         """x of some samples; if all of it is small, it is made at once."""
         if isinstance(self.inputs, Tensor):
             return self.inputs[samples]
-        if self.g.shape[1:4].numel() * self.features * self.g.element_size() <= PATCHES_BYTES:
+        if hint(math.prod(self.g.shape[1:4])) * self.features * self.g.element_size() <= PATCHES_BYTES:
             return self.x[samples]
         return self.inputs.of(samples).to(self.g.dtype)
 
@@ -331,11 +333,11 @@ def sample_blocks(b: Bound, each: int) -> Iterator[slice]:
     """Samples that go together, so that ``each`` entries for each of them stay in cache, and their inputs small."""
     n, q, s = b.g.shape[1:4]
     one = b.g.element_size()
-    size = BLOCK_BYTES // max(1, each * one)
+    size = BLOCK_BYTES // max(1, hint(each) * one)
     if isinstance(b.inputs, Parts):
-        size = min(size, PATCHES_BYTES // max(1, q * s * b.features * one))
-    for j in range(0, n, max(1, size)):
-        yield slice(j, min(j + max(1, size), n))
+        size = min(size, PATCHES_BYTES // max(1, hint(q * s * b.features) * one))
+    for start, stop in ranges(n, size):
+        yield slice(start, stop)
 
 
 def is_flat(b: Bound) -> bool:
@@ -381,8 +383,8 @@ def flat_vectors(g: Tensor) -> Tensor:
 def scatter(values: Tensor, rows: Tensor, size: int) -> Tensor:
     """Sums values [..., s, d] into rows [..., s] of [..., size, d]; the row ``size`` is dropped."""
     lead, d = values.shape[:-2], values.shape[-1]
-    first = torch.arange(lead.numel(), device=rows.device).reshape(*lead, 1) * size
-    last = lead.numel() * size  # one row for all that is dropped, so that the others stay together
+    first = torch.arange(math.prod(lead), device=rows.device).reshape(*lead, 1) * size
+    last = math.prod(lead) * size  # one row for all that is dropped, so that the others stay together
     places = torch.where(rows < size, first + rows, last).reshape(-1, 1)
     sums = values.new_zeros(last + 1, d).scatter_add(0, places.expand(-1, d), values.reshape(-1, d))
     return sums[:last].reshape(*lead, size, d)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from curvfunc.tensors import pages
 from curvfunc.tensors.pages import may_overwrite
+from curvfunc.tensors.sizes import hint, ranges
 from curvfunc.uses.forms import (
     BLOCK_BYTES,
     Bound,
@@ -78,10 +79,9 @@ def _gram_of_positions(a: Bound, b: Bound) -> Tensor:
     g, x = a.g.permute(2, 0, 1, 3, 4), a.x.transpose(0, 1)  # [q, v, n, s, o], [q, n, s, k]
     h, y = (g, x) if a is b else (b.g.permute(2, 0, 1, 3, 4), b.x.transpose(0, 1))
     everything, inputs = h.flatten(1, 3), y.flatten(1, 2)
-    size = max(1, BLOCK_BYTES // (v * v * m * q * s * s * a.g.element_size()))
     rows = []
-    for j in range(0, n, size):
-        num = min(size, n - j)
+    for j, stop in ranges(n, BLOCK_BYTES // hint(v * v * m * q * s * s * a.g.element_size())):
+        num = stop - j
         outer = g[:, :, j : j + num].flatten(1, 3) @ everything.mT  # [q, v num s, v m s]
         inner = x[:, j : j + num].flatten(1, 2) @ inputs.mT  # [q, num s, m s]
         product = outer.view(q, v, num, s, v, m, s) * inner.view(q, 1, num, s, 1, m, s)
@@ -94,7 +94,7 @@ def _gram_of_gradients(a: Bound, b: Bound) -> Tensor:
     v, n, q, s, o = a.g.shape
     m = b.g.shape[1]
     made = n if a is b else n + m
-    size = max(1, 8 * BLOCK_BYTES // (v * made * q * a.features * a.g.element_size()))
+    size = max(1, 8 * BLOCK_BYTES // hint(v * made * q * a.features * a.g.element_size()))
 
     def gradients(of: Bound, j: int) -> Tensor:
         g = of.g[..., j : j + size].mT  # [v, n, q, j, s]
@@ -152,7 +152,7 @@ def input_factor(b: Bound, approximation: str | None = None) -> InputFactor | No
     if isinstance(b.form, Rows):
         weight = b.g.new_full((*b.x.shape, 1), 1 / b.x.shape[1])
         x = scatter(weight, b.x, b.form.shape[0]).squeeze(2)  # [n, rows]: how often each row occurs
-        return InputFactor(x.mT @ x / len(x) if approximation == "reduce" else x.mean(0).diag(), True)
+        return InputFactor(x.mT @ x / x.shape[0] if approximation == "reduce" else x.mean(0).diag(), True)
     n, q, s = b.g.shape[1:4]
     if isinstance(b.form, Products):
         positions = s if approximation == "expand" or not sums_positions(b) else 1

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from curvfunc.tensors import pages
 from curvfunc.tensors.pages import may_overwrite
+from curvfunc.tensors.sizes import hint, ranges
 from curvfunc.uses import forms
 from curvfunc.uses.forms import (
     Bound,
@@ -148,7 +149,7 @@ def _place(parts: list[Tensor], part: Tensor, vectors: slice, samples: slice, nu
             parts[k] = parts[k] + part
         return
     if not parts:
-        if out is None and len(part) == num:
+        if out is None and part.shape[0] == num:
             parts.append(part)
             return
         parts.append(pages.empty(part, num, *part.shape[1:]) if out is None else out.view(num, *part.shape[1:]))
@@ -197,11 +198,11 @@ def _blocks(b: Bound) -> Iterator[tuple[slice, slice, Tensor]]:
     """Samples, vectors and inputs x whose gradients [m, q, v, o, k] are formed together, so that they stay in cache."""
     v, _, q, _, o = b.g.shape
     one = max(1, q * o * b.features)
-    size = max(1, min(v, forms.BLOCK_BYTES // (one * b.g.element_size())))
+    size = max(1, min(hint(v), forms.BLOCK_BYTES // (hint(one) * b.g.element_size())))
     for samples in sample_blocks(b, one * size):
         x = b.part(samples)
-        for i in range(0, v, size):
-            yield samples, slice(i, min(i + size, v)), x
+        for start, stop in ranges(v, size):
+            yield samples, slice(start, stop), x
 
 
 def _same_row(b: Bound) -> Tensor:

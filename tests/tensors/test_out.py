@@ -9,6 +9,7 @@ from helpers import assert_close
 from problems import PROBLEMS, tagged
 from torch import nn
 
+import curvfunc
 from curvfunc import (
     KFAC,
     KFLR,
@@ -57,6 +58,27 @@ def test_large_results_are_written_where_asked(name: str, chunk_size: int | None
     found = run(name, LARGE, chunk_size=chunk_size, out=buffers)
     assert same_tensors(found, buffers)
     assert_close(found, expected)
+
+
+@pytest.mark.parametrize("subsampling", [None, [2, 0]])
+@pytest.mark.parametrize("name", ["batch_grad", "sqrt_ggn", "batch_diag_ggn", "batch_diag_hessian"])
+def test_functions_with_large_results_take_buffers(name: str, subsampling: list[int] | None) -> None:
+    model_fn, params = functionalize(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)))
+    X, y = torch.randn(5, 4), torch.arange(5) % 3
+    function = getattr(curvfunc, name)
+    for given in ({}, {"mc_samples": 2}) if name.endswith("ggn") else ({},):
+        torch.manual_seed(0)
+        expected = function(model_fn, params, X, y, subsampling=subsampling, **given)
+        buffers = spoiled(expected)
+        torch.manual_seed(0)
+        found = function(model_fn, params, X, y, subsampling=subsampling, out=buffers, **given)
+        assert same_tensors(found, buffers)
+        assert_close(buffers, expected)
+    step = torch.compile(lambda out: function(model_fn, params, X, y, out=out), backend="eager", fullgraph=True)
+    expected = function(model_fn, params, X, y)
+    buffers = spoiled(expected)
+    assert_close(step(buffers), expected)
+    assert_close(buffers, expected)
 
 
 def test_every_result_can_be_asked_into_buffers() -> None:

@@ -101,7 +101,7 @@ def group_norm(
 ) -> Tensor:
     """As `layer_norm`, for the groups of channels."""
     channels = [-1] + [1] * (input.ndim - 2)
-    out = _normalized(input.reshape(len(input), num_groups, -1), [2], eps).reshape(input.shape)
+    out = _normalized(input.reshape(input.shape[0], num_groups, -1), [2], eps).reshape(input.shape)
     return _affine(out, *(None if p is None else p.reshape(channels) for p in (weight, bias)))
 
 

@@ -1,0 +1,28 @@
+"""Sizes that may be symbols, in code that is compiled for batches of any size."""
+
+from typing import Any
+
+import torch
+
+__all__ = ["hint", "ranges"]
+
+
+def hint(size: Any) -> int:
+    """A size, or the one that a symbol had when it was made: for what decides about memory and time, and never about results.
+
+    A symbol is not bound to its hint thereby. One that has none, since it depends on data, is.
+    """
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    found = size.node.hint
+    return int(size) if found is None else int(found)
+
+
+def ranges(total: Any, size: Any) -> list[tuple[Any, Any]]:
+    """Parts of ``range(total)`` of at most ``size``, or about that many where ``total`` is a symbol; all but the last alike."""
+    size = max(1, hint(size))
+    if not isinstance(total, torch.SymInt):
+        return [(i, min(i + size, total)) for i in range(0, total, size)]
+    parts = -(-hint(total) // size)
+    each = total // parts
+    return [(each * i, each * (i + 1) if i + 1 < parts else total) for i in range(parts)]
