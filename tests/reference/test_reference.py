@@ -131,16 +131,16 @@ def kron(B: Tensor, A: Tensor) -> Tensor:
 
 # What is public, in lower case, and no quantity.
 NO_QUANTITIES = {
-    "accumulate", "accumulation", "check", "check_rule", "compute", "eigsh", "explain", "fisher_operator", "functionalize", "ggn_operator", "hessian_operator",
-    "hutchinson_diag", "hutchinson_trace", "hutchpp_trace", "kronecker", "merge", "operation", "reference", "rule", "spectral_density", "xdiag",
+    "accumulate", "accumulation", "check", "check_rule", "compute", "eigsh", "empty_cache", "explain", "fisher_operator", "functionalize", "ggn_operator",
+    "hessian_operator",    "hutchinson_diag", "hutchinson_trace", "hutchpp_trace", "kronecker", "merge", "operation", "optim", "reference", "rule", "spectral_density", "xdiag",
 }  # fmt: skip
 PUBLIC = sorted(name for name in curvfunc.__all__ if name.islower() and name not in NO_QUANTITIES)
 
 
 def parameters(function: Callable[..., Any]) -> inspect.Signature:
-    """Names, kinds and defaults, without types and whatever the order of keywords."""
+    """Names, kinds and defaults, without types, and without where results are put; whatever the order of keywords."""
     signature = inspect.signature(function)
-    bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values() if p.name != "out"]
     return inspect.Signature(bare)
 
 
