@@ -195,10 +195,13 @@ def test_an_operator_that_raises_takes_the_others_with_it(three: dict[int, dict[
 
 def test_models_in_distributed_data_parallel(three: dict[int, dict[str, Any]]) -> None:
     want = of_all(SHARDED)
+    net, X, y = problem()
+    operator = curvfunc.ggn_operator(*curvfunc.functionalize(net), X, y)
     for rank, found in three.items():
-        names, results, _, inside, trains = found["wrapped"]
+        names, (results, ggn), _, inside, trains = found["wrapped"]
         assert names == ["0.weight", "0.bias", "2.weight", "2.bias"]  # without "module."
         assert_close(results, want, rtol=1e-12)
+        assert_close(ggn, operator.dense(), rtol=1e-12)
         assert trains
         assert not rank or "0.module.0.weight" in inside
 
@@ -207,7 +210,7 @@ def test_fully_sharded_models(three: dict[int, dict[str, Any]]) -> None:
     """Twice: from a function made before it was sharded, and after a forward pass of its own; one parameter is fixed."""
     want = [{k: t for k, t in r.items() if k != "2.bias"} if isinstance(r, dict) else r for r in of_all(SHARDED)]
     for rank, found in three.items():
-        steps, trains, (kind, message), others = found["fully_sharded"]
+        steps, trains, *errors, others, operator = found["fully_sharded"]
         assert rank == 2 or (
             others[0] == "ValueError" and "sharded over ranks [0, 1, 2], and the group has [0, 1]" in others[1]
         )
@@ -216,9 +219,11 @@ def test_fully_sharded_models(three: dict[int, dict[str, Any]]) -> None:
             assert_close(results, want, rtol=1e-12)
         assert len(steps) == 2
         assert trains
-        assert kind == "TypeError"
-        assert "'0.weight' is a DTensor" in message
-        assert "group=" in message
+        for kind, message in (*errors, operator):
+            assert kind == "TypeError"
+            assert "'0.weight' is a DTensor" in message
+            assert "group=" in message
+            assert "full_tensor" in message
 
 
 def test_other_placements(three: dict[int, dict[str, Any]]) -> None:

@@ -243,11 +243,12 @@ def wrapped(rank: int) -> Any:
     mine = share(rank, X, y)
     results = curvfunc.compute(model_fn, params, *mine, SHARDED, group=world(), gather=True)
     local = curvfunc.compute(model_fn, params, X[rank:], y[rank:], curvfunc.Grad()) if rank else None  # no message, so no hang
+    ggn = curvfunc.ggn_operator(model_fn, params, *mine, group=world()).dense()
     inner = nn.Sequential(DistributedDataParallel(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))), nn.Linear(5, 3)).eval()
     inner_fn, inner_params = curvfunc.functionalize(inner)
     inside = curvfunc.compute(inner_fn, inner_params, X, y, curvfunc.DiagGGN()) if rank else None
     ddp(X).sum().backward()  # it still works
-    return list(params), results, local is not None, sorted(inside or ()), bool(net[0].weight.grad.abs().sum() > 0)
+    return list(params), (results, ggn), local is not None, sorted(inside or ()), bool(net[0].weight.grad.abs().sum() > 0)
 
 
 def sharded_model(net: nn.Module) -> nn.Module:
@@ -292,7 +293,8 @@ def fully_sharded(rank: int) -> Any:
     refused = error(lambda: curvfunc.compute(model_fn, params, X, y, curvfunc.Grad()))
     two = dist.new_group([0, 1])
     others = error(lambda: curvfunc.compute(model_fn, params, X, y, curvfunc.Grad(), group=two)) if rank < 2 else None
-    return found, net[0].weight.grad is not None, refused, others
+    operator = error(lambda: curvfunc.ggn_operator(model_fn, params, X, y, group=world()))
+    return found, net[0].weight.grad is not None, refused, others, operator
 
 
 def placements(rank: int) -> Any:
@@ -469,6 +471,7 @@ def run_once(size: int, folder: Path, *calls: tuple[Any, ...], limit: float = 12
             assert time.monotonic() < until, "the processes hang, or have failed in another worker"
             time.sleep(0.1)
         return results(size, folder)
-    found = run(size, folder, *calls, limit=limit)
-    done.touch()
-    return found
+    try:
+        return run(size, folder, *calls, limit=limit)
+    finally:  # where it failed there is nothing to read
+        done.touch()
