@@ -114,7 +114,9 @@ def accumulate(
         shards, same = Shards(model_fn, params, processes), {}
         if group is not None:
             _check_group(acc, gather, out)
-            same = about(acc, shards, {"reduction": reduction, "gather": gather, "store_on": store_on and str(store_on)})
+            options = {"reduction": reduction, "gather": gather, "store_on": store_on and str(store_on)}
+            asked = {"specs": f"{acc.specs} as {acc.tree}"}
+            same = about(asked, acc.loss, model_fn, params, shards.names, shards.leaves, options)
             checkpoint = checkpoint and f"{os.fspath(checkpoint)}.{processes.rank}"
             out = out and os.path.join(out, str(processes.rank))
         elif gather:

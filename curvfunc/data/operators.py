@@ -20,7 +20,14 @@ Args:
     reduction: For losses other than cross-entropy, squared error and BCE with logits, over a data set: "sum", "mean" over
         samples, or, for any other mean, a function ``(output, y) -> W`` of a batch that returns what it divides by. By default
         sums and means over samples are told from each other by the gradients of each batch, and anything else is refused.
-    progress: Whether products over a data set that take longer than a second show a bar, where there are a terminal and tqdm.
+    progress: Whether products over a data set that take longer than a second show a bar, where there are a terminal and tqdm;
+        in a group, that of its first process.
+    group: A process group of torch.distributed: the matrix is that of the samples of all its processes, at the scale that one
+        batch of them would have. Each passes its own X and y, or data set, of any sizes, also none (N = 0, an empty list), and
+        the same everything else. Products are made by all processes at once, with the same vector, and all have the result:
+        where an estimator draws vectors, seed it alike everywhere. Monte-Carlo draws and dropout are each process's own. There
+        is no subsampling, and ``reduction`` is for batches, too. If a process fails, the others raise, here and at products,
+        and if it is gone, they do within the timeout of the group.
 
 Over a data set all products are those of one matrix: the random numbers of each batch, of Monte-Carlo draws and of dropout, are
 the same in each pass, and what a model keeps in buffers and attributes is put back after each batch.
@@ -28,20 +35,20 @@ the same in each pass, and what a model keeps in buffers and attributes is put b
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from curvfunc.data.group_operators import Part, batch_part, data_part, group_operator
 from curvfunc.data.passes import data_operator
 from curvfunc.data.scales import Reduction
 from curvfunc.operators.linear_operators import LinearOperator
 from curvfunc.operators.linearization import GaussNewton, Hessian
 from curvfunc.operators.one_batch import batch_operator
 from curvfunc.operators.products import check_draws, fisher_matrix
-from curvfunc.operators.unions import union
+from curvfunc.tensors.processes import Processes
 
 __all__ = ["fisher_operator", "ggn_operator", "hessian_operator"]
 
@@ -65,16 +72,19 @@ def hessian_operator(
     device: Device | None = None,
     reduction: Reduction | None = None,
     progress: bool = True,
+    group: Any = None,
 ) -> LinearOperator:
     """The Hessian ∇²L at ``params`` as a linear operator, of one batch (X, y) or of a data set in place of X.
 
-    Of one batch the model runs once, here; memory and lifetime are those of `curvfunc.hmp`.
+    Of one batch the model runs once, here; memory and lifetime are those of `curvfunc.hmp`. With ``group=`` it is that of the
+    samples of several processes.
 
     Returns:
         Operator of shape (P, P). Arguments: see `curvfunc.data.operators`.
 
     Raises:
         TypeError, ValueError, NotImplementedError: As `curvfunc.hmp`, and for data that has no answer.
+        RuntimeError: If another process of the group has failed or is gone, here or at a product.
 
     Example:
         >>> import curvfunc
@@ -86,8 +96,8 @@ def hessian_operator(
         >>> curvfunc.hutchpp_trace(hessian_operator(model_fn, params, batches), 30).shape
         torch.Size([])
     """
-    given = _Given(subsampling, split, device, reduction, progress)
-    return _operator("hessian_operator", Hessian(), model_fn, params, X, y, loss_fn, None, chunk_size, given)
+    given = _Given(subsampling, split, device, reduction, progress, group)
+    return _operator("hessian_operator", Hessian, model_fn, params, X, y, loss_fn, None, chunk_size, given)
 
 
 def ggn_operator(
@@ -111,22 +121,15 @@ def ggn_operator(
 
     Draws (``mc_samples``) are the same in all products. Memory and lifetime: as `hessian_operator`.
 
-    With a ``group`` of torch.distributed it is the matrix of the samples of all its processes, each of which passes its own X
-    and y, of which there may be none. A product is then made by all of them at once, with the same vector, and all have it:
-    where an estimator draws vectors, seed it alike everywhere. The loss has to be cross-entropy, squared error or BCE with
-    logits.
-
     Returns:
         Operator of shape (P, P). Arguments: see `curvfunc.data.operators`.
 
     Raises:
         TypeError, ValueError, NotImplementedError: As `hessian_operator`.
-        RuntimeError: If another process of the group has failed or is gone, here or at a product.
     """
-    matrix = GaussNewton(check_draws("ggn_operator", mc_samples))
-    given = _Given(subsampling, split, device, reduction, progress)
-    run = partial(_operator, "ggn_operator", matrix, model_fn, params, X, y, loss_fn, generator, chunk_size, given)
-    return run() if group is None else union("ggn_operator", group, matrix, params, y, loss_fn, run)
+    matrix = lambda: GaussNewton(check_draws("ggn_operator", mc_samples))
+    given = _Given(subsampling, split, device, reduction, progress, group)
+    return _operator("ggn_operator", matrix, model_fn, params, X, y, loss_fn, generator, chunk_size, given)
 
 
 def fisher_operator(
@@ -145,6 +148,7 @@ def fisher_operator(
     device: Device | None = None,
     reduction: Reduction | None = None,
     progress: bool = True,
+    group: Any = None,
 ) -> LinearOperator:
     """The Fisher information, or the empirical one, at ``params`` as a linear operator, of one batch or of a data set.
 
@@ -157,25 +161,34 @@ def fisher_operator(
     Raises:
         TypeError, ValueError, NotImplementedError: As `hessian_operator` and `curvfunc.fisher_vp`.
     """
-    matrix = fisher_matrix("fisher_operator", loss_fn, empirical, mc_samples)
-    given = _Given(subsampling, split, device, reduction, progress)
+    matrix = lambda: fisher_matrix("fisher_operator", loss_fn, empirical, mc_samples)
+    given = _Given(subsampling, split, device, reduction, progress, group)
     return _operator("fisher_operator", matrix, model_fn, params, X, y, loss_fn, generator, chunk_size, given)
 
 
 @dataclass(frozen=True)
 class _Given:
-    """Options that are only of one batch, and those that are only of a data set."""
+    """Options that are only of one batch, those that are only of a data set, and whose the samples are."""
 
     subsampling: Indices | None
     split: Split | None
     device: Device | None
     reduction: Reduction | None
     progress: bool
+    group: Any
+
+    def check(self, caller: str, is_data: bool) -> None:
+        """Raise where one is given for what it is not."""
+        if self.subsampling is not None and (is_data or self.group is not None):
+            raise ValueError(f"{caller}: subsampling is of one batch. Pass a data set of the samples that you mean.")
+        only = {"split": self.split, "device": self.device, "reduction": self.reduction if self.group is None else None}
+        for name in () if is_data else [name for name, value in only.items() if value is not None]:
+            raise ValueError(f"{caller}: {name} is for data sets, and X and y are one batch. Leave it out, or pass [(X, y)].")
 
 
 def _operator(
     caller: str,
-    matrix: Any,
+    make: Callable[[], Any],
     model_fn: Model,
     params: Any,
     X: Any,
@@ -185,12 +198,21 @@ def _operator(
     chunk_size: int | None,
     given: _Given,
 ) -> LinearOperator:
+    def of_data(matrix: Any, progress: bool) -> tuple[Any, ...]:
+        options = generator, chunk_size, given.split, given.device, progress
+        return (caller, matrix, model_fn, params, X, loss_fn, given.reduction, *options)
+
+    def part(matrix: Any, processes: Processes) -> Part:
+        given.check(caller, y is None)
+        if y is None:
+            return data_part(of_data(matrix, given.progress and processes.rank == 0))
+        about = caller, matrix, model_fn, params, X, y, loss_fn, None, chunk_size
+        return batch_part(about, generator, given.reduction)
+
+    if given.group is not None:
+        return group_operator(caller, given.group, make, model_fn, params, loss_fn, given.reduction, part)
+    matrix = make()
+    given.check(caller, y is None)
     if y is None:
-        if given.subsampling is not None:
-            raise ValueError(f"{caller}: subsampling is of one batch. Pass a data set of the samples that you mean.")
-        about = given.reduction, generator, chunk_size, given.split, given.device, given.progress
-        return data_operator(caller, matrix, model_fn, params, X, loss_fn, *about)
-    for name in ("split", "device", "reduction"):
-        if getattr(given, name) is not None:
-            raise ValueError(f"{caller}: {name} is for data sets, and X and y are one batch. Leave it out, or pass [(X, y)].")
+        return data_operator(*of_data(matrix, given.progress))
     return batch_operator(caller, matrix, model_fn, params, X, y, loss_fn, given.subsampling, generator, chunk_size)

@@ -35,7 +35,7 @@ from curvfunc.tensors.precision import at_least_float32
 from curvfunc.tensors.progress import bar
 from curvfunc.tensors.samples import tensors_of
 
-__all__ = ["data_operator"]
+__all__ = ["data_operator", "passes"]
 
 _FIXED = (
     "Every product is one with the same batches, or there would be no matrix: pass shuffle=False to a DataLoader, leave out "
@@ -44,7 +44,17 @@ _FIXED = (
 
 
 @eager
-def data_operator(
+def data_operator(*given: Any) -> LinearOperator:
+    """The operator of a matrix at a data set; arguments are those of `passes`."""
+    source = passes(*given)
+    if not source.samples:
+        what = f"{len(source.digests)} batches without samples" if source.digests else "no batches"
+        raise ValueError(f"{source.caller}: data gave {what}. At least one sample is needed.")
+    return LinearOperator.of(source.space, source)
+
+
+@eager
+def passes(
     caller: str,
     matrix: Any,
     model_fn: Callable[[Any, Any], Tensor],
@@ -57,8 +67,8 @@ def data_operator(
     split: Callable[[Any], Any] | None,
     device: torch.device | str | None,
     progress: bool,
-) -> LinearOperator:
-    """The operator of a matrix at a data set, which is read once here: what it is a matrix of, and how its batches weigh."""
+) -> "Passes":
+    """The matrix of a data set, which is read once here: what it is a matrix of, and how its batches weigh."""
     check_eager(caller)
     check_chunk_size(chunk_size)
     check_generator(generator)
@@ -84,7 +94,7 @@ def data_operator(
         seed=seed,
     )
     source.survey()
-    return LinearOperator.of(space, source)
+    return source
 
 
 def _check_data(caller: str, data: Any) -> None:
@@ -120,6 +130,7 @@ class Passes:
         progress: Whether to show a bar.
         seed: Of the random numbers.
         masses: What the loss divides by, for each batch; a batch without weight or samples has 0, and is left out.
+        samples: How many there are.
         digests: Of the batches.
         outputs: Fingerprint of the model's output for each batch that a pass has met.
         compared: Whether a second pass has given the same batches.
@@ -139,6 +150,7 @@ class Passes:
     progress: bool
     seed: int
     masses: list[float] = field(default_factory=list)
+    samples: int = 0
     digests: list[str] = field(default_factory=list)
     outputs: Tensor | None = None
     compared: bool = False
@@ -179,6 +191,7 @@ class Passes:
             with self._errors(number, X, y):
                 self.digests.append(Digest().add([*tensors_of(X), *tensors_of(y)]).text())
                 samples = read_batch(X, y, None, may_be_empty=True).total
+                self.samples += samples
                 if not samples:
                     masses.append(0.0)
                     continue
@@ -192,10 +205,6 @@ class Passes:
                     self.reduction, reference = observed(self.loss, out, y, reference, self.reduction)
                 masses.append(mass(self.loss, self.reduction, samples, out, y, tensors_of(y)[0]))
         self.masses = [float(m) for m in masses]
-        if first is None:
-            raise ValueError(f"{self.caller}: data gave no batches. At least one sample is needed.")
-        if not any(torch.is_tensor(m) for m in masses):
-            raise ValueError(f"{self.caller}: data gave {len(masses)} batches without samples. At least one is needed.")
 
     # -- products
 

@@ -11,6 +11,7 @@ from curvfunc.data.checkpoints import described
 from curvfunc.data.merging import Accumulation, Join, State, law_of
 from curvfunc.data.shards import Shards, is_sharded
 from curvfunc.engine.model import ModelFunction
+from curvfunc.losses import Loss
 from curvfunc.quantities.laws import Joined, Summed
 from curvfunc.quantities.quantity import Quantity
 from curvfunc.tensors.processes import Processes, checksum
@@ -27,25 +28,36 @@ def remedy(name: str) -> str:
     return "All have to ask for the same."
 
 
-def about(acc: Accumulation, shards: Shards, options: dict[str, Any]) -> dict[str, str]:
+def about(
+    what: dict[str, str],
+    loss: Loss,
+    model_fn: Any,
+    params: Any,
+    names: Sequence[str],
+    leaves: Sequence[Tensor],
+    options: dict[str, Any],
+) -> dict[str, str]:
     """What has to be the same in all processes, as text.
 
     Args:
-        acc: What is computed.
-        shards: Of the parameters.
+        what: What is computed, as text.
+        loss: The loss.
+        model_fn: The model.
+        params: Its parameters.
+        names: Their names.
+        leaves: Their tensors.
         options: More that has to be the same.
     """
-    params = dict(zip(shards.names, shards.leaves, strict=True))
     found = {
-        "specs": f"{acc.specs} as {acc.tree}",
-        "loss_fn": described(acc.loss),
-        "parameters": ", ".join(f"{name} {_kind(p)}" for name, p in params.items()),
+        **what,
+        "loss_fn": described(loss),
+        "parameters": ", ".join(f"{name} {_kind(p)}" for name, p in zip(names, leaves, strict=True)),
         **{name: described(value) for name, value in options.items()},
     }
-    values = {f"parameter {name!r}": p for name, p in params.items()}
-    if isinstance(acc.model_fn, ModelFunction) and isinstance(shards.params, dict):
-        found["training mode"] = "".join(str(int(m.training)) for m in acc.model_fn.module.modules())
-        state = acc.model_fn.state(shards.params)
+    values = {f"parameter {name!r}": p for name, p in zip(names, leaves, strict=True)}
+    if isinstance(model_fn, ModelFunction) and isinstance(params, dict):
+        found["training mode"] = "".join(str(int(m.training)) for m in model_fn.module.modules())
+        state = model_fn.state(params)
         values |= {f"buffer or fixed parameter {name!r}": t for name, t in state.items() if t.is_floating_point()}
     return found | {VALUES + name: _told(t) for name, t in values.items()}
 

@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["GroupError", "Processes", "checksum"]
+__all__ = ["GroupError", "Processes", "checksum", "hashed"]
 
 LARGEST = 2**26  # bytes of a message that is put together of several tensors
+CHUNK, ODD = 2**20, -7046029254386353131  # entries that are hashed at once, and what tells their places apart
 PATIENCE = 1.0  # seconds in which those that are only slower may still come, before who is missing is said
 ARRIVALS: dict[str, int] = {}  # how often this process has come to an exchange, by group
 
@@ -208,8 +209,23 @@ def buckets(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
 
 def checksum(t: Tensor) -> int:
     """The sum of the bits as integers, which is the same on every machine."""
+    return int(_bits(t).sum(dtype=torch.int64))
+
+
+def hashed(t: Tensor) -> int:
+    """As `checksum`, and another one where entries have changed places or signs, as in vectors of signs."""
+    bits = _bits(t).flatten()
+    total = bits.new_zeros((), dtype=torch.int64)
+    for start in range(0, len(bits), CHUNK):
+        x = bits[start : start + CHUNK].to(torch.int64)
+        x = x + torch.arange(start, start + len(x), device=x.device).mul_(ODD)
+        total += x.bitwise_xor_(x >> 31).sum()  # a sum alone would not tell in which of them a bit differs
+    return int(total)
+
+
+def _bits(t: Tensor) -> Tensor:
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return int(t.detach().view(kinds[t.element_size()]).sum(dtype=torch.int64))
+    return t.detach().contiguous().view(kinds[t.element_size()])
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

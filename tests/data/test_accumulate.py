@@ -313,6 +313,22 @@ def test_the_state_holds_tensors_numbers_and_text(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["state"]
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_the_state_goes_through_distributed_checkpoints(tmp_path: Path) -> None:
+    checkpoints = pytest.importorskip("torch.distributed.checkpoint")
+    model_fn, params = curvfunc.functionalize(mlp())
+    *batches, last = uneven(classes, 3)
+    acc = curvfunc.accumulation(model_fn, params, PER_SAMPLE)
+    state, other = acc.init(), acc.init()
+    for X, y in batches:
+        state, other = acc.update(state, params, X, y), acc.update(other, params, 2 * X, y)
+    checkpoints.save({"state": state}, checkpoint_id=tmp_path)
+    loaded = {"state": other}
+    checkpoints.load(loaded, checkpoint_id=tmp_path)
+    want, got = (acc.result(acc.update(s, params, *last)) for s in (state, loaded["state"]))
+    assert_close(got, want, rtol=0.0)
+
+
 def test_a_kill_while_writing_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model_fn, params = curvfunc.functionalize(mlp())
     batches, given = uneven(classes, 6), {"checkpoint": tmp_path / "state", "every": 2}

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from documents import ROOT
 from helpers import assert_close
-from several import EXACT, LOSSES, SAMPLED, SHARDED, SIZES, problem, share
+from several import EXACT, LOSSES, OPERATORS, SAMPLED, SHARDED, SIZES, WEIGHED, problem, share
 from torch import nn
 
 import curvfunc
@@ -28,12 +28,15 @@ def _double(float64: None) -> None:
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("three")
-    others = ("sampled", "alone", "wrapped", "fully_sharded", "placements", "products", "differing", "late", "killed")
+    """Run once, also where tests are divided among workers, each of which may need it."""
+    folder = several.shared_folder(tmp_path_factory, "three")
+    others = ("sampled", "alone", "wrapped", "fully_sharded", "placements", "operators", "drawn", "products", "refused")
+    others += ("differing", "late", "killed")
     calls: list[tuple[Any, ...]] = [("equal", name) for name in LOSSES]
-    calls += [("pair", PAIR), ("loops", folder), *[(name,) for name in others]]
-    names = [*LOSSES, "pair", "loops", *others]
-    return {rank: dict(zip(names, results, strict=rank != 1)) for rank, results in several.run(3, folder, *calls).items()}
+    calls += [("pair", PAIR), ("pairs_of_operators", PAIR), ("loops", folder), *[(name,) for name in others]]
+    names = [*LOSSES, "pair", "pairs_of_operators", "loops", *others]
+    found = several.run_once(3, folder, *calls)
+    return {rank: dict(zip(names, results, strict=rank != 1)) for rank, results in found.items()}
 
 
 def of_all(specs: Any, targets: str = "classes", **given: Any) -> Any:
@@ -102,32 +105,103 @@ def test_a_group_of_one(three: dict[int, dict[str, Any]]) -> None:
         assert "not in the group" in message
 
 
-def test_products(three: dict[int, dict[str, Any]]) -> None:
-    for i, name in enumerate(("weights, ignored", "sum")):
-        make, targets, _ = LOSSES[name]
-        net, X, y = problem(targets)
-        model_fn, params = curvfunc.functionalize(net)
-        want = curvfunc.ggn_operator(model_fn, params, X, y, loss_fn=make())
+@pytest.mark.parametrize("kind", OPERATORS)
+@pytest.mark.parametrize("name", WEIGHED)
+def test_operators_of_three_processes_and_of_two(three: dict[int, dict[str, Any]], name: str, kind: str) -> None:
+    """Of a batch each, and of data sets."""
+    make, targets, _ = WEIGHED[name]
+    net, X, y = problem(targets)
+    if not several.applies(kind, name):
+        assert not any((name, kind) in found["operators"] for found in three.values())
+        return
+    want = OPERATORS[kind](*curvfunc.functionalize(net), X, y, loss_fn=make()).dense()
+    assert want.norm() > 1e-3
+    for found in [found["operators"] for found in three.values()] + [three[rank]["pairs_of_operators"] for rank in (0, 1)]:
+        assert len(found[name, kind]) == 3
+        for dense in found[name, kind]:
+            assert_close(dense, want, rtol=1e-12)
+
+
+def test_draws_of_operators_are_those_of_the_processes(three: dict[int, dict[str, Any]]) -> None:
+    for i in (0, 1):
+        first, _, last = (three[rank]["drawn"][i][1] for rank in range(3))
         for found in three.values():
-            dense, product, values = found["products"][0][i]
-            assert_close(dense, want.dense(), rtol=1e-12)
+            assert_close(found["drawn"][i][0], (SIZES[0] * first + SIZES[2] * last) / sum(SIZES), rtol=1e-12)
+
+
+def test_products_estimators_and_linear_systems(three: dict[int, dict[str, Any]]) -> None:
+    net, X, y = problem("ignored")
+    model_fn, params = curvfunc.functionalize(net)
+    want = curvfunc.ggn_operator(model_fn, params, X, y)
+    sampled = curvfunc.hutchinson_trace(want, 5, generator=torch.Generator().manual_seed(3))
+    for found in three.values():
+        for product, values, trace, solution in found["products"]:
             assert_close(product, want @ params, rtol=1e-12)
             assert_close(values, torch.linalg.eigvalsh(want.dense())[-len(values) :], rtol=1e-9)
-    for rank, found in three.items():
-        _, (kind, differ), (own_kind, own), (bad_kind, bad) = found["products"]
-        assert kind == "ValueError"
-        assert "differ in the vector that is multiplied: rank 1 has" in differ
-        assert own_kind == "NotImplementedError"
-        assert "scale of the union" in own
-        assert bad_kind == ("ValueError" if rank == 1 else "GroupError"), bad
+            assert_close(trace, sampled, rtol=1e-12)
+            assert_close((2 * want + 0.1) @ solution, params, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "words"),
+    [
+        ("vectors", "ValueError", ("differ in the vector that is multiplied: rank 1 has", "Seed")),
+        ("places", "ValueError", ("differ in the vector that is multiplied: rank 1 has",)),
+        ("numbers of vectors", "ValueError", ("differ in the vector that is multiplied: rank 1 has",)),
+        ("vmap", "NotImplementedError", ("sends messages", "operator @ matrix")),
+        ("pickled", "TypeError", ("cannot be pickled",)),
+        ("copied", "TypeError", ("cannot be pickled or copied",)),
+        ("matrix", "ValueError", ("differ in the matrix: ranks 1, 2 have",)),
+        ("draws", "ValueError", ("differ in the matrix: ranks 1, 2 have",)),
+        ("loss", "ValueError", ("differ in loss_fn",)),
+        ("losses", "ValueError", ("a sum in some processes, and a mean in others", "reduction=")),
+        ("values", "ValueError", ("the values of parameter '0.weight'", "Broadcast")),
+        ("containers", "ValueError", ("differ in parameters",)),
+        ("no samples", "ValueError", ("no samples in any process",)),
+        ("no batches", "ValueError", ("no samples in any process",)),
+        ("subsampling", "ValueError", ("subsampling is of one batch",)),
+        ("split", "ValueError", ("split is for data sets",)),
+        ("reduction", "ValueError", ("reduction is for losses of one's own",)),
+        ("unknown mean", "ValueError", ("neither a sum nor a mean", "reduction=")),
+    ],
+)
+def test_operators_refuse_alike(three: dict[int, dict[str, Any]], case: str, kind: str, words: tuple[str, ...]) -> None:
+    for found in three.values():
+        raised, message = found["refused"][case]
+        assert raised == kind, message
+        assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    {
+        "one asks for what is not": "mc_samples must be 0",
+        "one has bad targets": "",
+        "one has an iterator": "gives its batches once",
+        "one has no targets": "y is missing",
+        "changing": "batch 0 of the data is not what it was at first",
+    }.items(),
+)
+def test_an_operator_that_raises_takes_the_others_with_it(three: dict[int, dict[str, Any]], case: str, words: str) -> None:
+    kind, own = three[0]["refused"][case]
+    assert kind in ("ValueError", "TypeError", "IndexError")
+    assert words in own
+    for rank in (1, 2):
+        assert three[rank]["refused"][case] == (
+            "GroupError",
+            f"there is no result. Rank 0 of the group has failed: {kind}: {own}",
+        )
 
 
 def test_models_in_distributed_data_parallel(three: dict[int, dict[str, Any]]) -> None:
     want = of_all(SHARDED)
+    net, X, y = problem()
+    operator = curvfunc.ggn_operator(*curvfunc.functionalize(net), X, y)
     for rank, found in three.items():
-        names, results, _, inside, trains = found["wrapped"]
+        names, (results, ggn), _, inside, trains = found["wrapped"]
         assert names == ["0.weight", "0.bias", "2.weight", "2.bias"]  # without "module."
         assert_close(results, want, rtol=1e-12)
+        assert_close(ggn, operator.dense(), rtol=1e-12)
         assert trains
         assert not rank or "0.module.0.weight" in inside
 
@@ -136,7 +210,7 @@ def test_fully_sharded_models(three: dict[int, dict[str, Any]]) -> None:
     """Twice: from a function made before it was sharded, and after a forward pass of its own; one parameter is fixed."""
     want = [{k: t for k, t in r.items() if k != "2.bias"} if isinstance(r, dict) else r for r in of_all(SHARDED)]
     for rank, found in three.items():
-        steps, trains, (kind, message), others = found["fully_sharded"]
+        steps, trains, *errors, others, operator = found["fully_sharded"]
         assert rank == 2 or (
             others[0] == "ValueError" and "sharded over ranks [0, 1, 2], and the group has [0, 1]" in others[1]
         )
@@ -145,9 +219,11 @@ def test_fully_sharded_models(three: dict[int, dict[str, Any]]) -> None:
             assert_close(results, want, rtol=1e-12)
         assert len(steps) == 2
         assert trains
-        assert kind == "TypeError"
-        assert "'0.weight' is a DTensor" in message
-        assert "group=" in message
+        for kind, message in (*errors, operator):
+            assert kind == "TypeError"
+            assert "'0.weight' is a DTensor" in message
+            assert "group=" in message
+            assert "full_tensor" in message
 
 
 def test_other_placements(three: dict[int, dict[str, Any]]) -> None:
@@ -201,10 +277,13 @@ def test_the_group_works_after_errors(three: dict[int, dict[str, Any]]) -> None:
 @pytest.mark.parametrize("how", ["late", "killed"])
 def test_one_that_is_gone(three: dict[int, dict[str, Any]], how: str) -> None:
     for rank in (0, 2):
-        (kind, message), seconds = three[rank][how]
+        (kind, message), seconds, *product = three[rank][how]
         assert kind == "GroupError"
         assert "rank 1 has not come in time, or died" in message
         assert seconds < several.TIMEOUT + 3
+        for kind, message in product:  # of an operator that was made before
+            assert kind == "GroupError"
+            assert "rank 1 has not come in time, or died" in message
     assert "killed" not in three[1]
 
 

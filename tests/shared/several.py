@@ -1,6 +1,8 @@
 """Checks that run in several processes at once, with gloo; `run` starts these and returns what each of them has found."""
 
+import copy
 import os
+import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +52,10 @@ def per_label(out: Tensor, y: Tensor) -> Tensor:
     return (out.square().sum(1) * (y[:, 0] > 0)).sum() / (y[:, 0] > 0).sum()
 
 
+def above_zero(out: Tensor, y: Tensor) -> Tensor:
+    return (y[:, 0] > 0).sum()
+
+
 LOSSES: dict[str, tuple[Callable[[], Any], str, Any]] = {
     "cross-entropy": (lambda: F.cross_entropy, "classes", None),
     "weights, ignored": (lambda: partial(F.cross_entropy, weight=torch.tensor([0.3, 1.0, 2.5])), "ignored", None),
@@ -57,6 +63,23 @@ LOSSES: dict[str, tuple[Callable[[], Any], str, Any]] = {
     "squared error": (lambda: F.mse_loss, "numbers", None),
     "own": (lambda: terms, "numbers", None),
 }
+
+WEIGHED = LOSSES | {
+    "own mean": (lambda: per_label, "numbers", above_zero),
+    "own, told": (lambda: terms, "numbers", "mean"),
+    "own sum": (lambda: lambda out, y: (out - y).cosh().sum(), "numbers", None),
+}
+OPERATORS: dict[str, Callable[..., curvfunc.LinearOperator]] = {
+    "hessian": curvfunc.hessian_operator,
+    "ggn": curvfunc.ggn_operator,
+    "fisher": curvfunc.fisher_operator,
+    "empirical fisher": partial(curvfunc.fisher_operator, empirical=True),
+}
+
+
+def applies(kind: str, name: str) -> bool:
+    """Whether there is such a matrix: the Fisher needs a likelihood."""
+    return kind != "fisher" or not name.startswith("own")
 
 
 def world() -> Any:
@@ -99,19 +122,108 @@ def sampled(rank: int) -> Any:
     return curvfunc.compute(model_fn, params, *share(rank, X, y), SAMPLED, generator=generator, group=world(), gather=True)
 
 
-def products(rank: int) -> Any:
-    """Of vectors, of a matrix, in an estimator, of two losses; then with vectors that differ."""
-    found = []
-    for name in ("weights, ignored", "sum"):
-        make, targets, _ = LOSSES[name]
+def split(X: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(X.split(3), y.split(3), strict=True)) if len(X) else []
+
+
+def operators(rank: int, sizes: Sequence[int] = SIZES, group: Any = None) -> dict[tuple[str, str], list[Tensor]]:
+    """Of a batch each, and of data sets, where one without samples may be an empty one; and of both."""
+    found = {}
+    for name, (make, targets, reduction) in WEIGHED.items():
         net, X, y = problem(targets)
         model_fn, params = curvfunc.functionalize(net)
-        ggn = curvfunc.ggn_operator(model_fn, params, *share(rank, X, y), loss_fn=make(), group=world())
-        found.append((ggn.dense(), ggn @ params, curvfunc.eigsh(ggn, 2)[0]))
-    differ = error(lambda: ggn @ torch.full((ggn.shape[0],), 1.0 + (rank == 1)))
-    own = error(lambda: curvfunc.ggn_operator(model_fn, params, *share(rank, X, y), loss_fn=terms, group=world()))
-    bad = error(lambda: curvfunc.ggn_operator(model_fn, params, X, y + 9 * (rank == 1), group=world()))
-    return found, differ, own, bad
+        X, y = share(rank, X, y, sizes=sizes)
+        given = {"loss_fn": make(), "reduction": reduction, "group": group or world()}
+        for kind, function in OPERATORS.items():
+            if applies(kind, name):
+                both = (X, y) if rank else ([(X[:0], y[:0]), (X, y)],)
+                dense = [function(model_fn, params, *of, **given).dense() for of in ((X, y), (split(X, y),), both)]
+                found[name, kind] = dense
+    return found
+
+
+def pairs_of_operators(rank: int, sizes: Sequence[int]) -> Any:
+    group = dist.new_group([0, 1])
+    return operators(rank, sizes, group) if rank < 2 else None
+
+
+def drawn(rank: int) -> Any:
+    """What processes draw is their own: the operator of all, and this one's."""
+    net, X, y = problem()
+    model_fn, params = curvfunc.functionalize(net)
+    X, y = share(rank, X, y)
+    found = []
+    for of in ((X, y), (split(X, y),)):
+        ask = lambda of=of, **given: curvfunc.ggn_operator(
+            model_fn, params, *of, mc_samples=2, generator=torch.Generator().manual_seed(rank), **given
+        ).dense()
+        found.append((ask(group=world()), ask() if len(X) else None))
+    return found
+
+
+def products(rank: int) -> Any:
+    """Of trees, and in estimators and linear systems, of a batch and of a data set."""
+    net, X, y = problem("ignored")
+    model_fn, params = curvfunc.functionalize(net)
+    X, y = share(rank, X, y)
+    found = []
+    for of in ((X, y), (split(X, y),)):
+        ggn = curvfunc.ggn_operator(model_fn, params, *of, group=world())
+        trace = curvfunc.hutchinson_trace(ggn, 5, generator=torch.Generator().manual_seed(3))
+        found.append((ggn @ params, curvfunc.eigsh(ggn, 2)[0], trace, (2 * ggn + 0.1).solve(params)))
+    return found
+
+
+class Changing:
+    """A data set that has other batches at each pass in one of the processes."""
+
+    def __init__(self, batches: Sequence[Any], changes: bool) -> None:
+        self.batches, self.changes = batches, changes
+
+    def __iter__(self) -> Iterator[Any]:
+        return ((X + torch.randn(()) if self.changes else X, y) for X, y in self.batches)
+
+
+def refused(rank: int) -> dict[str, tuple[str, str]]:
+    net, X, y = problem()
+    model_fn, params = curvfunc.functionalize(net)
+    first = rank == 0
+    X, y = share(rank, X, y)
+    numbers = torch.randn(len(X), 3)
+
+    def ask(*of: Any, function: Any = curvfunc.ggn_operator, **given: Any) -> Any:
+        return error(lambda: function(model_fn, given.pop("params", params), *(of or (X, y)), group=world(), **given))
+
+    ggn = curvfunc.ggn_operator(model_fn, params, X, y, group=world())
+    signs = torch.ones(ggn.shape[0])
+    signs[1 + (rank == 1)] = -1
+    changing = curvfunc.ggn_operator(model_fn, params, Changing(split(X, y), first), group=world())
+    either: Any = lambda out, y: out.exp().sum() / (len(out) if y[0, 0] > 100 else 1)
+    return {
+        "vectors": error(lambda: ggn @ torch.full((ggn.shape[0],), 1.0 + (rank == 1))),
+        "places": error(lambda: ggn @ signs),
+        "numbers of vectors": error(lambda: ggn @ torch.zeros(ggn.shape[0], 2 + (rank == 1))),
+        "vmap": error(lambda: torch.func.vmap(lambda v: ggn @ v, in_dims=1, out_dims=1)(torch.eye(ggn.shape[0]))),
+        "pickled": error(lambda: pickle.dumps(ggn)),
+        "copied": error(lambda: copy.deepcopy(ggn)),
+        "changing": error(lambda: changing @ params),
+        "matrix": ask(function=curvfunc.ggn_operator if first else curvfunc.hessian_operator),
+        "draws": ask(mc_samples=1 + first),
+        "one asks for what is not": ask(mc_samples=-1 if first else 0),
+        "loss": ask(loss_fn=F.cross_entropy if first else partial(F.cross_entropy, label_smoothing=0.1)),
+        "losses": ask(X, numbers + 200 * first, loss_fn=either),
+        "values": ask(params={n: p + first for n, p in params.items()}),
+        "containers": ask(params=dict(reversed(params.items())) if first else params),
+        "no samples": ask(X[:0], y[:0]),
+        "no batches": ask([]),
+        "subsampling": ask(subsampling=[0]),
+        "split": ask(split=lambda batch: batch),
+        "reduction": ask(reduction="mean"),
+        "unknown mean": ask(torch.randn(5, 4), torch.randn(5, 3), loss_fn=per_label),
+        "one has bad targets": ask(X, torch.full_like(y, 9 if first else 0)),
+        "one has an iterator": ask(iter([]) if first else []),
+        "one has no targets": ask(X if first else []),
+    }
 
 
 def alone(rank: int) -> Any:
@@ -131,11 +243,12 @@ def wrapped(rank: int) -> Any:
     mine = share(rank, X, y)
     results = curvfunc.compute(model_fn, params, *mine, SHARDED, group=world(), gather=True)
     local = curvfunc.compute(model_fn, params, X[rank:], y[rank:], curvfunc.Grad()) if rank else None  # no message, so no hang
+    ggn = curvfunc.ggn_operator(model_fn, params, *mine, group=world()).dense()
     inner = nn.Sequential(DistributedDataParallel(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))), nn.Linear(5, 3)).eval()
     inner_fn, inner_params = curvfunc.functionalize(inner)
     inside = curvfunc.compute(inner_fn, inner_params, X, y, curvfunc.DiagGGN()) if rank else None
     ddp(X).sum().backward()  # it still works
-    return list(params), results, local is not None, sorted(inside or ()), bool(net[0].weight.grad.abs().sum() > 0)
+    return list(params), (results, ggn), local is not None, sorted(inside or ()), bool(net[0].weight.grad.abs().sum() > 0)
 
 
 def sharded_model(net: nn.Module) -> nn.Module:
@@ -180,7 +293,8 @@ def fully_sharded(rank: int) -> Any:
     refused = error(lambda: curvfunc.compute(model_fn, params, X, y, curvfunc.Grad()))
     two = dist.new_group([0, 1])
     others = error(lambda: curvfunc.compute(model_fn, params, X, y, curvfunc.Grad(), group=two)) if rank < 2 else None
-    return found, net[0].weight.grad is not None, refused, others
+    operator = error(lambda: curvfunc.ggn_operator(model_fn, params, X, y, group=world()))
+    return found, net[0].weight.grad is not None, refused, others, operator
 
 
 def placements(rank: int) -> Any:
@@ -298,9 +412,10 @@ def killed(rank: int) -> Any:
     group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
     net, X, y = problem()
     model_fn, params = curvfunc.functionalize(net)
+    ggn = curvfunc.ggn_operator(model_fn, params, X, y, group=dist.new_group(timeout=timedelta(seconds=TIMEOUT)))
     start = time.monotonic()
     found = error(lambda: curvfunc.accumulate(model_fn, params, deadly([(X, y)] * 3, rank), SUMS, group=group))
-    return found, time.monotonic() - start
+    return found, time.monotonic() - start, error(lambda: ggn @ params)
 
 
 def work(rank: int, size: int, folder: Path, calls: Sequence[tuple[str, tuple[Any, ...]]]) -> None:
@@ -330,4 +445,33 @@ def run(size: int, folder: Path, *calls: tuple[Any, ...], limit: float = 120) ->
         for p in processes:
             if p.is_alive():
                 p.kill()
+    return results(size, folder)
+
+
+def results(size: int, folder: Path) -> dict[int, list[Any]]:
+    """What each process has written."""
     return {rank: torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)}
+
+
+def shared_folder(factory: Any, name: str) -> Path:
+    """A folder of this run of pytest, the same for all workers of xdist."""
+    run_of_xdist = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    return factory.mktemp(name) if run_of_xdist is None else factory.getbasetemp().parent / f"{name}-{run_of_xdist}"
+
+
+def run_once(size: int, folder: Path, *calls: tuple[Any, ...], limit: float = 120) -> dict[int, list[Any]]:
+    """As `run`, by the first of those that call with this folder; the others wait for what it finds."""
+    folder.mkdir(exist_ok=True)
+    done = folder / "done"
+    try:
+        (folder / "claimed").touch(exist_ok=False)
+    except FileExistsError:
+        until = time.monotonic() + limit + 30
+        while not done.exists():
+            assert time.monotonic() < until, "the processes hang, or have failed in another worker"
+            time.sleep(0.1)
+        return results(size, folder)
+    try:
+        return run(size, folder, *calls, limit=limit)
+    finally:  # where it failed there is nothing to read
+        done.touch()

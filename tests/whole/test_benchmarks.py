@@ -18,7 +18,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 def scripts(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The scripts as modules; they import each other as siblings."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    return SimpleNamespace(**{name: importlib.import_module(name) for name in ("nets", "contenders", "compare", "floor")})
+    return SimpleNamespace(
+        **{name: importlib.import_module(name) for name in ("nets", "contenders", "compare", "floor", "accumulate")}
+    )
 
 
 def run(scripts: SimpleNamespace, path: Path, *options: str) -> dict[str, Any]:
@@ -177,3 +179,22 @@ def test_floor_and_its_table(scripts):
     assert row["floor_ms"] == pytest.approx(row["operations"] / 1e6, abs=1e-4)
     assert row["factor"] > 1
     assert "| `diag_ggn_mc` |" in scripts.floor.table([row])
+
+
+def test_accumulate(scripts, capsys):
+    """The loop by hand has the results of `accumulate`, and the report what is compared."""
+    model_fn, params, make = scripts.accumulate.problem("tiny", 4)
+    batches = [make() for _ in range(3)]
+    torch.manual_seed(1)
+    by_hand = scripts.accumulate.by_hand(model_fn, params, batches)
+    torch.manual_seed(1)
+    grad, diag, factors = scripts.accumulate.accumulate(model_fn, params, batches, scripts.accumulate.SPECS)
+    got = [*grad.values(), *diag.values(), *(f for pair in factors.values() for f in pair)]
+    for a, b in zip(by_hand, got, strict=True):
+        torch.testing.assert_close(a, b)
+    scripts.accumulate.main(["--net", "tiny", "--batches", "2", "--rounds", "2", "--memory-batches", "60"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["overhead"]["batches"] == 2
+    assert report["overhead"]["ratio"] > 0
+    assert report["memory"]["peak_mib"] >= report["memory"]["resident_mib_at_end"] > 0
+    assert report["memory"]["resident_mib_after_50"] > 0
