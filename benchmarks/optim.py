@@ -2,7 +2,8 @@
 
 python benchmarks/optim.py --net 3C3D --batch 128 --out optim.json
 
-K-FAC renews its factors at every 10th step and its inverses at every 100th. Each of the three kinds of steps is measured on its own,
+K-FAC renews its factors at every 10th step and its inverses at every 100th. Each of the three kinds of steps is measured on
+its own,
 and the mean step is that of 100: 90 plain ones, 9 with factors, 1 with both.
 """
 

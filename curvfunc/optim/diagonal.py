@@ -35,7 +35,8 @@ def scale_by_diagonal(
     - diagonal Gauss-Newton: ``scale_by_diagonal(DiagGGN(mc_samples=1), damping=1e-3)``.
     - AdaHessian, m / (D̄ᵏ + ε) with Hessian power k: ``squares=True, exponent=k, decay=0.999, damping=1e-8``, of Hutchinson's
       estimates of the Hessian's diagonal. (Averages over the entries of a kernel are left to whoever passes D.)
-    - Sophia, clip(m / max(γ D̄, ε), ±1): ``floor=ε/γ, clip=γ, every=10, bias_correction=False``, with the learning rate divided by
+    - Sophia, clip(m / max(γ D̄, ε), ±1): ``floor=ε/γ, clip=γ, every=10, bias_correction=False``, with the learning rate
+      divided by
       γ. For Sophia-G, ``DiagGGN(mc_samples=1)``.
     - RMSprop or Adam with the second moment of per-sample gradients in place of that of their mean: ``SumGradSquared()`` with
       ``exponent=1/2``. Its scale is the loss's: for a mean over N samples, N times it is the empirical Fisher's diagonal.
@@ -60,7 +61,8 @@ def scale_by_diagonal(
             floor, if D̄ has entries that are not positive.
 
     References:
-        Yao, Gholami, Shen, Mustafa, Keutzer, Mahoney 2021, "AdaHessian", eq. 9 and algorithm 1; Liu, Li, Hall, Liang, Ma 2023, "Sophia", algorithm 3.
+        Yao, Gholami, Shen, Mustafa, Keutzer, Mahoney 2021, "AdaHessian", eq. 9 and algorithm 1; Liu, Li, Hall, Liang, Ma
+        2023, "Sophia", algorithm 3.
 
     Example:
         >>> model_fn, params = functionalize(nn.Linear(4, 3))
@@ -131,7 +133,9 @@ def _check_positive(average: Any) -> None:
     for path, d in zip(paths, leaves, strict=True):
         if d.numel() and not (d > 0).all():
             raise ValueError(
-                f"scale_by_diagonal: damping is 0, and the curvature of parameter {'.'.join(map(str, path))!r} has entries that "
-                f"are not positive (the least is {float(d.min()):.2g}), by which nothing can be divided. Set damping or floor to a "
+                f"scale_by_diagonal: damping is 0, and the curvature of parameter {'.'.join(map(str, path))!r} has "
+                f"entries that "
+                f"are not positive (the least is {float(d.min()):.2g}), by which nothing can be divided. Set damping "
+                f"or floor to a "
                 "positive number."
             )

@@ -38,10 +38,12 @@ def newton_cg(
     """Hessian-free optimization: u solves (A + λ) u = g by conjugate gradients, with A the GGN or the Hessian of the batch.
 
     CG minimizes q(u) = ½ uᵀ(A + λ)u − gᵀu, starting at ρ times the u of the step before. It stops after i iterations if q
-    has fallen by less than k · ε · |q| in the last k = max(10, i/10) of them, if the residual is at the level of rounding, or at a direction
+    has fallen by less than k · ε · |q| in the last k = max(10, i/10) of them, if the residual is at the level of rounding,
+    or at a direction
     of curvature that is not positive (which the Hessian may have). If it has then found nothing better than zero, u is g.
 
-    Damping follows Levenberg and Marquardt: with the reduction ratio r = (L(θ) − L(θ − u)) / (gᵀu − ½ uᵀ(A + λ)u) on the same batch,
+    Damping follows Levenberg and Marquardt: with the reduction ratio r = (L(θ) − L(θ − u)) / (gᵀu − ½ uᵀ(A + λ)u) on the
+    same batch,
     λ becomes λ · c if r < 1/4, and λ / c if r > 3/4. A step at which the loss would rise, or not be finite, is not taken: u is
     zero, and λ grows.
 
@@ -60,7 +62,8 @@ def newton_cg(
         A `Transformation` with the state ``{"damping", "solution"}``. Its curvature is a `Local`.
 
     Raises:
-        ValueError: For numbers out of range; for gradients or states of other parameters; if the GGN has negative curvature, since the loss is
+        ValueError: For numbers out of range; for gradients or states of other parameters; if the GGN has negative curvature,
+            since the loss is
             not convex in the model's output. (In compiled code, CG stops there.)
 
     References:
@@ -172,6 +175,7 @@ def _check_convex(curve: Tensor, dd: Tensor, Ad: Tree, eps: float) -> None:
     rounding = 1e3 * eps * (dd * _dot(Ad, Ad)).sqrt()
     if curve < -rounding:
         raise ValueError(
-            f"newton_cg: the GGN has negative curvature ({float(curve / dd):.2g} along a direction of conjugate gradients), so the "
+            f"newton_cg: the GGN has negative curvature ({float(curve / dd):.2g} along a direction of conjugate "
+            f"gradients), so the "
             'loss is not convex in the model\'s output. Use matrix="hessian", or a loss that is convex.'
         )

@@ -38,10 +38,12 @@ class Preconditioned(torch.optim.SGD):
 
     - ``step(X, y)`` computes loss, gradient and curvature from one forward pass, and returns the loss.
     - ``step(closure)`` takes the gradients that the closure left in ``param.grad``. When curvature is due, it looks on as the
-      closure calls the model, and, on its output, `F.cross_entropy`, `F.mse_loss` or `F.binary_cross_entropy_with_logits` (or the modules of
+      closure calls the model, and, on its output, `F.cross_entropy`, `F.mse_loss` or `F.binary_cross_entropy_with_logits`
+      (or the modules of
       these); curvature then takes a forward pass of its own. What else the closure adds to the loss is in the gradient alone.
 
-    Afterwards ``param.grad`` has the preconditioned gradient. ``precondition`` does only that, for other optimizers of torch.optim:
+    Afterwards ``param.grad`` has the preconditioned gradient. ``precondition`` does only that, for other optimizers of
+    torch.optim:
 
     >>> model = nn.Linear(4, 3)
     >>> kfac, adam = optim.KFAC(model, damping=0.01), torch.optim.Adam(model.parameters(), lr=0.01)
@@ -73,7 +75,8 @@ class Preconditioned(torch.optim.SGD):
 
         Args:
             model: The module.
-            make: A transformation that ends without ``scale``; or a function that makes one of ``(model_fn, params, X)`` at the first step.
+            make: A transformation that ends without ``scale``; or a function that makes one of ``(model_fn, params, X)`` at
+                the first step.
             params: Parameters of the module, or groups of them as dictionaries; all that require a gradient if None.
             lr: Learning rate.
             momentum: Of the preconditioned gradients.
@@ -156,7 +159,8 @@ class Preconditioned(torch.optim.SGD):
         strangers = [tuple(p.shape) for p in own if id(p) not in self.names]
         if strangers:
             raise ValueError(
-                f"{type(self).__name__}: parameters of shapes {strangers} are none of the model's, so that it does not use them. Pass "
+                f"{type(self).__name__}: parameters of shapes {strangers} are none of the model's, so that it does "
+                f"not use them. Pass "
                 "model.parameters(), or some of them, of the same model (after the last .to() that replaces them)."
             )
         return {self.names[id(p)]: p for p in own}
@@ -234,7 +238,8 @@ class _Look(TorchFunctionMode):
         if len(self.inputs) != 1 or len(self.losses) != 1:
             names = ", ".join(f.__name__ for f in SEEN)
             raise ValueError(
-                f"the closure calls the model {len(self.inputs)} times, and a known loss of its output {len(self.losses)} times; "
+                f"the closure calls the model {len(self.inputs)} times, and a known loss of its output "
+                f"{len(self.losses)} times; "
                 f"curvature needs one of each ({names}). Use step(X, y) with loss_fn."
             )
         [(loss_fn, y)] = self.losses

@@ -37,7 +37,8 @@ def step(
 ) -> tuple[Tensor, Any, Any]:
     """One step: loss, gradient and the curvature that is due in one call, the update, and new parameters.
 
-    Nothing is changed in place. Inside ``torch.compile`` pass ``due=transformation.due(state)``, from outside of it; then the step compiles
+    Nothing is changed in place. Inside ``torch.compile`` pass ``due=transformation.due(state)``, from outside of it; then
+    the step compiles
     with ``fullgraph=True``, once for each answer.
 
     Args:
@@ -122,7 +123,8 @@ def _local(
         return Local(ggn_operator(model_fn, params, X, y, loss_fn=loss_fn, **given).__matmul__, loss_at, loss)
     if need.mc_samples:
         raise NotImplementedError(
-            "products with a Monte-Carlo GGN draw anew at each call inside of torch.compile, so that they are of no one matrix. Use "
+            "products with a Monte-Carlo GGN draw anew at each call inside of torch.compile, so that they are of no "
+            "one matrix. Use "
             "mc_samples=0, or do not compile this step."
         )
     return Local(lambda v: ggn_vp(model_fn, params, X, y, v, loss_fn=loss_fn), loss_at, loss)

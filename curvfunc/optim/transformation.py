@@ -48,7 +48,8 @@ class Transformation:
     >>> loss, grads, curvature = compute(model_fn, params, X, y, (Loss(), Grad(), kind.needs(state, due)))
     >>> updates, state = kind.update(grads, state, params, curvature, due)
 
-    which is what `optim.step` does. Only `due` looks at values (of counters, which are on the CPU), so that the rest compiles, once
+    which is what `optim.step` does. Only `due` looks at values (of counters, which are on the CPU), so that the rest
+    compiles, once
     for each answer: ``torch.compile(step)(..., due=kind.due(state))``.
 
     Attributes:
@@ -240,7 +241,8 @@ def check_state(caller: str, state: Any, keys: tuple[str, ...]) -> dict[str, Any
     if not isinstance(state, dict) or set(state) != set(keys):
         found = f"a dictionary with {sorted(map(str, state))}" if isinstance(state, dict) else f"a {type(state).__name__}"
         raise ValueError(
-            f"the state of {caller} is a dictionary with {list(keys)}, got {found}. Take it from the init, or an earlier update, "
+            f"the state of {caller} is a dictionary with {list(keys)}, got {found}. Take it from the init, or an "
+            f"earlier update, "
             "of the same transformation."
         )
     return state

@@ -131,7 +131,7 @@ def test_any_tree() -> None:
     params: Any = ({"w": w}, b)
     state = method.init(params)
     X, y = torch.randn(5, 4), torch.arange(5) % 3
-    loss, new, state = optim.step(model_fn, method, params, state, X, y)
+    _, new, _ = optim.step(model_fn, method, params, state, X, y)
     grad, d = compute(model_fn, params, X, y, (Grad(), DiagGGN()))
     assert_close(new, ({"w": w - 0.1 * grad[0]["w"] / (d[0]["w"] + 0.1)}, b - 0.1 * grad[1] / (d[1] + 0.1)))
 

@@ -47,11 +47,11 @@ def damped(factors: Any, damping: float, split: str) -> Tensor:
     if len(factors) == 1:
         return factors[0] + damping * torch.eye(len(factors[0]))
     B, A = factors
-    I, J = torch.eye(len(B)), torch.eye(len(A))
+    one, two = torch.eye(len(B)), torch.eye(len(A))
     if split == "exact":
-        return torch.kron(B, A) + damping * torch.kron(I, J)
+        return torch.kron(B, A) + damping * torch.kron(one, two)
     pi = math.sqrt((B.trace() / len(B)) / (A.trace() / len(A)))
-    return torch.kron(B + pi * math.sqrt(damping) * I, A + math.sqrt(damping) / pi * J)
+    return torch.kron(B + pi * math.sqrt(damping) * one, A + math.sqrt(damping) / pi * two)
 
 
 def averaged(seen: list[Any], decay: float) -> Any:

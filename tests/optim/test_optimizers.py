@@ -35,8 +35,7 @@ def make() -> nn.Sequential:
 
 def batches(num: int) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(3)
-    made = [(torch.randn(6, 3, generator=generator), torch.randint(3, (6,), generator=generator)) for _ in range(num)]
-    return made
+    return [(torch.randn(6, 3, generator=generator), torch.randint(3, (6,), generator=generator)) for _ in range(num)]
 
 
 def closure(model: nn.Module, optimizer: Any, X: Tensor, y: Tensor, loss_fn: Any = None) -> Any:
