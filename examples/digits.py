@@ -37,7 +37,7 @@ Params = dict[str, Tensor]
 HELD_OUT = 500
 DAMPING = 1.0
 # Each the best of eight (0.01, 0.02, 0.05, ... 2 for DiagGGN and SGD, 1e-4 ... 2e-2 for Adam) by the training loss,
-# averaged over the last 20 of 100 iterations with batches of 64 and over three seeds; K-FAC's of 0.02, 0.05, ... 0.5 for one seed
+# averaged over the last 20 of 100 iterations with batches of 64 and over three seeds; K-FAC's of 0.02, ... 0.5, for one seed
 LEARNING_RATES = {"K-FAC": 0.5, "DiagGGN": 0.2, "SGD": 0.2, "Adam": 2e-3}
 KFAC = {"damping": 0.03, "kl_clip": 0.01 / LEARNING_RATES["K-FAC"] ** 2, "factors_every": 5, "inverses_every": 10}
 GOAL = 0.1  # a training loss, to say when each gets there
