@@ -29,11 +29,11 @@ both = lambda lr, d: {"lr": lr, "damping": d, "momentum": 0.5, "kl_clip": 0.01 /
 METHODS = {
     "SGD": (lambda m, lr, d: torch.optim.SGD(m.parameters(), lr, momentum=0.9), (0.11, None), (1e-3, None), "#D55E00"),
     "Adam": (lambda m, lr, d: torch.optim.Adam(m.parameters(), lr), (0.017, None), (1e-4, None), "#009E73"),
-    "DiagGGN": (lambda m, lr, d: optim.Diagonal(m, lr=lr, damping=d), (0.006, 0.02), (1e-3, 1e-4), "#0072B2"),
+    "DiagGGN": (lambda m, lr, d: optim.Diagonal(m, lr=lr, damping=d), (0.0014, 0.0092), (1e-3, 1e-4), "#0072B2"),
     "K-FAC": (lambda m, lr, d: optim.KFAC(m, **both(lr, d), inverses_every=5), (0.054, 0.0013), (1e-3, 1e-3), "#CC79A7"),
     "E-KFAC": (lambda m, lr, d: optim.EKFAC(m, **both(lr, d), bases_every=5, moments_every=1),
                (0.054, 0.0013), (1e-3, 1e-3), "#E69F00"),
-    "Hessian-free": (lambda m, lr, d: optim.NewtonCG(m, damping=d, iterations=20), (None, 8), (None, 1e-2), "#000000"),
+    "Hessian-free": (lambda m, lr, d: optim.NewtonCG(m, damping=d, iterations=20), (None, 2.3), (None, 1e-2), "#000000"),
 }  # fmt: skip
 
 
