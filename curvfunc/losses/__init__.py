@@ -25,6 +25,7 @@ from curvfunc.losses.roots import (
     gradient,
     sampled_root,
     signed_root,
+    summed_gradient,
     summed_hessian,
 )
 
@@ -53,6 +54,7 @@ __all__ = [
     "reference_sample",
     "sampled_root",
     "signed_root",
+    "summed_gradient",
     "summed_hessian",
     "values_visible",
 ]

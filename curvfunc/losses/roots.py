@@ -40,7 +40,7 @@ from curvfunc.losses.closed_forms import (
     squared_error_root,
     uniform_mass,
 )
-from curvfunc.losses.custom import autodiff_factor, autodiff_gradient, autodiff_hessian, check_separable, mean_terms
+from curvfunc.losses.custom import autodiff_factor, autodiff_gradient, autodiff_hessian, check_separable, check_sum, mean_terms
 from curvfunc.losses.normal_form import (
     CLOSED_FORMS,
     ClosedForm,
@@ -51,6 +51,7 @@ from curvfunc.losses.normal_form import (
     check_entries,
     flat,
     is_sum,
+    label,
     no_loss,
     normalize,
     rebuild,
@@ -76,6 +77,7 @@ __all__ = [
     "rebuild",
     "sampled_root",
     "signed_root",
+    "summed_gradient",
     "summed_hessian",
     "values_visible",
 ]
@@ -107,6 +109,24 @@ def gradient(loss: Loss, out: Tensor, y: Any, *, create_graph: bool = False) -> 
         return custom
     work = at_least_float32(out)
     return CLOSED_FORMS[loss.name].gradient(loss, work, y).to(out.dtype)
+
+
+def summed_gradient(loss: Loss, out: Tensor, y: Any, *, create_graph: bool = False) -> Tensor:
+    """`gradient` of a loss that has to be a sum over samples, so that each has its own gradient whatever the batch.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if loss.name is not None and not is_sum(loss):
+        raise ValueError(
+            f"{label(loss)} averages, so that the gradient of a sample would shrink with the batch that it is in, and be "
+            f"clipped by its size. Pass a sum, as functools.partial(F.{label(loss)}, reduction='sum') is, and divide the "
+            "result by a number of your own."
+        )
+    g = gradient(loss, out, y, create_graph=create_graph)
+    if loss.name is None and len(out):
+        check_sum(loss, out, y, g)
+    return g
 
 
 def exact_root(loss: Loss, out: Tensor, y: Any, *, fewest: bool = False) -> Root:
