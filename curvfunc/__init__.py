@@ -1,6 +1,6 @@
 """Per-sample gradients, curvature and Kronecker factors as pure functions of a model and its parameters."""
 
-from curvfunc import kronecker, optim, reference
+from curvfunc import diagnostics, kronecker, optim, private, reference
 from curvfunc.checks.checking import Comparison, Report, check
 from curvfunc.checks.rule_report import RuleReport, check_rule
 from curvfunc.data.loop import accumulate
@@ -123,6 +123,7 @@ __all__ = [
     "compute",
     "diag_ggn",
     "diag_hessian",
+    "diagnostics",
     "eigsh",
     "explain",
     "fisher_operator",
@@ -151,6 +152,7 @@ __all__ = [
     "operation",
     "optim",
     "pchmp",
+    "private",
     "reference",
     "rule",
     "spectral_density",

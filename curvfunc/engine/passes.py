@@ -17,6 +17,7 @@ from curvfunc.tensors.precision import wide
 from curvfunc.uses import forms, rotations, second_moments
 from curvfunc.uses import squares as contractions
 from curvfunc.uses.forms import Bound, Direct, Form, Outer, Products, Through, bind, direct
+from curvfunc.uses.weighted_sums import weighted_total
 
 __all__ = [
     "CONTRACTIONS",
@@ -53,7 +54,7 @@ for approximation in (None, "expand", "reduce"):
     CONTRACTIONS[name] = (partial(second_moments.joined_input_factor, approximation=approximation), "first")
     JOINED.add(name)
 CONTRACTIONS["rotated_squares"] = (rotations.rotated_squares, "sum")
-CONTRACTIONS["weighted_total"] = (forms.weighted_total, "sum")
+CONTRACTIONS["weighted_total"] = (weighted_total, "sum")
 
 # Contractions of first order for which gradients are formed where a use has several positions; one pass serves all.
 FORMED = frozenset({"total", "squares", "sample_squares", "sample_norms"})

@@ -75,6 +75,7 @@ __all__ = [
     "no_loss",
     "normalize",
     "rebuild",
+    "refuse_means",
     "sampled_root",
     "signed_root",
     "summed_gradient",
@@ -117,16 +118,21 @@ def summed_gradient(loss: Loss, out: Tensor, y: Any, *, create_graph: bool = Fal
     Raises:
         ValueError: If it is none.
     """
+    refuse_means(loss)
+    g = gradient(loss, out, y, create_graph=create_graph)
+    if loss.name is None and len(out):
+        check_sum(loss, out, y, g)
+    return g
+
+
+def refuse_means(loss: Loss) -> None:
+    """Raise for a loss that is known to be no sum."""
     if loss.name is not None and not is_sum(loss):
         raise ValueError(
             f"{label(loss)} averages, so that the gradient of a sample would shrink with the batch that it is in, and be "
             f"clipped by its size. Pass a sum, as functools.partial(F.{label(loss)}, reduction='sum') is, and divide the "
             "result by a number of your own."
         )
-    g = gradient(loss, out, y, create_graph=create_graph)
-    if loss.name is None and len(out):
-        check_sum(loss, out, y, g)
-    return g
 
 
 def exact_root(loss: Loss, out: Tensor, y: Any, *, fewest: bool = False) -> Root:

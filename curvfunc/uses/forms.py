@@ -54,7 +54,6 @@ __all__ = [
     "sums_positions",
     "total",
     "transposed",
-    "weighted_total",
 ]
 
 # Results that are larger than the cache are formed and reduced in blocks of samples of about this size.
@@ -372,18 +371,6 @@ def total(b: Bound) -> Tensor:
     if isinstance(b.form, Rows):
         return per_sample(replace(b, g=b.g.flatten(1, 2).unsqueeze(1), inputs=b.x.flatten().unsqueeze(0)))[0, 0]
     return b.g[0].sum(0)
-
-
-def weighted_total(b: Bound, weights: Tensor) -> Tensor:
-    """Σ_n w[n] g of the only vector, [*shape]; inputs that have to be made are made for some samples at a time."""
-    w = weights.to(b.g.device, b.g.dtype)
-    if isinstance(b.form, Direct):
-        return torch.tensordot(w, b.g[0], 1)
-    g = b.g * w.reshape(-1, *[1] * (b.g.ndim - 2))
-    if not isinstance(b.inputs, Parts):
-        return total(replace(b, g=g))
-    parts = [total(replace(b, g=g[:, samples], inputs=b.part(samples))) for samples in sample_blocks(b, 0)]
-    return sum(parts[1:], parts[0])
 
 
 def flat_vectors(g: Tensor) -> Tensor:
