@@ -17,7 +17,6 @@ from digits import COLORS, load_data, make_network, plt, positive, tidy
 from tqdm import tqdm
 
 from curvfunc import batch_l2, functionalize, private
-from curvfunc.quantities.functions import SUMMED
 
 DELTA = 1e-4  # below one over the number of digits
 
@@ -36,11 +35,11 @@ def epsilon(rate: float, noise_multiplier: float, steps: int) -> float:
 def main() -> None:
     """Train twice, account, draw."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=positive, default=300)
+    parser.add_argument("--steps", type=positive, default=200)
     parser.add_argument("--rate", type=float, default=0.1, help="chance of a digit to be in a batch")
     parser.add_argument("--max-norm", type=float, default=1.0)
     parser.add_argument("--noise-multiplier", type=float, default=1.5)
-    parser.add_argument("--lr", type=float, default=0.5)
+    parser.add_argument("--lr", type=float, default=0.5, help="without bound and noise it is 0.2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--secure", action="store_true", help="chance from the operating system, as a release would need")
     parser.add_argument("--out", type=Path, default=Path("private-pictures"), help="folder for the picture")
@@ -50,26 +49,26 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model_fn, start = functionalize(make_network())
     chance = {"secure": True} if args.secure else {"generator": torch.Generator().manual_seed(args.seed)}
-    settings = {"private": (args.max_norm, args.noise_multiplier), "plain": (1e6, 0.0)}
+    settings = {"private": (args.max_norm, args.noise_multiplier, args.lr), "plain": (1e6, 0.0, 0.2)}
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.3), layout="constrained")
-    for (name, (max_norm, noise)), color in zip(settings.items(), COLORS.values(), strict=False):
+    for (name, (max_norm, noise, lr)), color in zip(settings.items(), COLORS.values(), strict=False):
         params, accuracy = start, []
         given = {"max_norm": max_norm, "noise_multiplier": noise, "denominator": args.rate * len(X)}
         for batch in tqdm(private.poisson_batches(len(X), args.rate, steps=args.steps, **chance), name, args.steps):
             grad = private.noisy_grad(model_fn, params, X[batch], y[batch], **given, **chance)
-            params = {key: p - (args.lr if noise else 0.2) * grad[key] for key, p in params.items()}
+            params = {key: p - lr * grad[key] for key, p in params.items()}
             with torch.no_grad():
                 accuracy.append((model_fn(params, X_held_out).argmax(1) == y_held_out).float().mean().item())
         cost = epsilon(args.rate, noise, args.steps) if noise else math.inf
-        told = "epsilon unknown: install dp-accounting" if math.isnan(cost) else f"epsilon {cost:.2f}"
+        told = "epsilon unknown: dp-accounting is not installed" if math.isnan(cost) else f"epsilon {cost:.3g}"
         print(f"{name:8} held-out accuracy {accuracy[-1]:.1%}   {told} at delta {DELTA:g}")
         axes[0].plot(range(1, args.steps + 1), accuracy, color=color, label=f"{name}, {told}")
-        norms = sum(batch_l2(model_fn, params, X[:500], y[:500], loss_fn=SUMMED).values()).sqrt()
-        axes[1].hist(norms.clamp(min=1e-4).log10(), bins=40, range=(-4, 2), color=color, alpha=0.6, label=name)
+        norms = 500 * sum(batch_l2(model_fn, params, X[:500], y[:500]).values()).sqrt()  # of a mean, over 500
+        axes[1].hist(norms.clamp(min=1e-8).log10(), bins=40, range=(-8, 3), color=color, alpha=0.6, label=name)
     tidy(axes[0], "Accuracy on held-out digits", "share")
     tidy(axes[1], "Gradients of single digits after training", "digits of 500")
     axes[1].axvline(math.log10(args.max_norm), color="0.4", linestyle="--", label="bound")
-    axes[1].set_xlabel("log10 of the norm")
+    axes[1].set(xlabel="log10 of the norm")
     for ax in axes:
         ax.legend(frameon=False)
     args.out.mkdir(parents=True, exist_ok=True)

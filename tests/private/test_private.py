@@ -93,10 +93,9 @@ def test_parameters_that_require_gradients_and_compiled_steps() -> None:
     assert not torch.equal(first, second)
     for options in ({"secure": True}, {"generator": seeded()}):
         torch._dynamo.reset()
+        call = partial(private.noisy_grad, model_fn, **GIVEN, **options)
         with pytest.raises(Exception, match="compiled code draws from torch's default generators alone"):
-            torch.compile(
-                lambda: private.noisy_grad(model_fn, params, X, y, **GIVEN, **options), fullgraph=True, backend="aot_eager"
-            )()  # noqa: B023
+            torch.compile(call, fullgraph=True, backend="aot_eager")(params, X, y)
 
 
 # -- chance
