@@ -1,6 +1,6 @@
 """Per-sample gradients, curvature and Kronecker factors as pure functions of a model and its parameters."""
 
-from curvfunc import kronecker, optim, reference
+from curvfunc import diagnostics, kronecker, optim, private, reference
 from curvfunc.checks.checking import Comparison, Report, check
 from curvfunc.checks.rule_report import RuleReport, check_rule
 from curvfunc.data.call import compute
@@ -26,6 +26,7 @@ from curvfunc.quantities.functions import (
     batch_grad,
     batch_jac,
     batch_l2,
+    clipped_grad,
     diag_ggn,
     diag_hessian,
     kfac,
@@ -57,6 +58,7 @@ from curvfunc.quantities.specs import (
     BatchGrad,
     BatchJac,
     BatchL2,
+    ClippedGrad,
     DiagGGN,
     DiagHessian,
     EmpiricalKFAC,
@@ -85,6 +87,7 @@ __all__ = [
     "BatchGrad",
     "BatchJac",
     "BatchL2",
+    "ClippedGrad",
     "Comparison",
     "DiagGGN",
     "DiagHessian",
@@ -117,9 +120,11 @@ __all__ = [
     "batch_l2",
     "check",
     "check_rule",
+    "clipped_grad",
     "compute",
     "diag_ggn",
     "diag_hessian",
+    "diagnostics",
     "eigsh",
     "empty_cache",
     "explain",
@@ -149,6 +154,7 @@ __all__ = [
     "operation",
     "optim",
     "pchmp",
+    "private",
     "reference",
     "rule",
     "spectral_density",

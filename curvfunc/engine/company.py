@@ -1,7 +1,7 @@
 """Whether the samples of a subset may run without the others."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from curvfunc.tensors.inputs import Batch
 from curvfunc.tensors.ownership import base
 from curvfunc.tensors.samples import tree_map
 
-__all__ = ["Entangled", "are_apart", "check_subset"]
+__all__ = ["Entangled", "are_apart", "check_apart", "check_subset"]
 
 
 class Entangled(ValueError):
@@ -93,6 +93,42 @@ def are_apart(model_fn: Callable[..., Any], found: Trace) -> bool:
     """Whether a sample's output was seen to be the same in any company, so that there is nothing to compare."""
     doubts = found.mode != "plain" or found.entangled or found.counts or found.random or found.rows
     return not doubts and all_held(model_fn, found.foreign)
+
+
+def check_apart(
+    model_fn: Callable[..., Any],
+    leaves: Sequence[Tensor],
+    rebuild: Callable[[Sequence[Tensor]], Any],
+    batch: Batch,
+    found: Trace,
+) -> None:
+    """Raise unless a sample's output does not depend on which others are in the batch, not even on their number.
+
+    Where that was not seen, the last sample is compared with itself in other company; in the vmap and loop modes all were.
+
+    Args:
+        model_fn: The model.
+        leaves: The parameters.
+        rebuild: Makes the params pytree of a list of tensors.
+        batch: The samples.
+        found: Their forward pass.
+
+    Raises:
+        ValueError: If it does.
+    """
+    if found.mode != "plain" or not batch.size or are_apart(model_fn, found):
+        return
+    index = torch.arange(batch.total)[-1:] if batch.index is None else batch.index[-1:]
+    last = replace(batch, index=index)
+    try:
+        out = _Company(model_fn, rebuild, last).subset(leaves, graph=True)
+        check_subset(model_fn, leaves, rebuild, last, found, out)
+    except (Entangled, RuntimeError, IndexError) as error:
+        raise ValueError(
+            "the output for a sample depends on which others are in the batch "
+            f"({found.entangled or 'for instance on their number'}), so that clipping gradients does not bound what a sample "
+            "changes. Take what mixes samples out of the model, even if no gradient flows through it."
+        ) from error
 
 
 def _is_uniform(rows: Tensor) -> bool:

@@ -19,6 +19,7 @@ from curvfunc.tensors.sizes import hint
 from curvfunc.uses import forms, rotations, second_moments
 from curvfunc.uses import squares as contractions
 from curvfunc.uses.forms import Bound, Direct, Form, Outer, Products, Through, bind, direct
+from curvfunc.uses.weighted_sums import weighted_total
 
 __all__ = [
     "CONTRACTIONS",
@@ -55,6 +56,7 @@ for approximation in (None, "expand", "reduce"):
     CONTRACTIONS[name] = (partial(second_moments.joined_input_factor, approximation=approximation), "first")
     JOINED.add(name)
 CONTRACTIONS["rotated_squares"] = (rotations.rotated_squares, "sum")
+CONTRACTIONS["weighted_total"] = (weighted_total, "sum")
 
 # Contractions of first order for which gradients are formed where a use has several positions; one pass serves all.
 FORMED = frozenset({"total", "squares", "sample_squares", "sample_norms"})
@@ -217,7 +219,7 @@ class BackwardPass:
                     contract(i, [self._bind(form, at[site], per_site, len(mine) == 1) for site, form in mine], start, stop)
                 factors.clear()
         results = {n: [combine(n, f, outs[n][i] if n in outs else None) for i, f in enumerate(found[n])] for n in names}
-        for n in ("per_sample", "total"):  # in low precision, sums of squares stay in single precision
+        for n in ("per_sample", "total", "weighted_total"):  # in low precision, sums of squares stay in single precision
             if n in results:
                 results[n] = [_as_parameter(r, p) for r, p in zip(results[n], leaves, strict=True)]
         return results
@@ -356,7 +358,7 @@ def sums_of_nothing(name: str, p: Tensor, columns: int, samples: int) -> Any:
         return None
     if name == "rotated_squares":
         raise ValueError("second moments in an eigenbasis need samples and outputs, and there are none. Leave EKFAC out.")
-    dtype = p.dtype if name in ("total", "per_sample") else wide(p.dtype)
+    dtype = p.dtype if name in ("total", "per_sample", "weighted_total") else wide(p.dtype)
     if name == "factors" or name.startswith("output_factor"):
         check_block(direct(p.new_zeros(()).expand(1, samples, *p.shape)), "a parameter")
         block = p.new_zeros(p.numel(), p.numel(), dtype=dtype)

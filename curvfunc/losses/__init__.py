@@ -24,8 +24,10 @@ from curvfunc.losses.roots import (
     empirical_root,
     exact_root,
     gradient,
+    refuse_means,
     sampled_root,
     signed_root,
+    summed_gradient,
     summed_hessian,
 )
 
@@ -53,8 +55,10 @@ __all__ = [
     "observed_reduction",
     "rebuild",
     "reference_sample",
+    "refuse_means",
     "sampled_root",
     "signed_root",
+    "summed_gradient",
     "summed_hessian",
     "unmasked",
     "values_visible",

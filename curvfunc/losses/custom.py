@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from curvfunc.losses.normal_form import Loss, flat, label, tolerance, values_visible
+from curvfunc.tensors.ownership import base
 from curvfunc.tensors.samples import tree_map
 
-__all__ = ["autodiff_factor", "autodiff_gradient", "autodiff_hessian", "check_separable", "mean_terms"]
+__all__ = ["autodiff_factor", "autodiff_gradient", "autodiff_hessian", "check_separable", "check_sum", "mean_terms"]
 
 LARGE = 1024  # entries of a sample's output beyond which there is a warning of the size of their Hessian
 
@@ -147,6 +148,31 @@ def mean_terms(loss: Loss, out: Tensor, y: Any, g: Tensor) -> Tensor:
                 f"times as large, {remedy}."
             )
     return torch.where(share < 0.75, len(out), 1.0)
+
+
+def check_sum(loss: Loss, out: Tensor, y: Any, g: Tensor) -> None:
+    """Raise unless gradients stay what they are on the batch twice, as those of a sum do; compiled code raises when it runs.
+
+    Args:
+        loss: A custom loss.
+        out: Output of the model, [N, ...].
+        y: Targets.
+        g: The gradient at ``out``.
+    """
+    remedy = "Its terms have to be those of the samples, each by itself: let it sum them, of the output and y alone."
+    try:
+        twice = autodiff_gradient(loss, torch.cat([out, out]).detach(), tree_map(lambda t: torch.cat([t, t]), y))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ValueError(f"{label(loss)} cannot be evaluated on the batch twice: {error} {remedy}") from error
+    moved = (twice[: len(out)] - g.detach()).abs().amax() > tolerance(out.dtype) * g.detach().abs().amax()
+    why = (
+        f"{label(loss)} is no sum over samples: its gradients on the batch twice are others. {remedy} What a mean would divide "
+        "by is left to you."
+    )
+    if torch.compiler.is_compiling():
+        torch._assert_async(~base(moved).any(), why)
+    elif base(moved).any():
+        raise ValueError(why)
 
 
 def _check_indefinite(loss: Loss, work: Tensor, y: Any) -> None:

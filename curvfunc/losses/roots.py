@@ -41,7 +41,7 @@ from curvfunc.losses.closed_forms import (
     squared_error_root,
     uniform_mass,
 )
-from curvfunc.losses.custom import autodiff_factor, autodiff_gradient, autodiff_hessian, check_separable, mean_terms
+from curvfunc.losses.custom import autodiff_factor, autodiff_gradient, autodiff_hessian, check_separable, check_sum, mean_terms
 from curvfunc.losses.disguises import unmasked
 from curvfunc.losses.normal_form import (
     CLOSED_FORMS,
@@ -53,6 +53,7 @@ from curvfunc.losses.normal_form import (
     check_entries,
     flat,
     is_sum,
+    label,
     no_loss,
     normalize,
     rebuild,
@@ -77,8 +78,10 @@ __all__ = [
     "no_loss",
     "normalize",
     "rebuild",
+    "refuse_means",
     "sampled_root",
     "signed_root",
+    "summed_gradient",
     "summed_hessian",
     "values_visible",
 ]
@@ -112,6 +115,29 @@ def gradient(loss: Loss, out: Tensor, y: Any, *, create_graph: bool = False) -> 
         return custom
     work = at_least_float32(out)
     return CLOSED_FORMS[loss.name].gradient(loss, work, y).to(out.dtype)
+
+
+def summed_gradient(loss: Loss, out: Tensor, y: Any, *, create_graph: bool = False) -> Tensor:
+    """`gradient` of a loss that has to be a sum over samples, so that each has its own gradient whatever the batch.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    refuse_means(loss)
+    g = gradient(loss, out, y, create_graph=create_graph)
+    if loss.name is None and len(out):
+        check_sum(loss, out, y, g)
+    return g
+
+
+def refuse_means(loss: Loss) -> None:
+    """Raise for a loss that is known to be no sum."""
+    if loss.name is not None and not is_sum(loss):
+        raise ValueError(
+            f"{label(loss)} averages, so that the gradient of a sample would shrink with the batch that it is in, and be "
+            f"clipped by its size. Pass a sum, as functools.partial(F.{label(loss)}, reduction='sum') is, and divide the "
+            "result by a number of your own."
+        )
 
 
 def exact_root(loss: Loss, out: Tensor, y: Any, *, fewest: bool = False) -> Root:

@@ -34,7 +34,8 @@ Raises:
     TypeError, ValueError: For input that has no answer; the message names the argument, the shapes and the remedy.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -52,6 +53,7 @@ from curvfunc.quantities.specs import (
     BatchGrad,
     BatchJac,
     BatchL2,
+    ClippedGrad,
     DiagGGN,
     DiagHessian,
     EmpiricalKFAC,
@@ -66,6 +68,7 @@ __all__ = [
     "batch_grad",
     "batch_jac",
     "batch_l2",
+    "clipped_grad",
     "diag_ggn",
     "diag_hessian",
     "kfac",
@@ -80,6 +83,8 @@ __all__ = [
 Model = Callable[[Any, Any], Tensor]
 LossFunction = Callable[[Tensor, Any], Tensor]
 Indices = Sequence[int] | Tensor
+
+SUMMED = partial(F.cross_entropy, reduction="sum")
 
 
 def batch_grad(
@@ -168,6 +173,60 @@ def batch_l2(
         BackPACK's ``BatchL2Grad`` (``p.batch_l2``); Goodfellow 2015, "Efficient per-example gradient computations", sec. 4.
     """
     return _one(BatchL2(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+
+
+def clipped_grad(
+    model_fn: Model,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    max_norm: float | Mapping[str, float],
+    per_layer: bool = False,
+    loss_fn: LossFunction = SUMMED,
+    subsampling: Indices | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Sum of clipped per-sample gradients, Σₙ min(1, C / ‖gₙ‖) gₙ, without per-sample gradients in memory.
+
+    Two backward passes: one for the norms, and one in which each sample's part of the loss gradient is weighted. The norms are
+    those of all parameters together; or with ``per_layer`` of each of L layers, bounded by C / √L each, so that the whole
+    still has at most norm C. Layers are told by names: those that are the same up to the last dot belong together.
+
+    The loss is to be a sum, gₙ = ∇ℓₙ: clipping a mean's gradients ∇ℓₙ / N would depend on the size of the batch. What to divide
+    by is left to the caller. Nothing in the model may depend on which other samples are in the batch, even where no gradient
+    flows: then each sample adds a vector of at most norm C. See `curvfunc.private` for noise and batches.
+
+    Args:
+        model_fn: ``(params, X) -> output [N, ...]``.
+        params: Pytree of real floating-point tensors.
+        X: Input with leading sample axis N.
+        y: Targets, likewise.
+        max_norm: C; or the bound of each layer or parameter by name, of which the longest that fits counts.
+        per_layer: Whether each layer is clipped by itself.
+        loss_fn: ``(output, y) -> scalar`` that sums over samples; by default cross-entropy.
+        subsampling: Indices of samples, repeats allowed.
+        chunk_size: No effect, as there is one column.
+
+    Returns:
+        [*shape] per parameter.
+
+    Raises:
+        TypeError, ValueError: As all quantities; for bounds that are not positive, a loss that is no sum, and a model in which
+            samples depend on each other.
+
+    References:
+        Abadi et al. 2016, "Deep learning with differential privacy", algorithm 1; Lee and Kifer 2021, "Scaling up
+        differentially private deep learning with fast per-example gradient clipping", for the second pass; Li et al. 2022,
+        "Large language models can be strong differentially private learners", for sequences ("ghost clipping").
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> clipped = clipped_grad(model_fn, params, torch.randn(8, 4), torch.arange(8) % 3, max_norm=0.1)
+        >>> bool(sum(g.square().sum() for g in clipped.values()).sqrt() <= 8 * 0.1)
+        True
+    """
+    return _one(ClippedGrad(max_norm, per_layer), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
 
 
 def sum_grad_squared(

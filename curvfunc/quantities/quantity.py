@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+from curvfunc.engine.clipping import ClippedLossGradient
 from curvfunc.engine.cotangents import (
     AveragedHessian,
     EmpiricalRoot,
@@ -15,6 +16,8 @@ from curvfunc.engine.cotangents import (
 from curvfunc.quantities.laws import Law
 
 __all__ = ["GaussNewton", "Quantity"]
+
+Cotangent = LossGradient | ClippedLossGradient | LossRoot | EmpiricalRoot | OutputEntries | FullHessian | AveragedHessian
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Quantity:
     of_entries: ClassVar[bool] = False  # of each sample's output: axis 1 of a result, which gets the shape of the output
 
     @property
-    def cotangent(self) -> LossGradient | LossRoot | EmpiricalRoot | OutputEntries | FullHessian | AveragedHessian:
+    def cotangent(self) -> Cotangent:
         """What is backpropagated."""
         return LossGradient()
 

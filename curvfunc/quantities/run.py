@@ -14,8 +14,9 @@ from curvfunc import losses
 from curvfunc.engine import scripted
 from curvfunc.engine.capture import capture
 from curvfunc.engine.chance import Chance
-from curvfunc.engine.company import Entangled, check_subset
-from curvfunc.engine.cotangents import AveragedHessian, FullHessian, LossRoot, OutputEntries, common
+from curvfunc.engine.clipping import ClippedLossGradient, clipped_sum
+from curvfunc.engine.company import Entangled, check_apart, check_subset
+from curvfunc.engine.cotangents import AveragedHessian, FullHessian, LossGradient, LossRoot, OutputEntries, common
 from curvfunc.engine.effects import Attributes
 from curvfunc.engine.leaves import leaf
 from curvfunc.engine.model import without_recomputation
@@ -95,6 +96,8 @@ class Run:
             chance.undo()
             trace.restart()
             raise DrawnError
+        if any(isinstance(c, ClippedLossGradient) for c in cotangents):
+            check_apart(self.model_fn, leaves, self.rebuild, self.batch, trace)
         if not trace.out.numel():
             return trace.out, self._of_nothing(leaves, specs, trace.out)
         curved = self._curvature(trace, leaves, layouts) if layouts is not None and curves else None
@@ -141,14 +144,20 @@ class Run:
                 parts[key, "factors"] = kfra.factors(trace, leaves, self.names, layouts, summed, differentiable)
             columns: dict[Any, losses.Root] = {}
             prepared, operands = Prepared(), self._operands(specs)
-            for i, (key, names) in enumerate(wanted.items()):
+            ordered = sorted(wanted.items(), key=lambda item: isinstance(item[0][0], ClippedLossGradient))  # which need norms
+            for i, (key, names) in enumerate(ordered):
                 cotangent, picks = key
                 if cotangent not in columns:
                     columns[cotangent] = cotangent.root(loss, whole, self.batch.y, self.generator)
-                last = i == len(wanted) - 1
+                last = i == len(ordered) - 1
                 outs = self._outs(leaves, specs, keys, key, columns[cotangent].num, out.shape[1:])
                 given = (self.chunk_size, differentiable, self.chosen if picks else None)
                 backward = BackwardPass(trace, leaves, self.names, self.batch.select, *given, prepared, operands)
+                if isinstance(cotangent, ClippedLossGradient):
+                    norms = parts.get(((LossGradient(), False), "sample_norms"))
+                    (name,) = names
+                    parts[key, name] = clipped_sum(backward, cotangent, columns[cotangent], not last, norms)
+                    continue
                 found = backward.run(columns[cotangent], list(names), retain_graph=not last, outs=outs)
                 parts.update({(key, name): result for name, result in found.items()})
             results = [self._finish(s, key, out, parts) for s, key in zip(specs, keys, strict=True)]
@@ -287,7 +296,7 @@ class Run:
         lists = [parts[key, name] for name in spec.contractions]
         values = shaped(spec, [spec.finish(self._samples(spec), *p) for p in zip(*lists, strict=True)], out.shape[1:])
         # autograd may return what a backward pass of the model's own keeps
-        total = spec.contractions == ("total",)
+        total = spec.contractions in (("total",), ("weighted_total",))
         if total:
             return [apart(t) for t in values]
         return [apart(t) if isinstance(t, Tensor) and t._base is not None else t for t in values]

@@ -1,11 +1,14 @@
 """The quantities, one row each; see `curvfunc.quantities.functions` for what they are."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from curvfunc.engine.clipping import ClippedLossGradient
 from curvfunc.engine.cotangents import AveragedHessian, EmpiricalRoot, FullHessian, LossRoot, OutputEntries
 from curvfunc.quantities.laws import Averaged, Joined, Refused, Summed
 from curvfunc.quantities.quantity import GaussNewton, Quantity
@@ -19,6 +22,7 @@ __all__ = [
     "BatchGrad",
     "BatchJac",
     "BatchL2",
+    "ClippedGrad",
     "DiagGGN",
     "DiagHessian",
     "EmpiricalKFAC",
@@ -94,6 +98,44 @@ class BatchL2(Quantity):
 
     contractions = ("sample_norms",)
     laws = (Joined(2),)
+
+
+@dataclass(frozen=True)
+class ClippedGrad(Quantity):
+    """Σₙ min(1, C / ‖gₙ‖) gₙ of a loss that is a sum, [*shape]; see `clipped_grad`."""
+
+    max_norm: float | Mapping[str, float] | tuple[tuple[str, float], ...]
+    per_layer: bool = False
+
+    contractions = ("weighted_total",)
+    laws = (Summed(0),)
+
+    def __post_init__(self) -> None:
+        given = self.max_norm
+        pairs = tuple(given.items()) if isinstance(given, Mapping) else given
+        if not isinstance(self.per_layer, bool):
+            raise TypeError(f"ClippedGrad: per_layer must be True or False, got {self.per_layer!r}.")
+        if isinstance(pairs, tuple) and (self.per_layer or not pairs):
+            why = "leave out per_layer" if self.per_layer else "there are none"
+            raise ValueError(f"ClippedGrad: max_norm by name has bounds of its own for each layer; {why}.")
+        bounds = {"max_norm": pairs} if not isinstance(pairs, tuple) else {f"max_norm[{name!r}]": c for name, c in pairs}
+        for name, bound in bounds.items():
+            if isinstance(bound, bool) or not isinstance(bound, int | float):
+                raise TypeError(f"ClippedGrad: {name} must be a number, got {bound!r} of type {type(bound).__name__}.")
+            if not 0 < bound < math.inf:
+                raise ValueError(f"ClippedGrad: {name} must be positive and finite, got {bound!r}.")
+        object.__setattr__(self, "max_norm", pairs)
+
+    @property
+    def cotangent(self) -> ClippedLossGradient:
+        """The loss gradient, clipped."""
+        return ClippedLossGradient(self.max_norm, self.per_layer)  # type: ignore[arg-type]
+
+    @property
+    def sensitivity(self) -> float:
+        """The norm of what one sample can add, over all parameters: C, or that of all layers' bounds."""
+        bounds = self.max_norm
+        return math.hypot(*[c for _, c in bounds]) if isinstance(bounds, tuple) else float(bounds)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,15 @@ sample are slices of the full ones, sums run over the picked samples only, R sta
 A parameter that the output does not depend on gets zeros. Inputs are not validated.
 """
 
-from curvfunc.reference.first_order import batch_dot, batch_dot_total, batch_grad, batch_l2, sum_grad_squared, variance
+from curvfunc.reference.first_order import (
+    batch_dot,
+    batch_dot_total,
+    batch_grad,
+    batch_l2,
+    clipped_grad,
+    sum_grad_squared,
+    variance,
+)
 from curvfunc.reference.gauss_newton import batch_diag_ggn, diag_ggn, ggn_gram, ggn_gram_total, sqrt_ggn
 from curvfunc.reference.hessian import batch_diag_hessian, diag_hessian
 from curvfunc.reference.jacobians import batch_jac, ntk, ntk_total
@@ -39,6 +47,7 @@ __all__ = [
     "batch_grad",
     "batch_jac",
     "batch_l2",
+    "clipped_grad",
     "diag_ggn",
     "diag_hessian",
     "fisher_vp",

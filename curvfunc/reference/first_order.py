@@ -1,5 +1,6 @@
 """Gradients of each sample."""
 
+from functools import partial
 from typing import Any
 
 import optree
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from curvfunc.reference.dense import Indices, LossFn, ModelFn, jacobian, pick
 
-__all__ = ["batch_dot", "batch_dot_total", "batch_grad", "batch_l2", "sum_grad_squared", "variance"]
+__all__ = ["batch_dot", "batch_dot_total", "batch_grad", "batch_l2", "clipped_grad", "sum_grad_squared", "variance"]
+
+SUMMED = partial(F.cross_entropy, reduction="sum")
 
 
 def batch_grad(
@@ -65,6 +68,42 @@ def batch_l2(
     """
     grads = batch_grad(model_fn, params, X, y, loss_fn=loss_fn, subsampling=subsampling)
     return optree.tree_map(lambda g: g.reshape(len(g), -1).square().sum(1), grads)
+
+
+def clipped_grad(
+    model_fn: ModelFn,
+    params: Any,
+    X: Any,
+    y: Any,
+    *,
+    max_norm: float,
+    per_layer: bool = False,
+    loss_fn: LossFn = SUMMED,
+    subsampling: Indices = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Sum of gradients that are scaled to norms of at most C, ``sum_n min(1, C / |g[n]|) g[n]``; as :func:`batch_grad`.
+
+    The norm is that over all parameters, or with ``per_layer`` over each of L layers (names up to the last dot), with the bound
+    C / sqrt(L); C is ``max_norm``, and the loss a sum.
+
+    Returns:
+        ``[*shape]`` per parameter.
+
+    References:
+        Abadi et al., Deep learning with differential privacy, 2016, algorithm 1.
+    """
+    grads = batch_grad(model_fn, params, X, y, loss_fn=loss_fn, subsampling=subsampling)
+    paths, leaves, tree = optree.tree_flatten_with_path(grads)
+    names = [".".join(map(str, path)) for path in paths]
+    layers = [name.rpartition(".")[0] or name for name in names] if per_layer else [""] * len(names)
+    clipped = []
+    for layer, g in zip(layers, leaves, strict=True):
+        together = [h for other, h in zip(layers, leaves, strict=True) if other == layer]
+        norms = torch.cat([h.reshape(len(h), -1) for h in together], 1).norm(dim=1)
+        weights = (max_norm / len(set(layers)) ** 0.5 / norms).clamp(max=1)
+        clipped.append(torch.tensordot(weights, g, 1))
+    return tree.unflatten(clipped)
 
 
 def sum_grad_squared(

@@ -198,3 +198,18 @@ def test_accumulate(scripts, capsys):
     assert report["overhead"]["ratio"] > 0
     assert report["memory"]["peak_mib"] >= report["memory"]["resident_mib_at_end"] > 0
     assert report["memory"]["resident_mib_after_50"] > 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the memory of a process from /proc")
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients are computed")
+def test_clipped_sums_in_little_memory(scripts, tmp_path, monkeypatch):
+    """No per-sample gradient: these would be 64 times what the plain gradient takes."""
+    script = importlib.import_module("private")
+    own = {name: make for name, make in script.CONTENDERS.items() if "opacus" not in name}
+    monkeypatch.setattr(script, "CONTENDERS", own)
+    script.main(["--width", "512", "--batch", "64", "--rounds", "1", "--out", str(tmp_path / "r.json")])
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["ms"].keys() == report["peak_mib"].keys() == own.keys()
+    assert report["deviation"]["curvfunc"] < 1e-6
+    assert max(report["peak_mib"].values()) < 16  # with 64 gradients of single samples: 200
+    assert report["peak_mib"]["gradient"] > 2
