@@ -1,6 +1,6 @@
 """Per-sample gradients, curvature and Kronecker factors as pure functions of a model and its parameters."""
 
-from curvfunc import kronecker, optim, reference
+from curvfunc import influence, kronecker, laplace, optim, reference
 from curvfunc.checks.checking import Comparison, Report, check
 from curvfunc.checks.rule_report import RuleReport, check_rule
 from curvfunc.data.loop import accumulate
@@ -135,12 +135,14 @@ __all__ = [
     "hutchinson_diag",
     "hutchinson_trace",
     "hutchpp_trace",
+    "influence",
     "jvp",
     "kfac",
     "kfac_empirical",
     "kflr",
     "kfra",
     "kronecker",
+    "laplace",
     "merge",
     "ntk",
     "ntk_total",
