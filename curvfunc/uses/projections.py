@@ -45,15 +45,29 @@ class Sketch:
         """Random signs over √rows, [rows, columns], with E[Pᵀ P] = I; None for the identity."""
         if rows == columns:
             return None
-        seed, place = [torch.tensor(number, device=like.device) for number in (self.seed, 2 * self.place + side + 1)]
-        start = _mixed(seed + _STEP * place)
-        numbers = start + _STEP * torch.arange(rows * columns, device=like.device)
-        signs = 1 - 2 * (_mixed(numbers) & 1)
-        return signs.reshape(rows, columns).to(like.dtype) / rows**0.5
+        signs = _compiled_signs if torch.compiler.is_compiling() else _signs
+        found = signs(self.seed, 2 * self.place + side + 1, rows * columns, like.device)
+        return found.reshape(rows, columns).to(like.dtype) / rows**0.5
+
+
+def _signs(seed: int, place: int, num: int, device: torch.device) -> Tensor:
+    start = _mixed(torch.tensor(seed, device=device) + _STEP * torch.tensor(place, device=device))
+    return 1 - 2 * (_mixed(start + _STEP * torch.arange(num, device=device)) & 1)
+
+
+@torch.library.custom_op("curvfunc::signs", mutates_args=())
+def _compiled_signs(seed: int, place: int, num: int, device: torch.device) -> Tensor:
+    """An opaque operation: compiled code may have other numbers where products overflow."""
+    return _signs(seed, place, num, device)
+
+
+@_compiled_signs.register_fake
+def _(seed: int, place: int, num: int, device: torch.device) -> Tensor:
+    return torch.empty(num, dtype=torch.int64, device=device)
 
 
 def _mixed(z: Tensor) -> Tensor:
-    """A pseudorandom number for each integer: the same on all devices, in compiled code and under vmap."""
+    """A pseudorandom number for each integer: the same on all devices and under vmap, where a generator could not be used."""
     z = (z ^ _shifted(z, 30)) * _FIRST
     z = (z ^ _shifted(z, 27)) * _SECOND
     return z ^ _shifted(z, 31)
