@@ -52,7 +52,7 @@ def power(
         shifted, good, needed = _split(spectra, damping) if split == "pi" and len(spectra) == 2 else _exact(own, damping)
         if exponent < 0:
             if not hidden(shifted) and not good.all():
-                raise ValueError(_singular(block, own, damping, needed, split))
+                raise ValueError(_singular(block, own, damping.detach(), needed.detach(), split))
             shifted = torch.where(good, shifted, torch.nan)
         values.append((shifted if float(exponent).is_integer() else shifted.clamp_min(0)) ** exponent)
     d = decomposition
@@ -220,8 +220,9 @@ def _damping(decomposition: Decomposition, damping: float | Tensor) -> Tensor:
         if isinstance(damping, bool) or not isinstance(damping, (int, float)):
             raise TypeError(f"damping must be a number or a tensor without axes, got {damping!r}.")
         value = torch.full((), float(damping), dtype=like.dtype, device=like.device)
-    if not 0 <= float(damping) < float("inf"):
-        raise ValueError(f"damping must be finite and not negative, got {float(damping)}.")
+    number = float(value.detach())
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"damping must be finite and not negative, got {number}.")
     return value
 
 

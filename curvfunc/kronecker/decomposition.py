@@ -14,8 +14,9 @@ from curvfunc.tensors.inputs import is_traced
 
 __all__ = ["Block", "Decomposition", "blocks_of", "check_of", "decompose", "hidden", "key_of", "of_diagonal", "of_key"]
 
-# What counts as rounding of factors: an asymmetry, or a negative eigenvalue, of this many units in the last place.
-ROUNDING = 64
+# What counts as rounding of factors: an asymmetry, or a negative eigenvalue, of this many units in the last place. Sums over
+# 1e5 positions, as in the input factors of convolutions, leave some hundred.
+ROUNDING = 512
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 laplace = pytest.importorskip("laplace")
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "laplace_torch"))
 from laplace.curvature import BackPackGGN, CurvlinopsGGN  # noqa: E402
 from laplace_backend import CurvfuncGGN, Tied, main  # noqa: E402
 

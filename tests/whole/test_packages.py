@@ -11,7 +11,13 @@ import curvfunc
 HOUSE = Path(curvfunc.__file__).parent
 MOST_LINES = 450
 MOST_ENTRIES = 12
-FOR_JOBS = {"data", "influence", "kronecker", "laplace", "optim"}  # what users do with results: rooms above the house's own, which know nothing of them
+FOR_JOBS = {
+    "data",
+    "influence",
+    "kronecker",
+    "laplace",
+    "optim",
+}  # what users do with results: rooms above the house's own, which know nothing of them
 
 # Files of docstrings or tables may be longer; why they are.
 LONGER = {

@@ -3,7 +3,7 @@
 It works on models that BackPACK's refuses (tied weights, attention, residual connections), and needs no change of the model.
 Run as a script, it fits all approximations to a small network and to a transformer with tied weights. See docs/laplace.md.
 
-    python examples/laplace_backend.py
+    python examples/laplace_torch/laplace_backend.py
 """
 
 import torch
