@@ -35,7 +35,7 @@ def draw(rows: dict[str, Tensor], labels: list[list[str]], path: Path) -> None:
         for ax in line[len(images) :]:
             ax.remove()
         for ax, image, text in zip(line, images, texts, strict=False):
-            ax.imshow(image[0], cmap="gray_r")
+            ax.imshow(image[0].numpy(), cmap="gray_r")
             ax.set_title(text, fontsize=9)
             ax.set(xticks=[], yticks=[])
         line[0].set_ylabel(name, fontsize=9)

@@ -50,7 +50,7 @@ def fit(net: nn.Module, data: DataLoader, curvature: object) -> tuple:
         adam.zero_grad()
         la.log_marginal_likelihood(posterior, log_precision.exp()).backward()
         adam.step()
-    return model_fn, posterior, float(log_precision.exp())
+    return model_fn, posterior, float(log_precision.detach().exp())
 
 
 def main() -> None:

@@ -220,7 +220,7 @@ def _damping(decomposition: Decomposition, damping: float | Tensor) -> Tensor:
         if isinstance(damping, bool) or not isinstance(damping, (int, float)):
             raise TypeError(f"damping must be a number or a tensor without axes, got {damping!r}.")
         value = torch.full((), float(damping), dtype=like.dtype, device=like.device)
-    number = float(value.detach())
+    number = float(damping.detach()) if isinstance(damping, Tensor) else float(damping)
     if not 0 <= number < float("inf"):
         raise ValueError(f"damping must be finite and not negative, got {number}.")
     return value

@@ -1,6 +1,9 @@
 """Scores are g B⁻¹ g with explicit gradients and matrices, on every kind of layer and every path; what does not fit is refused."""
 
+import runpy
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import optree
@@ -58,7 +61,7 @@ def small(problem: str) -> bool:
     return "cross-entropy" not in problem and "custom" not in problem
 
 
-@curvatures
+@pytest.mark.parametrize("kind", ["joined", "diagonal"])
 @pytest.mark.parametrize("name", [n for n in PROBLEMS if small(n)])
 def test_scores_are_those_of_explicit_gradients(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forms, "BLOCK_BYTES", 64)  # several blocks of rows
@@ -125,7 +128,7 @@ def test_no_gradient_is_formed() -> None:
         assert max(s.numel() for s in found) <= 40 * 31  # gradients would have 40 * 20 * 30
 
 
-def test_under_vmap_and_compiled(compile_backend: str) -> None:
+def test_under_vmap_and_compiled() -> None:
     model_fn, params, X, y = mlp()
     inverse = inverse_of("joined", model_fn, params, X, y, F.cross_entropy)
     query = influence.queries(model_fn, params, X[:2], y[:2], inverse)
@@ -136,7 +139,7 @@ def test_under_vmap_and_compiled(compile_backend: str) -> None:
             influence.influence(model_fn, params, X, y, inverse, query),
         )
 
-    assert_close(torch.compile(scores, fullgraph=True, backend=compile_backend)(params), scores(params))
+    assert_close(torch.compile(scores, fullgraph=True, backend="aot_eager")(params), scores(params))
     both = {n: torch.stack([p, 2 * p]) for n, p in params.items()}
     want = [scores({n: p[i] for n, p in both.items()}) for i in range(2)]
     got = torch.func.vmap(scores)(both)
@@ -166,3 +169,18 @@ def test_what_does_not_fit() -> None:
         accumulate(model_fn, params, [(X, y)], influence.Queries(inverse=inverse))
     with pytest.raises(ValueError, match="need samples and outputs"):
         influence.self_influence(model_fn, params, X[:0], y[:0], inverse, loss_fn=SUM)
+
+
+def test_the_example_finds_wrong_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("matplotlib", "sklearn", "tqdm"):
+        pytest.importorskip(module)
+    torch.set_default_dtype(torch.float32)
+    folder = Path(__file__).parents[2] / "examples"
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(sys, "argv", ["influence.py", "--epochs", "3", "--out", str(tmp_path)])
+    runpy.run_path(str(folder / "influence.py"), run_name="__main__")
+    assert (tmp_path / "influence.png").stat().st_size > 10_000
+    share = capsys.readouterr().out.partition("(")[2].partition("%")[0]
+    assert int(share) >= 80
