@@ -357,11 +357,11 @@ def sums_of_nothing(name: str, p: Tensor, columns: int, samples: int) -> Any:
     }
     if "input_factor" in name:
         return None
-    if name in MEASURED or name == "projected":
-        raise ValueError(
-            "second moments in an eigenbasis, products with an inverse and projections need samples and outputs, and there are "
-            "none. Leave EKFAC and the like out."
-        )
+    kinds = dict.fromkeys(MEASURED, "products with an inverse")
+    kinds |= {"rotated_squares": "second moments in an eigenbasis", "projected": "projections"}
+    if name in kinds:
+        leave = "EKFAC" if name == "rotated_squares" else "them"
+        raise ValueError(f"{kinds[name]} need samples and outputs, and there are none. Leave {leave} out.")
     dtype = p.dtype if name in ("total", "per_sample") else wide(p.dtype)
     if name == "factors" or name.startswith("output_factor"):
         check_block(direct(p.new_zeros(()).expand(1, samples, *p.shape)), "a parameter")
