@@ -53,6 +53,16 @@ def transformers(session: nox.Session) -> None:
 
 
 @nox.session
+def laplace(session: nox.Session) -> None:
+    """The back end of laplace-torch, which asks for torchvision and does without."""
+    session.install(*CONSTRAINTS, "-e", ".[test]")
+    peers = ("laplace-torch==0.3", "asdfghjkl", "curvlinops-for-pytorch", "backpack-for-pytorch==1.7.1")
+    needed = ("torchmetrics", "lightning-utilities", "opt_einsum", "einops", "einconv", "linear_operator", "jaxtyping")
+    session.install(*CONSTRAINTS, "--no-deps", *peers, *needed, "wadler_lindig", "tqdm", "unfoldNd==0.2.3")
+    session.run("pytest", "tests/whole/test_laplace_torch.py", *session.posargs)
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """The example of the README."""
     session.install(*CONSTRAINTS, "-e", ".[examples]")

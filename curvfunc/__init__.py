@@ -1,6 +1,6 @@
 """Per-sample gradients, curvature and Kronecker factors as pure functions of a model and its parameters."""
 
-from curvfunc import diagnostics, kronecker, optim, private, reference
+from curvfunc import diagnostics, influence, kronecker, laplace, optim, private, reference
 from curvfunc.checks.checking import Comparison, Report, check
 from curvfunc.checks.rule_report import RuleReport, check_rule
 from curvfunc.data.call import compute
@@ -142,12 +142,14 @@ __all__ = [
     "hutchinson_diag",
     "hutchinson_trace",
     "hutchpp_trace",
+    "influence",
     "jvp",
     "kfac",
     "kfac_empirical",
     "kflr",
     "kfra",
     "kronecker",
+    "laplace",
     "merge",
     "ntk",
     "ntk_total",

@@ -143,7 +143,9 @@ def draw(runs: dict, path: Path) -> None:
     """Errors against seconds and steps; the solution, and where each method errs."""
     figure, axes = plt.subplot_mosaic([["seconds"] * 2 + ["steps"] * 2, ["u", *runs]], figsize=(11, 6.5), layout="constrained")
     side = math.isqrt(len(GRID))
-    image = lambda ax, values, **options: ax.imshow(values.reshape(side, side).T, origin="lower", extent=(0, 1, 0, 1), **options)
+    image = lambda ax, values, **options: ax.imshow(
+        values.reshape(side, side).T, origin="lower", extent=(0, 1, 0, 1), **options
+    )
     for method, (params, history) in runs.items():
         seconds, steps, errors = zip(*history, strict=True)
         axes["seconds"].plot(seconds, errors, color=COLORS[method], label=method)

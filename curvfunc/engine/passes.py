@@ -16,7 +16,7 @@ from curvfunc.engine.sites import Site, Trace, biases
 from curvfunc.tensors import pages
 from curvfunc.tensors.precision import wide
 from curvfunc.tensors.sizes import hint
-from curvfunc.uses import forms, rotations, second_moments
+from curvfunc.uses import forms, metrics, projections, rotations, second_moments
 from curvfunc.uses import squares as contractions
 from curvfunc.uses.forms import Bound, Direct, Form, Outer, Products, Through, bind, direct
 from curvfunc.uses.weighted_sums import weighted_total
@@ -57,12 +57,17 @@ for approximation in (None, "expand", "reduce"):
     JOINED.add(name)
 CONTRACTIONS["rotated_squares"] = (rotations.rotated_squares, "sum")
 CONTRACTIONS["weighted_total"] = (weighted_total, "sum")
+CONTRACTIONS["measured"] = (metrics.measured, "join")  # the use itself, in the basis of a metric
+CONTRACTIONS["metric_norms"] = (metrics.norms, "sum")
+CONTRACTIONS["metric_products"] = (metrics.with_query, "sum")
+CONTRACTIONS["projected"] = (projections.projected, "concatenate")
+MEASURED = frozenset({"rotated_squares", "measured", "metric_norms", "metric_products"})
 
 # Contractions of first order for which gradients are formed where a use has several positions; one pass serves all.
 FORMED = frozenset({"total", "squares", "sample_squares", "sample_norms"})
 
 # Contractions that take more of a use than its gradients.
-FACTORS = frozenset(n for n in CONTRACTIONS if "factor" in n or n == "rotated_squares")
+FACTORS = frozenset(n for n in CONTRACTIONS if "factor" in n) | MEASURED
 
 # Contractions for which an operation may give products of its inputs in place of these.
 OF_PRODUCTS = frozenset({"output_factor", "input_factor", "output_factor_expand", "input_factor_expand"})
@@ -356,8 +361,11 @@ def sums_of_nothing(name: str, p: Tensor, columns: int, samples: int) -> Any:
     }
     if "input_factor" in name:
         return None
-    if name == "rotated_squares":
-        raise ValueError("second moments in an eigenbasis need samples and outputs, and there are none. Leave EKFAC out.")
+    kinds = dict.fromkeys(MEASURED, "products with an inverse")
+    kinds |= {"rotated_squares": "second moments in an eigenbasis", "projected": "projections"}
+    if name in kinds:
+        leave = "EKFAC" if name == "rotated_squares" else "them"
+        raise ValueError(f"{kinds[name]} need samples and outputs, and there are none. Leave {leave} out.")
     dtype = p.dtype if name in ("total", "per_sample", "weighted_total") else wide(p.dtype)
     if name == "factors" or name.startswith("output_factor"):
         check_block(direct(p.new_zeros(()).expand(1, samples, *p.shape)), "a parameter")

@@ -15,7 +15,7 @@ for); what rounding would spoil is an error that names the parameter and the dam
 
 from curvfunc.kronecker.algebra import dense, diagonal, inverse, logdet, matmul, power, sample, solve, trace
 from curvfunc.kronecker.averages import interpolate
-from curvfunc.kronecker.decomposition import Block, Decomposition, decompose
+from curvfunc.kronecker.decomposition import Block, Decomposition, decompose, of_diagonal
 from curvfunc.kronecker.ekfac import EKFAC, correct, ekfac
 from curvfunc.kronecker.structure import Layout, Structure, structure
 
@@ -34,6 +34,7 @@ __all__ = [
     "inverse",
     "logdet",
     "matmul",
+    "of_diagonal",
     "power",
     "sample",
     "solve",

@@ -52,7 +52,7 @@ def power(
         shifted, good, needed = _split(spectra, damping) if split == "pi" and len(spectra) == 2 else _exact(own, damping)
         if exponent < 0:
             if not hidden(shifted) and not good.all():
-                raise ValueError(_singular(block, own, damping, needed, split))
+                raise ValueError(_singular(block, own, damping.detach(), needed.detach(), split))
             shifted = torch.where(good, shifted, torch.nan)
         values.append((shifted if float(exponent).is_integer() else shifted.clamp_min(0)) ** exponent)
     d = decomposition
@@ -100,7 +100,7 @@ def matmul(decomposition: Decomposition, vectors: Any) -> Any:
         }
         if len({tuple(lead) for lead in leads.values()}) > 1:
             raise ValueError(f"vectors has different leading axes for parameters that are one block: {leads}.")
-        V = block.matrix(given, len(bases), len(bases[0])).to(values.dtype)
+        V = block.matrix(given, len(bases), len(values)).to(values.dtype)
         results |= block.parameters(_out(bases, _in(bases, V) * values), len(bases))
     return structure.unflatten([results[name].to(given[name].dtype) for name in structure.names])
 
@@ -146,7 +146,7 @@ def dense(decomposition: Decomposition) -> dict[tuple[str, ...], Tensor]:
         sizes = [layout.numel for layout in block.layouts]
         rows = torch.eye(sum(sizes), dtype=values.dtype, device=values.device).split(sizes, dim=1)
         unit = {layout.name: t.reshape(sum(sizes), *layout.shape) for layout, t in zip(block.layouts, rows, strict=True)}
-        V = block.matrix(unit, len(bases), len(bases[0]))
+        V = block.matrix(unit, len(bases), len(values))
         found = block.parameters(_out(bases, _in(bases, V) * values), len(bases))
         columns = [found[name].reshape(sum(sizes), size) for name, size in zip(block.names, sizes, strict=True)]
         results[block.names] = torch.cat(columns, dim=1)
@@ -190,12 +190,16 @@ def sample(
 
 def _in(bases: tuple[Tensor, ...], V: Tensor) -> Tensor:
     """Uᵀ v: [..., rows, columns] or [..., numel] in the eigenbasis."""
-    return V @ bases[0] if len(bases) == 1 else bases[0].mT @ V @ bases[1]
+    if len(bases) < 2:
+        return V @ bases[0] if bases else V
+    return bases[0].mT @ V @ bases[1]
 
 
 def _out(bases: tuple[Tensor, ...], V: Tensor) -> Tensor:
     """U v: back from the eigenbasis."""
-    return V @ bases[0].mT if len(bases) == 1 else bases[0] @ V @ bases[1].mT
+    if len(bases) < 2:
+        return V @ bases[0].mT if bases else V
+    return bases[0] @ V @ bases[1].mT
 
 
 def _typed(decomposition: Decomposition, results: dict[str, Tensor]) -> Any:
@@ -216,8 +220,9 @@ def _damping(decomposition: Decomposition, damping: float | Tensor) -> Tensor:
         if isinstance(damping, bool) or not isinstance(damping, (int, float)):
             raise TypeError(f"damping must be a number or a tensor without axes, got {damping!r}.")
         value = torch.full((), float(damping), dtype=like.dtype, device=like.device)
-    if not 0 <= float(damping) < float("inf"):
-        raise ValueError(f"damping must be finite and not negative, got {float(damping)}.")
+    number = float(damping.detach()) if isinstance(damping, Tensor) else float(damping)
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"damping must be finite and not negative, got {number}.")
     return value
 
 

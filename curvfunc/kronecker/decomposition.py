@@ -12,10 +12,11 @@ from torch.utils import _pytree as pytree
 from curvfunc.kronecker.structure import Layout, Structure
 from curvfunc.tensors.inputs import is_traced
 
-__all__ = ["Block", "Decomposition", "blocks_of", "decompose", "hidden"]
+__all__ = ["Block", "Decomposition", "blocks_of", "check_of", "decompose", "hidden", "key_of", "of_diagonal", "of_key"]
 
-# What counts as rounding of factors: an asymmetry, or a negative eigenvalue, of this many units in the last place.
-ROUNDING = 64
+# What counts as rounding of factors: an asymmetry, or a negative eigenvalue, of this many units in the last place. Sums over
+# 1e5 positions, as in the input factors of convolutions, leave some hundred.
+ROUNDING = 512
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class Block:
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     def matrix(self, tensors: dict[str, Tensor], factors: int, rows: int) -> Tensor:
-        """Its parameters' tensors [..., *shape] as [..., rows, columns], or, for one factor, [..., numel]."""
+        """Its parameters' tensors [..., *shape] as [..., rows, columns], or, for less than two factors, [..., numel]."""
         t = tensors[self.weight.name]
-        if factors == 1:
+        if factors < 2:
             return t.reshape((*t.shape[: t.ndim - len(self.weight.shape)], self.weight.numel))
         t = self.weight.matrix(t, rows)
         if self.bias is None:
@@ -53,7 +54,7 @@ class Block:
 
     def parameters(self, t: Tensor, factors: int) -> dict[str, Tensor]:
         """The reverse of `matrix`."""
-        if factors == 1:
+        if factors < 2:
             return {self.weight.name: t.reshape(t.shape[:-1] + self.weight.shape)}
         if self.bias is None:
             return {self.weight.name: self.weight.parameter(t)}
@@ -69,7 +70,7 @@ class Decomposition:
     ``optree.tree_map(lambda t: t.to(device), decomposition)`` moves it.
 
     Attributes:
-        bases: Per block, (U [rows, rows], V [columns, columns]), or (U [numel, numel],) for an exact block.
+        bases: Per block, (U [rows, rows], V [columns, columns]), (U [numel, numel],) for an exact block, or () for a diagonal.
         values: Per block, the eigenvalues Λ [rows, columns] or [numel].
         spectra: Per block, the eigenvalues of the factors, as long as Λ is their outer product; else empty.
         structure: Of the parameters.
@@ -152,6 +153,79 @@ def decompose(factors: Any, structure: Structure, *, dtype: torch.dtype = torch.
         spectra.append(tuple([values for _, values in found]))
     values = tuple([s[0] if len(s) == 1 else torch.outer(s[0], s[1]) for s in spectra])
     return Decomposition(tuple(bases), values, tuple(spectra), structure, tuple(blocks))
+
+
+def of_diagonal(diagonal: Any, structure: Structure, *, dtype: torch.dtype = torch.float64) -> Decomposition:
+    """A diagonal matrix, which is its own eigendecomposition: all that is done with factors can be done with it.
+
+    Args:
+        diagonal: What `curvfunc.diag_ggn` and its like returned, or averages of it: [*shape] per parameter.
+        structure: From `structure`, for the same model and parameters.
+        dtype: In which to compute with the result.
+
+    Returns:
+        A `Decomposition` without bases, a block for each parameter.
+
+    Raises:
+        ValueError: If the diagonal is of other parameters, negative or not finite. In compiled code and under vmap, where
+            values cannot be looked at, such entries are NaN.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> grad, diagonal = compute(model_fn, params, X, y, (Grad(), DiagGGN()))
+        >>> D = kronecker.of_diagonal(diagonal, kronecker.structure(model_fn, params, X))
+        >>> step = kronecker.solve(D, grad, damping=0.1)
+        >>> torch.allclose(step["bias"], grad["bias"] / (diagonal["bias"] + 0.1))
+        True
+    """
+    values = []
+    for layout, d in zip(structure.layouts, structure.flatten("diagonal", diagonal), strict=True):
+        if not isinstance(d, Tensor) or tuple(d.shape) != layout.shape or not d.is_floating_point():
+            found = f"{d.dtype} {tuple(d.shape)}" if isinstance(d, Tensor) else type(d).__name__
+            raise ValueError(
+                f"the diagonal of parameter {layout.name!r} is {found}; real numbers of shape {layout.shape} are needed. "
+                "Compute diagonal and structure with the same model and params."
+            )
+        good = d.isfinite() & (d >= 0)
+        if not hidden(d) and not good.all():
+            raise ValueError(
+                f"the diagonal of parameter {layout.name!r} has entries that are negative or not finite. That of a Hessian may "
+                "have: take diag_ggn, or clamp it."
+            )
+        values.append(d.to(dtype).where(good, torch.nan).flatten())
+    blocks = tuple([Block(layout) for layout in structure.layouts])
+    return Decomposition(((),) * len(blocks), tuple(values), (), structure, blocks)
+
+
+def check_of(decomposition: Any, names: Sequence[str]) -> None:
+    """Raise unless it is a decomposition, and of these parameters."""
+    if not isinstance(decomposition, Decomposition):
+        raise TypeError(
+            "a decomposition is needed, from curvfunc.kronecker.decompose(factors, structure), inverse or of_diagonal; got "
+            f"{type(decomposition).__name__}."
+        )
+    own = decomposition.structure.names
+    if tuple(names) != own:
+        raise ValueError(f"the decomposition is of the parameters {list(own)}, and params has {list(names)}.")
+
+
+def key_of(d: Decomposition) -> tuple[Any, ...]:
+    """All but the tensors, in numbers and names, of which constants of compiled code are made."""
+    blocks = tuple([tuple([_key(layout) for layout in block.layouts]) for block in d.blocks])
+    return tuple([_key(layout) for layout in d.structure.layouts]), blocks
+
+
+def of_key(key: tuple[Any, ...], bases: Any, values: Any) -> Decomposition:
+    """From the key and the tensors."""
+    layouts, blocks = key
+    structure = Structure(tuple([Layout(*layout) for layout in layouts]))
+    of = tuple([Block(*[Layout(*layout) for layout in block]) for block in blocks])
+    return Decomposition(bases, values, (), structure, of)
+
+
+def _key(layout: Layout) -> tuple[Any, ...]:
+    return layout.name, layout.shape, layout.dtype, layout.bias, layout.split, layout.order
 
 
 def blocks_of(factors: Any, structure: Structure) -> tuple[list[Block], list[tuple[Tensor, ...]]]:

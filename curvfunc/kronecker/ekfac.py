@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from curvfunc.engine.cotangents import LossGradient, LossRoot
-from curvfunc.kronecker.decomposition import Block, Decomposition, hidden
-from curvfunc.kronecker.structure import Layout, Structure
+from curvfunc.kronecker.decomposition import Block, Decomposition, check_of, hidden, key_of, of_key
 from curvfunc.quantities.call import compute
 from curvfunc.quantities.laws import Law, Summed
 from curvfunc.quantities.quantity import GaussNewton
@@ -42,8 +41,11 @@ class EKFAC(GaussNewton):
     def operands(self, names: Sequence[str]) -> dict[str, Sequence[Any]]:
         """The bases of each parameter; None for a bias that is part of its weight's block."""
         d = self.decomposition
-        if tuple(names) != d.structure.names:
-            raise ValueError(f"the decomposition is of the parameters {list(d.structure.names)}, and params has {list(names)}.")
+        check_of(d, names)
+        if not all(d.bases):
+            raise ValueError(
+                "the decomposition is that of a diagonal, which has no eigenbasis but its own. Use that of factors."
+            )
         found = {block.names[0]: _rotation(block, bases) for block, bases in zip(d.blocks, d.bases, strict=True)}
         return {"rotated_squares": [found.get(name) for name in names]}
 
@@ -53,21 +55,13 @@ class EKFAC(GaussNewton):
 
     def key(self) -> tuple[Any, ...]:
         """All but the bases, in numbers and names, of which constants of compiled code are made."""
-        d = self.decomposition
-        blocks = tuple([tuple([_key(layout) for layout in block.layouts]) for block in d.blocks])
-        return self.mc_samples, self.empirical, tuple([_key(layout) for layout in d.structure.layouts]), blocks
+        return self.mc_samples, self.empirical, *key_of(self.decomposition)
 
     @classmethod
     def of(cls, key: tuple[Any, ...], tensors: Any) -> "EKFAC":
         """From both."""
-        mc_samples, empirical, layouts, blocks = key
-        structure = Structure(tuple([Layout(*layout) for layout in layouts]))
-        of = tuple([Block(*[Layout(*layout) for layout in block]) for block in blocks])
-        return cls(mc_samples, empirical, decomposition=Decomposition(tensors, (), (), structure, of))
-
-
-def _key(layout: Layout) -> tuple[Any, ...]:
-    return layout.name, layout.shape, layout.dtype, layout.bias, layout.split, layout.order
+        mc_samples, empirical, *own = key
+        return cls(mc_samples, empirical, decomposition=of_key(tuple(own), tensors, ()))
 
 
 def _rotation(block: Block, bases: tuple[Tensor, ...]) -> Rotation:

@@ -16,7 +16,7 @@ from torch import Tensor
 from curvfunc.uses.forms import Bound, Outer, Rows, direct, flat_vectors, per_sample
 from curvfunc.uses.squares import squares
 
-__all__ = ["Rotation", "rotated_squares", "with_ones"]
+__all__ = ["Rotation", "rotated_outer", "rotated_rows", "rotated_squares", "with_ones"]
 
 
 @dataclass(frozen=True)
@@ -49,33 +49,39 @@ def rotated_squares(b: Bound, rotation: Rotation | None) -> Tensor:
     if len(bases) == 1:
         return squares(direct(flat_vectors(per_sample(b)) @ bases[0]))
     if isinstance(b.form, Outer):
-        return _of_outer(with_ones(b) if rotation.joined else b, *bases)
+        found = squares(_plain(*rotated_outer(with_ones(b) if rotation.joined else b, *bases)))
+        return found.mT if b.form.inputs_first else found
     if rotation.joined:
         raise ValueError(
             f"parameter {rotation.name!r} was joined with its bias when the factors were computed, and is used in another way "
             "here. Compute factors and structure of this model function."
         )
     if isinstance(b.form, Rows):
-        return _of_rows(b, *bases)
+        return squares(_plain(*rotated_rows(b, *bases))).mT
     U, V = bases
     return squares(direct(U.mT @ rotation.matrix(per_sample(b)) @ V))
 
 
-def _of_outer(b: Bound, rows: Tensor, columns: Tensor) -> Tensor:
-    """Of outer products: groups become positions, for each has rows of its own in the basis of them all."""
+def rotated_outer(b: Bound, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """g and x of outer products in bases: groups become positions, for each has rows of its own in the basis of them all.
+
+    Returns:
+        g [v, n, 1, (q s), r] and x [n, 1, (q s), k]; of parameters whose inputs come first, for the transpose.
+    """
     assert isinstance(b.form, Outer)
     outputs, inputs = (columns, rows) if b.form.inputs_first else (rows, columns)
-    own = outputs.unflatten(0, (b.g.shape[2], b.g.shape[4]))  # [q, o, r]
-    g = (b.g @ own).flatten(2, 3).unsqueeze(2)  # [v, n, 1, (q s), r]
-    x = (b.x @ inputs).flatten(1, 2).unsqueeze(1)  # [n, 1, (q s), k]
-    found = squares(_plain(g, x))
-    return found.mT if b.form.inputs_first else found
+    groups = b.g.shape[2]
+    own = outputs if groups == 1 else outputs.unflatten(0, (groups, b.g.shape[4]))  # [q, o, r]; a matrix makes one product
+    return (b.g @ own).flatten(2, 3).unsqueeze(2), (b.x @ inputs).flatten(1, 2).unsqueeze(1)
 
 
-def _of_rows(b: Bound, rows: Tensor, columns: Tensor) -> Tensor:
-    """Of a table: the rotation of a one-hot input is a row of the basis. The row after the last stands for none."""
+def rotated_rows(b: Bound, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """g and x of a table, for its transpose: the rotation of a one-hot input is a row of the basis.
+
+    The row after the last stands for none.
+    """
     x = F.pad(rows, (0, 0, 0, 1))[b.x].unsqueeze(1)  # [n, 1, s, rows]
-    return squares(_plain((b.g @ columns).unsqueeze(2), x)).mT
+    return (b.g @ columns).unsqueeze(2), x
 
 
 def _plain(g: Tensor, x: Tensor) -> Bound:

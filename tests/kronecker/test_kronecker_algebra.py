@@ -497,3 +497,41 @@ def test_other_bad_arguments() -> None:
         kronecker.interpolate(factors, make("separate"), 0.5)
     with pytest.raises(ValueError, match="b.0 of new has entries that are not finite"):
         kronecker.interpolate(factors, factors | {"b": (torch.nan * eye(3),)}, 0.5)
+
+
+# --- diagonals --------------------------------------------------------------------------------------------------------
+
+
+def test_a_diagonal_is_its_own_basis() -> None:
+    diagonal = {name: torch.rand(shape, dtype=F64) for name, shape in SHAPES.items()}
+    D = kronecker.of_diagonal(diagonal, STRUCTURE)
+    blocks = {(name,): d.flatten().diag() for name, d in diagonal.items()}
+    assert_close(kronecker.dense(D), blocks)
+    assert_close(kronecker.diagonal(D), diagonal)
+    assert_close(kronecker.trace(D), {(name,): d.sum() for name, d in diagonal.items()})
+    for lead in ((), (2, 3)):
+        v = vectors(*lead)
+        assert_close(kronecker.solve(D, v, damping=0.3), {name: v[name] / (d + 0.3) for name, d in diagonal.items()})
+    assert_close(kronecker.logdet(D, damping=0.3), {(name,): (d + 0.3).log().sum() for name, d in diagonal.items()})
+    draws = kronecker.sample(D, 20_000, damping=0.3, generator=torch.Generator().manual_seed(0))
+    assert_close({n: t.square().mean(0) for n, t in draws.items()}, {n: 1 / (d + 0.3) for n, d in diagonal.items()}, rtol=0.05)
+
+
+def test_what_is_no_diagonal() -> None:
+    diagonal = {name: torch.ones(shape, dtype=F64) for name, shape in SHAPES.items()}
+    with pytest.raises(ValueError, match="diagonal is of other parameters than the structure: it lacks .'w'."):
+        kronecker.of_diagonal({n: d for n, d in diagonal.items() if n != "w"}, STRUCTURE)
+    with pytest.raises(
+        ValueError, match=r"the diagonal of parameter 'b' is torch.float64 \(4,\); real numbers of shape \(3,\)"
+    ):
+        kronecker.of_diagonal({**diagonal, "b": torch.ones(4, dtype=F64)}, STRUCTURE)
+    for bad in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="the diagonal of parameter 'b' has entries that are negative or not finite"):
+            kronecker.of_diagonal({**diagonal, "b": torch.full((3,), bad, dtype=F64)}, STRUCTURE)
+    D = kronecker.of_diagonal({n: 0 * d for n, d in diagonal.items()}, STRUCTURE)
+    with pytest.raises(ValueError, match=r"the block of parameter 'w' is zero.*Any positive damping would do"):
+        kronecker.inverse(D)
+    with pytest.raises(ValueError, match="has no eigenbasis but its own"):
+        kronecker.EKFAC(decomposition=D).operands(STRUCTURE.names)
+    with pytest.raises(ValueError, match="these eigenvalues are none"):
+        kronecker.inverse(D, damping=1.0, split="pi")

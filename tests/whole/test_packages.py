@@ -14,7 +14,9 @@ MOST_ENTRIES = 12
 FOR_JOBS = {
     "data",
     "diagnostics",
+    "influence",
     "kronecker",
+    "laplace",
     "optim",
     "private",
 }  # what users do with results: rooms above the house's own, which know nothing of them
