@@ -3,6 +3,7 @@
 from curvfunc.losses.closed_forms import diagonal_root
 from curvfunc.losses.custom import check_separable
 from curvfunc.losses.disguises import Disguise, unmasked
+from curvfunc.losses.draws import draw_bits, draw_categories, draw_normal
 from curvfunc.losses.normal_form import (
     CLOSED_FORMS,
     ClosedForm,
@@ -18,9 +19,6 @@ from curvfunc.losses.normal_form import (
 )
 from curvfunc.losses.normalizer import has_normalizer, normalizer, observed_reduction, reference_sample
 from curvfunc.losses.roots import (
-    draw_bits,
-    draw_categories,
-    draw_normal,
     empirical_root,
     exact_root,
     gradient,

@@ -43,6 +43,7 @@ from curvfunc.losses.closed_forms import (
 )
 from curvfunc.losses.custom import autodiff_factor, autodiff_gradient, autodiff_hessian, check_separable, check_sum, mean_terms
 from curvfunc.losses.disguises import unmasked
+from curvfunc.losses.draws import draw_bits, draw_categories, draw_normal
 from curvfunc.losses.normal_form import (
     CLOSED_FORMS,
     ClosedForm,
@@ -68,9 +69,6 @@ __all__ = [
     "Root",
     "check",
     "check_separable",
-    "draw_bits",
-    "draw_categories",
-    "draw_normal",
     "empirical_root",
     "exact_root",
     "gradient",
@@ -398,33 +396,6 @@ def _terms(loss: Loss, out: Tensor, y: Any, g: Tensor) -> Tensor | float:
         terms = weight.sum()
     check_mass(loss, terms)
     return terms
-
-
-def draw_categories(logits: Tensor, mc_samples: int, generator: torch.Generator | None) -> Tensor:
-    """Draw classes from softmax(logits) for logits [N, C, *d]: [M, N, *d], an exponential race (argmin_c E_c / p_c).
-
-    Out of place, so it runs under ``vmap(randomness="different")`` and compiled. E = -log u with 0 < u < 1 is positive
-    and finite, so no class can win because of its noise alone: u = 0, which ``torch.rand`` may draw, is moved up.
-    """
-    u = _drawn(torch.rand, logits, mc_samples, generator)
-    exponential = -u.clamp(min=torch.finfo(u.dtype).tiny).log()
-    return (logits.log_softmax(1) - exponential.log()).argmax(2)
-
-
-def draw_bits(logits: Tensor, mc_samples: int, generator: torch.Generator | None) -> Tensor:
-    """Draw from Bernoulli(sigmoid(logits)) for logits of any shape: boolean [M, *shape]."""
-    u = _drawn(torch.rand, logits, mc_samples, generator)
-    return u < logits.sigmoid()
-
-
-def draw_normal(like: Tensor, mc_samples: int, generator: torch.Generator | None) -> Tensor:
-    """Draw standard normal noise [M, *shape] of the shape, device and dtype of ``like``."""
-    return _drawn(torch.randn, like, mc_samples, generator)
-
-
-def _drawn(draw: Callable[..., Tensor], like: Tensor, mc_samples: int, generator: torch.Generator | None) -> Tensor:
-    given = {} if generator is None else {"generator": generator}  # with one, even None, sizes must be no symbols
-    return draw((mc_samples, *like.shape), device=like.device, dtype=like.dtype, **given)
 
 
 CLOSED_FORMS.update(
