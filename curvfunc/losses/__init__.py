@@ -17,6 +17,7 @@ from curvfunc.losses.normal_form import (
 )
 from curvfunc.losses.normalizer import has_normalizer, normalizer, observed_reduction, reference_sample
 from curvfunc.losses.roots import (
+    SUMMED,
     draw_bits,
     draw_categories,
     draw_normal,
@@ -32,6 +33,7 @@ from curvfunc.losses.roots import (
 
 __all__ = [
     "CLOSED_FORMS",
+    "SUMMED",
     "ClosedForm",
     "Loss",
     "Root",

@@ -61,6 +61,7 @@ from curvfunc.tensors.pages import may_overwrite
 from curvfunc.tensors.precision import at_least_float32
 
 __all__ = [
+    "SUMMED",
     "Loss",
     "Root",
     "check",
@@ -82,6 +83,8 @@ __all__ = [
     "summed_hessian",
     "values_visible",
 ]
+
+SUMMED = functools.partial(F.cross_entropy, reduction="sum")  # the default where a mean has no answer
 
 COLUMNS_BYTES = 1 << 24  # columns that are made together where only their products are kept
 
