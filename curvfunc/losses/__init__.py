@@ -19,6 +19,7 @@ from curvfunc.losses.normal_form import (
 )
 from curvfunc.losses.normalizer import has_normalizer, normalizer, observed_reduction, reference_sample
 from curvfunc.losses.roots import (
+    SUMMED,
     empirical_root,
     exact_root,
     gradient,
@@ -31,6 +32,7 @@ from curvfunc.losses.roots import (
 
 __all__ = [
     "CLOSED_FORMS",
+    "SUMMED",
     "ClosedForm",
     "Disguise",
     "Loss",

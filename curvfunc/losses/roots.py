@@ -65,6 +65,7 @@ from curvfunc.tensors.precision import at_least_float32
 from curvfunc.tensors.sizes import hint
 
 __all__ = [
+    "SUMMED",
     "Loss",
     "Root",
     "check",
@@ -83,6 +84,8 @@ __all__ = [
     "summed_hessian",
     "values_visible",
 ]
+
+SUMMED = functools.partial(F.cross_entropy, reduction="sum")  # the default where a mean has no answer
 
 COLUMNS_BYTES = 1 << 24  # columns that are made together where only their products are kept
 

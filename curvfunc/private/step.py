@@ -10,7 +10,6 @@ from torch import Generator, Tensor
 from curvfunc import losses
 from curvfunc.private.noise import add_noise, check_chance, check_positive
 from curvfunc.quantities.call import compute
-from curvfunc.quantities.functions import SUMMED
 from curvfunc.quantities.specs import ClippedGrad
 from curvfunc.tensors.inputs import flatten_params, read_batch
 
@@ -28,7 +27,7 @@ def noisy_grad(
     noise_multiplier: float,
     denominator: float,
     per_layer: bool = False,
-    loss_fn: Callable[[Tensor, Any], Tensor] = SUMMED,
+    loss_fn: Callable[[Tensor, Any], Tensor] = losses.SUMMED,
     generator: Generator | None = None,
     secure: bool = False,
 ) -> Any:

@@ -35,7 +35,6 @@ Raises:
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -83,8 +82,6 @@ __all__ = [
 Model = Callable[[Any, Any], Tensor]
 LossFunction = Callable[[Tensor, Any], Tensor]
 Indices = Sequence[int] | Tensor
-
-SUMMED = partial(F.cross_entropy, reduction="sum")
 
 
 def batch_grad(
@@ -183,7 +180,7 @@ def clipped_grad(
     *,
     max_norm: float | Mapping[str, float],
     per_layer: bool = False,
-    loss_fn: LossFunction = SUMMED,
+    loss_fn: LossFunction = losses.SUMMED,
     subsampling: Indices | None = None,
     chunk_size: int | None = None,
 ) -> Any:

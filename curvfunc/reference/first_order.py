@@ -1,6 +1,5 @@
 """Gradients of each sample."""
 
-from functools import partial
 from typing import Any
 
 import optree
@@ -8,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curvfunc import losses
 from curvfunc.reference.dense import Indices, LossFn, ModelFn, jacobian, pick
 
 __all__ = ["batch_dot", "batch_dot_total", "batch_grad", "batch_l2", "clipped_grad", "sum_grad_squared", "variance"]
-
-SUMMED = partial(F.cross_entropy, reduction="sum")
 
 
 def batch_grad(
@@ -78,7 +76,7 @@ def clipped_grad(
     *,
     max_norm: float,
     per_layer: bool = False,
-    loss_fn: LossFn = SUMMED,
+    loss_fn: LossFn = losses.SUMMED,
     subsampling: Indices = None,
     chunk_size: int | None = None,
 ) -> Any:

@@ -131,8 +131,9 @@ def kron(B: Tensor, A: Tensor) -> Tensor:
 
 # What is public, in lower case, and no quantity.
 NO_QUANTITIES = {
-    "accumulate", "accumulation", "check", "check_rule", "compute", "eigsh", "empty_cache", "explain", "fisher_operator", "functionalize", "ggn_operator",
-    "hessian_operator",    "hutchinson_diag", "hutchinson_trace", "hutchpp_trace", "kronecker", "merge", "operation", "optim", "reference", "rule", "spectral_density", "xdiag",
+    "accumulate", "accumulation", "check", "check_rule", "compute", "diagnostics", "eigsh", "empty_cache", "explain", "fisher_operator",
+    "functionalize", "ggn_operator", "hessian_operator", "hutchinson_diag", "hutchinson_trace", "hutchpp_trace", "influence", "kronecker",
+    "laplace", "merge", "operation", "optim", "private", "reference", "rule", "spectral_density", "xdiag",
 }  # fmt: skip
 PUBLIC = sorted(name for name in curvfunc.__all__ if name.islower() and name not in NO_QUANTITIES)
 
@@ -163,6 +164,7 @@ TREES = [
     for name in reference.__all__
     if {"y", "v"} & set(inspect.signature(getattr(reference, name)).parameters) == {"y"}
     and not name.endswith(("_total", "_gram", "mp"))
+    and name != "clipped_grad"  # by the norm over all parameters
 ]
 
 
