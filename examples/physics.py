@@ -1,9 +1,9 @@
 """Poisson's equation by a physics-informed network: K-FAC and Gauss-Newton beside Adam, with the same time for each.
 
--Δu = f on the unit square with u = 0 around it, and f such that u = sin(πx) sin(πy). The network N is part of an ansatz that is zero
-on the boundary, u = 16 x (1 - x) y (1 - y) N(x, y). What is trained is the residual Δu + f at random collocation points, a
-model like any other, with the mean square as its loss. Value, gradient and Laplacian go forward through the network together, as
-four rows per point, so that each layer is one linear operation on them, and K-FAC has factors of what the rows share. (With
+-Δu = f on the unit square with u = 0 around it, and f such that u = sin(πx) sin(πy). The network N is part of an ansatz that is
+zero on the boundary, u = 16 x (1 - x) y (1 - y) N(x, y). What is trained is the residual Δu + f at random collocation points,
+a model like any other, with the mean square as its loss. Value, gradient and Laplacian go forward through the network together,
+as four rows per point, so that each layer is one linear operation on them, and K-FAC has factors of what the rows share. (With
 derivatives by torch.func the same numbers come out, but no operation is seen on the samples: all blocks are dense.)
 
     python examples/physics.py --help
@@ -13,6 +13,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -24,8 +25,8 @@ from curvfunc import KFLR, kronecker, optim
 
 Params = dict[str, Tensor]
 WIDTHS, POINTS = (2, 32, 32, 1), 256
-# Adam's is the best of eight, 1e-3, 2e-3, 5e-3, ... 0.2, decaying by a cosine to zero within the budget, which did better than constant
-# rates, as new points at each step did better than at each 20th; by the error after 15 s, averaged over three seeds
+# Adam's is the best of eight, 1e-3, 2e-3, 5e-3, ... 0.2, decaying by a cosine to zero within the budget, which did better than
+# constant rates, as new points at each step did better than at each 20th; by the error after 15 s, averaged over three seeds
 LEARNING_RATE, DAMPING, GGN_DAMPING = 1e-2, 1e-3, 1e-2
 NEW_POINTS_EVERY = {"Adam": 1, "K-FAC": 20, "Gauss-Newton": 20}
 COLORS = {"Adam": "#009E73", "K-FAC": "#CC79A7", "Gauss-Newton": "#0072B2"}
@@ -67,7 +68,7 @@ def error(params: Params) -> float:
 def exactly_scaled(kfac: optim.Transformation, damping: float) -> optim.Transformation:
     """K-FAC's direction and the step before, both scaled to the minimum of the quadratic model with the exact GGN + λ.
 
-    λ adapts by the reduction ratio, and a step that would raise the loss is not taken: Martens and Grosse 2015, sec. 6.4, 6.5, 7.
+    λ adapts by the reduction ratio, and a step that would raise the loss is not taken: Martens and Grosse 2015, sections 6.4 to 7.
     """
 
     def init(params: Params) -> dict:
@@ -125,7 +126,7 @@ def start(method: str, params: Params) -> Callable[[Tensor, float], Params]:
 def train(method: str, seed: int, seconds: float, steps: float = math.inf) -> tuple[Params, list[tuple[float, int, float]]]:
     """The parameters, and seconds, steps and error from time to time, which is not counted."""
     torch.manual_seed(seed)
-    layers = [nn.Linear(i, o, dtype=torch.float64) for i, o in zip(WIDTHS, WIDTHS[1:], strict=False)]
+    layers = [nn.Linear(i, o, dtype=torch.float64) for i, o in pairwise(WIDTHS)]
     params = {str(i): torch.cat([m.weight, m.bias[:, None]], 1).detach() for i, m in enumerate(layers)}
     step, history, used, k = start(method, params), [(0.0, 0, error(params))], 0.0, 0
     while used < seconds and k < steps:
