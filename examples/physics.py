@@ -68,7 +68,7 @@ def error(params: Params) -> float:
 def exactly_scaled(kfac: optim.Transformation, damping: float) -> optim.Transformation:
     """K-FAC's direction and the step before, both scaled to the minimum of the quadratic model with the exact GGN + λ.
 
-    λ adapts by the reduction ratio, and a step that would raise the loss is not taken: Martens and Grosse 2015, sections 6.4 to 7.
+    λ adapts by the reduction ratio, and a step that would raise the loss is not taken: Martens and Grosse 2015, sec. 6.4 to 7.
     """
 
     def init(params: Params) -> dict:
@@ -145,7 +145,7 @@ def draw(runs: dict, path: Path) -> None:
     figure, axes = plt.subplot_mosaic([["seconds"] * 2 + ["steps"] * 2, ["u", *runs]], figsize=(11, 6.5), layout="constrained")
     side = math.isqrt(len(GRID))
     image = lambda ax, values, **options: ax.imshow(
-        values.reshape(side, side).T, origin="lower", extent=(0, 1, 0, 1), **options
+        values.reshape(side, side).T.numpy(), origin="lower", extent=(0, 1, 0, 1), **options
     )
     for method, (params, history) in runs.items():
         seconds, steps, errors = zip(*history, strict=True)
