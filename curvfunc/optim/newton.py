@@ -147,13 +147,15 @@ def _solve(
     d, rr = r, _dot(r, r)
     falls = [(_dot(g, x) + _dot(r, x)) / 2]  # -q(x)
     running = rr > least
+    largest = torch.zeros_like(rr)
     for i in range(1, iterations + 1):
         if not hidden and not running:
             break
         Ad, damped = times(d)
         curve, dd = _dot(d, damped), _dot(d, d)
         if convex and not hidden:
-            _check_convex(_dot(d, Ad), dd, Ad, eps)
+            largest = torch.maximum(largest, (_dot(Ad, Ad) / dd).sqrt())
+            _check_convex(_dot(d, Ad), dd, largest, eps)
         running = running & (curve > 0)
         step = torch.where(running, rr / torch.where(curve > 0, curve, torch.ones_like(curve)), torch.zeros_like(rr))
         x, r = _along(x, step, d), _along(r, -step, damped)
@@ -170,10 +172,13 @@ def _solve(
     return x, torch.where(better, falls[-1], _dot(g, g))
 
 
-def _check_convex(curve: Tensor, dd: Tensor, Ad: Tree, eps: float) -> None:
-    """A GGN has no negative curvature, but by rounding."""
-    rounding = 1e3 * eps * (dd * _dot(Ad, Ad)).sqrt()
-    if curve < -rounding:
+def _check_convex(curve: Tensor, dd: Tensor, largest: Tensor, eps: float) -> None:
+    """A GGN has no negative curvature, but by rounding.
+
+    Which is relative to the largest curvature that has been seen, not to that along d, where there may be none at all; and to
+    the loss Hessian's entries, which cancel where a classifier is sure. In doubt CG just stops there.
+    """
+    if curve < -100 * eps**0.5 * largest * dd:
         raise ValueError(
             f"newton_cg: the GGN has negative curvature ({float(curve / dd):.2g} along a direction of conjugate "
             f"gradients), so the "

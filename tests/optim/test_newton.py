@@ -152,6 +152,21 @@ def test_a_loss_that_is_not_convex() -> None:
     assert loss_fn(model_fn(params, X), y) < 0.1
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_is_no_negative_curvature(seed: int) -> None:
+    """In single precision, where a classifier is sure and the entries of the loss Hessian cancel."""
+    torch.manual_seed(seed)
+    model_fn, params = curvfunc.functionalize(nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5)).float())
+    X = torch.randn(16, 20, dtype=torch.float32)
+    y = model_fn(params, X).argmax(1)
+    params = {name: 3 * p if name == "2.weight" else p for name, p in params.items()}
+    method = optim.chain(optim.newton_cg(damping=1e-6), optim.scale(-1.0))
+    state = method.init(params)
+    for _ in range(15):
+        loss, params, state = optim.step(model_fn, method, params, state, X, y)
+    assert loss < 1e-5
+
+
 def test_curvature_and_states_of_other_parameters() -> None:
     model_fn, params, X, y = problem()
     method = optim.newton_cg()
