@@ -1,15 +1,25 @@
 """The scripts on scikit-learn's digits, in a short setting."""
 
+import re
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from documents import ROOT
 
 for needed in ("sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(needed)
+
+
+@pytest.fixture(autouse=True)
+def _as_many_threads_as_before() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str) -> dict[str, Any]:
@@ -70,3 +80,11 @@ def test_race_counts_steps_and_search_takes_the_best() -> None:
     search = race["search"]
     search.__globals__["train"] = train
     assert search("Adam", 100) == ((0.017, None), 30.5)
+
+
+def test_the_table_is_of_what_the_script_takes() -> None:
+    rows = re.findall(
+        r"^\| (\S+) \| (\S+) \| (\S+) \| \d", (ROOT / "docs/optimizers.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    shown = {method: tuple(None if rate == "–" else float(rate) for rate in rates) for method, *rates in rows}
+    assert shown == {method: row[1] for method, row in load("kfac_digits.py")["METHODS"].items()}
