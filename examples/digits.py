@@ -278,6 +278,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("digits-pictures"), help="folder for the pictures")
     args = parser.parse_args()
 
+    torch.set_num_threads(1)  # so that seconds compare, whatever else the machine does; threads gain little at this size
     torch.manual_seed(args.seed)
     X, y, X_held_out, y_held_out = load_data(args.seed)
     model_fn, params = functionalize(make_network())
