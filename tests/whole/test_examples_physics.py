@@ -51,8 +51,9 @@ def test_factors_are_those_of_the_layers(physics) -> None:
 
 @pytest.mark.parametrize("method", ["Adam", "K-FAC", "Gauss-Newton"])
 def test_training(physics, method: str) -> None:
-    _, history = physics["train"](method, 0, float("inf"), steps=12)
-    assert history[-1][1] == 12
+    steps = 25 if method == "Gauss-Newton" else 12  # its first ones are too long, and not taken
+    _, history = physics["train"](method, 0, float("inf"), steps=steps)
+    assert history[-1][1] == steps
     assert history[-1][2] < (0.98 if method == "Adam" else 0.5) * history[0][2]
 
 
