@@ -87,7 +87,8 @@ def cross_entropy_gradient(loss: Loss, work: Tensor, y: Tensor) -> Tensor:
     probs = work.softmax(1)
     if _has_hard_labels(loss, y):  # T has one entry per position: no need to build it
         if (mass_of_all := uniform_mass(loss, y)) is not None and may_overwrite():
-            return probs.scatter_(1, y.unsqueeze(1).long(), -1.0, reduce="add").mul_(mass_of_all)
+            # rounded as autograd does it, where p is nearly 1
+            return probs.mul_(mass_of_all).scatter_(1, y.unsqueeze(1).long(), -mass_of_all, reduce="add")
         index, _, mass = _labels(loss, work, y)
         return (mass * probs).scatter_add(1, index, -mass)
     target = _class_weights(loss, work, y)
