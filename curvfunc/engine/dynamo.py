@@ -431,7 +431,7 @@ def _reachable(roots: list[Any]) -> Iterator[Any]:
             yield from names
             values = [found.__globals__[name] for name in names if name in found.__globals__]
             modules = [value for value in values if isinstance(value, types.ModuleType)]
-            values += [getattr(module, name) for module in modules for name in names if hasattr(module, name)]
+            values += [vars(module)[name] for module in modules for name in names if name in vars(module)]
             todo += [*values, sys.modules.get(found.__module__), found.__defaults__, found.__kwdefaults__, found.__closure__]
         elif isinstance(found, type):
             todo += [*vars(found).values(), *found.__bases__]

@@ -4,7 +4,6 @@ import runpy
 import sys
 from pathlib import Path
 
-import matplotlib as mpl
 import pytest
 import torch
 from helpers import assert_close
@@ -12,7 +11,7 @@ from torch.func import hessian, vmap
 
 import curvfunc
 
-mpl.use("Agg")
+pytest.importorskip("matplotlib").use("Agg")
 SCRIPT = Path(__file__).parents[2] / "examples/physics.py"
 
 
