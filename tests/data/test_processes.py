@@ -302,6 +302,7 @@ def test_what_is_no_group() -> None:
 
 def test_the_example_runs() -> None:
     """Without torchrun it starts two processes."""
+    pytest.importorskip("sklearn")
     command = [sys.executable, str(ROOT / "examples" / "distributed.py"), "--samples", "101"]
     found = subprocess.run(
         command, check=True, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)}
