@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def evaluate(call: LossCall, current: Pass) -> None:
 
 def _evaluate(call: LossCall, current: Pass) -> None:
     create_graph, exts = torch.is_grad_enabled(), current.second_order
-    losses.check(call.loss, call.out, call.y)
+    call = replace(call, loss=losses.check(call.loss, call.out, call.y))
     if not call.out.requires_grad:
         return
     pulled: dict[LossRoot, list[tuple[BackpropExtension, Quantity]]] = {}

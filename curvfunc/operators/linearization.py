@@ -164,22 +164,20 @@ class Problem:
 
     def gradient(self, out: Tensor) -> Tensor:
         """Gradient of the loss with respect to the outputs of the subset, [B, ...], as a function of them."""
-        whole = self._checked(out)
-        return self.batch.select(losses.gradient(self.loss, whole, self.batch.y, create_graph=True)[None])[0]
+        return self.batch.select(losses.gradient(*self._checked(out), create_graph=True)[None])[0]
 
     def exact_root(self, out: Tensor) -> losses.Root:
         """Root of the loss Hessian; raises where the loss is not convex."""
-        return losses.exact_root(self.loss, self._checked(out), self.batch.y)
+        return losses.exact_root(*self._checked(out))
 
     def sampled_columns(self, out: Tensor, mc_samples: int) -> Tensor:
         """Monte-Carlo columns of the loss Hessian, [M, B, ...]."""
-        root = losses.sampled_root(self.loss, self._checked(out), self.batch.y, mc_samples, self.generator)
+        root = losses.sampled_root(*self._checked(out), mc_samples, self.generator)
         return self.batch.select(root.columns(0, mc_samples)).to(out.dtype)
 
-    def _checked(self, out: Tensor) -> Tensor:
+    def _checked(self, out: Tensor) -> tuple[losses.Loss, Tensor, Any]:
         whole = self.batch.spread(out)
-        losses.check(self.loss, whole, self.batch.y)
-        return whole
+        return losses.check(self.loss, whole, self.batch.y), whole, self.batch.y
 
 
 class _NoBatchStatistics(Instead):
