@@ -2,66 +2,75 @@
 
 import runpy
 import sys
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close
+import torch.nn.functional as F
+from documents import ROOT
+from one_by_one import verify
 from torch.func import hessian, vmap
 
 import curvfunc
 
-pytest.importorskip("matplotlib").use("Agg")
-SCRIPT = Path(__file__).parents[2] / "examples/physics.py"
+pytest.importorskip("matplotlib")
+
+SCRIPT = ROOT / "examples" / "physics.py"
 
 
-@pytest.fixture(scope="module")
-def physics():
-    """What the script defines."""
-    return runpy.run_path(str(SCRIPT))
+def load(name: str = "example") -> dict[str, Any]:
+    return runpy.run_path(str(SCRIPT), run_name=name)
 
 
-def parameters(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Those of a small network."""
-    torch.manual_seed(seed)
-    return {"0": torch.randn(5, 3, dtype=torch.float64), "1": torch.randn(1, 6, dtype=torch.float64)}
+def start(widths: tuple[int, ...] = (2, 4, 3, 1)) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    pairs = enumerate(pairwise(widths))
+    return {str(i): torch.randn(outs, ins + 1, dtype=torch.float64) for i, (ins, outs) in pairs}
 
 
-def test_laplacian(physics) -> None:
-    """Against second derivatives by autodiff."""
-    params, X = parameters(), torch.rand(7, 2, dtype=torch.float64)
-    u, laplacian = physics["ansatz"](params, X)
-    alone = lambda x: physics["ansatz"](params, x[None])[0][0]
-    assert_close(laplacian, vmap(lambda x: hessian(alone)(x).trace())(X), rtol=1e-10)
-    assert_close(u, vmap(alone)(X), rtol=1e-12)
+def test_laplacian_is_that_of_the_ansatz() -> None:
+    script, params = load(), start()
+    X = torch.rand(5, 2, dtype=torch.float64)
+    value, laplacian = script["ansatz"](params, X)
+
+    def network(x: torch.Tensor) -> torch.Tensor:
+        h = x
+        for i, weight in enumerate(params.values()):
+            h = F.linear(h.tanh() if i else h, weight[:, :-1], weight[:, -1])
+        return 16 * (x * (1 - x)).prod() * h.sum()
+
+    torch.testing.assert_close(value, vmap(network)(X))
+    torch.testing.assert_close(laplacian, vmap(lambda x: hessian(network)(x).trace())(X))
+    exact = vmap(lambda x: hessian(lambda z: script["solution"](z[None])[0])(x).trace())(X)
+    torch.testing.assert_close(script["residual"](params, X), laplacian - exact)
 
 
-def test_factors_are_those_of_the_layers(physics) -> None:
-    """Four rows for each point are shared positions: two factors for each layer, and the diagonal of one-by-one autograd."""
-    params, X = parameters(), torch.rand(6, 2, dtype=torch.float64)
-    factors = curvfunc.kflr(physics["residual"], params, X, X.new_zeros(6), loss_fn=torch.nn.functional.mse_loss)
-    assert [tuple(f.shape for f in pair) for pair in factors.values()] == [((5, 5), (3, 3)), ((1, 1), (6, 6))]
-    got = curvfunc.diag_ggn(physics["residual"], params, X, X.new_zeros(6), loss_fn=torch.nn.functional.mse_loss)
-    leaves = {k: p.clone().requires_grad_() for k, p in params.items()}
-    rows = [torch.autograd.grad(r, list(leaves.values()), retain_graph=True) for r in physics["residual"](leaves, X)]
-    want = {k: sum(2 / 6 * row[i] ** 2 for row in rows) for i, k in enumerate(params)}
-    assert_close(got, want, rtol=1e-10)
+def test_residual_has_kronecker_factors_and_right_numbers() -> None:
+    script, params = load(), start()
+    X = torch.rand(4, 2, dtype=torch.float64)
+    rows = curvfunc.explain(script["residual"], params, X).rows
+    assert {(row.path, row.rule, row.why) for row in rows} == {("plain", "linear", "")}
+    verify(script["residual"], params, X, torch.zeros(4, dtype=torch.float64), loss_fn=F.mse_loss)
 
 
-@pytest.mark.parametrize("method", ["Adam", "K-FAC", "Gauss-Newton"])
-def test_training(physics, method: str) -> None:
-    steps = 25 if method == "Gauss-Newton" else 12  # its first ones are too long, and not taken
-    _, history = physics["train"](method, 0, float("inf"), steps=steps)
-    assert history[-1][1] == steps
-    assert history[-1][2] < (0.98 if method == "Adam" else 0.5) * history[0][2]
+def test_curvature_needs_fewer_steps_than_adam() -> None:
+    script = load()
+    found = {m: script["train"](m, 0, float("inf"), steps)[1][-1][2] for m, steps in (("Adam", 300), ("K-FAC", 60))}
+    assert found["K-FAC"] < found["Adam"]
 
 
-def test_table_and_picture(monkeypatch, tmp_path, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--seconds", "0.2", "--picture", str(tmp_path / "p.png")])
+def test_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "physics.png"
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setattr(sys, "argv", ["physics.py", "--seconds", "0.1", "--picture", str(picture)])
     threads = torch.get_num_threads()
     try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        names = load("__main__")
     finally:
         torch.set_num_threads(threads)
-    assert "| Gauss-Newton |" in capsys.readouterr().out
-    assert (tmp_path / "p.png").stat().st_size > 10_000
+    assert picture.stat().st_size > 10_000
+    head, rule, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split(" | ")[0].strip("| ") for row in rows] == list(names["COLORS"])
+    assert len({line.count("|") for line in (head, rule, *rows)}) == 1
