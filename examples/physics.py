@@ -19,7 +19,6 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
 
 from curvfunc import KFLR, kronecker, optim
 
@@ -65,40 +64,12 @@ def error(params: Params) -> float:
         return ((ansatz(params, GRID)[0] - solution(GRID)).norm() / solution(GRID).norm()).item()
 
 
-def exactly_scaled(kfac: optim.Transformation, damping: float) -> optim.Transformation:
-    """K-FAC's direction and the step before, both scaled to the minimum of the quadratic model with the exact GGN + λ.
-
-    λ adapts by the reduction ratio, and a step that would raise the loss is not taken: Martens and Grosse 2015, "Optimizing
-    neural networks with Kronecker-factored approximate curvature", sec. 6.4 (scale), 6.5 (λ) and 7 (the step before).
-    """
-    flat = lambda tree: parameters_to_vector(tree.values())
-
-    def init(params: Params) -> dict:
-        return {"kfac": kfac.init(params), "last": {k: torch.zeros_like(p) for k, p in params.items()}, "damping": damping}
-
-    def update(grads: Params, state: dict, params: Params, curvature: tuple, due: tuple | None = None) -> tuple[Params, dict]:
-        factors, local = curvature
-        direction, inner = kfac.update(grads, state["kfac"], params, factors, due)
-        two = (direction, state["last"])
-        D, GD = torch.stack([flat(d) for d in two]), torch.stack([flat(local.product(d)) for d in two])
-        A, b = D @ (GD + state["damping"] * D).T, D @ flat(grads)
-        best = torch.linalg.pinv(A, hermitian=True) @ b  # the step before may be zero
-        step = {k: best[0] * two[0][k] + best[1] * two[1][k] for k in params}
-        ratio = (local.value - local.loss({k: p - step[k] for k, p in params.items()})) / (b @ best / 2)
-        step = step if ratio > 0 else {k: torch.zeros_like(p) for k, p in params.items()}
-        new = state["damping"] * (0.8 if ratio > 0.75 else 1.0 if ratio > 0.25 else 1.25)
-        return step, {"kfac": inner, "last": step, "damping": max(new, 1e-10)}
-
-    needs = lambda state, due: (kfac.needs(state["kfac"], due), optim.Locally())
-    return optim.Transformation(init, update, lambda state: kfac.due(state["kfac"]), needs)
-
-
 def newton(method: str, params: Params) -> optim.Transformation:
     """K-FAC or Gauss-Newton, whose steps need no learning rate."""
     if method == "Gauss-Newton":
         return optim.chain(optim.newton_cg(damping=1.0, iterations=100), optim.scale(-1.0))
     kfac = optim.scale_by_kfac(kronecker.structure(residual, params, GRID[:2]), KFLR(), damping=1e-5)
-    return optim.chain(exactly_scaled(kfac, damping=10.0), optim.scale(-1.0))
+    return optim.chain(optim.scale_exactly(kfac, damping=10.0), optim.scale(-1.0))
 
 
 def train(method: str, seed: int, seconds: float, steps: float = math.inf) -> tuple[Params, list[tuple[float, int, float]]]:

@@ -16,6 +16,7 @@ state)``, which says besides what curvature it needs at a step. `step` asks for 
 """
 
 from curvfunc.optim.diagonal import scale_by_diagonal
+from curvfunc.optim.exact_scale import scale_exactly
 from curvfunc.optim.kfac import scale_by_ekfac, scale_by_kfac
 from curvfunc.optim.newton import newton_cg
 from curvfunc.optim.optimizers import EKFAC, KFAC, Diagonal, NewtonCG, Preconditioned
@@ -39,5 +40,6 @@ __all__ = [
     "scale_by_diagonal",
     "scale_by_ekfac",
     "scale_by_kfac",
+    "scale_exactly",
     "step",
 ]

@@ -12,6 +12,8 @@ def test_blocks_run_and_print_what_is_shown(monkeypatch: pytest.MonkeyPatch, com
     run(ROOT / "README.md")
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/optimizers.md", "docs/physics.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/optimizers.md", "docs/physics.md"]
+)
 def test_links_into_the_repository_lead_somewhere(page: str) -> None:
     assert not dead_links(ROOT / page)
