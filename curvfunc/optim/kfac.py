@@ -68,8 +68,8 @@ def scale_by_kfac(
 
     References:
         Martens and Grosse 2015, "Optimizing neural networks with Kronecker-factored approximate curvature", sec. 5 (averages),
-        6.3 (π), 6.6 (which uses exact products in place of κ); Ba, Grosse, Martens 2017, "Distributed second-order
-        optimization using Kronecker-factored approximations", sec. 5 (clipping).
+        6.3 (π), 6.4 (which uses exact products in place of κ: `scale_exactly`); Ba, Grosse, Martens 2017, "Distributed
+        second-order optimization using Kronecker-factored approximations", sec. 5 (clipping).
 
     Example:
         >>> model_fn, params = functionalize(nn.Linear(4, 3))

@@ -1,20 +1,17 @@
 """Quantities, update and new parameters in one call."""
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import optree
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from curvfunc import losses
-from curvfunc.data.merging import accumulation
+from curvfunc.data.call import compute
 from curvfunc.data.operators import ggn_operator, hessian_operator
 from curvfunc.operators.products import ggn_vp, hessian_vp
 from curvfunc.optim.transformation import Local, Locally, Transformation, apply_updates
-from curvfunc.quantities.call import compute
 from curvfunc.quantities.quantity import Quantity
 from curvfunc.quantities.specs import Grad, Loss
 
@@ -88,39 +85,46 @@ def measure(
     """Loss, gradient, and what a transformation needs; the one place where an update meets model, data and processes."""
     leaves, tree = optree.tree_flatten(needs, is_leaf=lambda leaf: isinstance(leaf, (Quantity, Locally)))
     specs = (Loss(), Grad(), *[leaf for leaf in leaves if isinstance(leaf, Quantity)])
-    options: dict[str, Any] = {"loss_fn": loss_fn, "chunk_size": chunk_size}
-    if group is None:
-        loss, grads, *results = compute(model_fn, params, X, y, specs, generator=generator, **options)
-        total = None
-    else:
-        (loss, grads, *results), total = _over_processes(model_fn, params, X, y, specs, generator, group, options)
+    given: dict[str, Any] = {"loss_fn": loss_fn, "generator": generator, "chunk_size": chunk_size, "group": group}
+    loss, grads, *results = compute(model_fn, params, X, y, specs, **given)
     others = iter(results)
 
     def found(leaf: Any) -> Any:
         if isinstance(leaf, Quantity):
             return next(others)
-        local = _local(model_fn, params, X, y, leaf, loss_fn, loss, generator)
-        return local if total is None else replace(local, product=_then(total, local.product), loss=_then(total, local.loss))
+        return _local(model_fn, params, X, y, leaf, loss_fn, loss, generator, group)
 
     return loss, grads, tree.unflatten([found(leaf) for leaf in leaves])
 
 
 def _local(
-    model_fn: Any, params: Any, X: Any, y: Any, need: Locally, loss_fn: Any, loss: Tensor, generator: Generator | None
+    model_fn: Any,
+    params: Any,
+    X: Any,
+    y: Any,
+    need: Locally,
+    loss_fn: Any,
+    loss: Tensor,
+    generator: Generator | None,
+    group: Any,
 ) -> Local:
     """Products from one linearization, or, inside of compiled code, each from its own."""
 
     @torch.no_grad()
     def loss_at(params: Any) -> Tensor:
-        return loss_fn(model_fn(params, X), y)
+        if group is None:
+            return loss_fn(model_fn(params, X), y)
+        value: Tensor = compute(model_fn, params, X, y, Loss(), loss_fn=loss_fn, group=group)
+        return value
 
+    given: dict[str, Any] = {"loss_fn": loss_fn, "group": group}
     if need.matrix == "hessian":
         if torch.compiler.is_compiling():
             return Local(lambda v: hessian_vp(model_fn, params, X, y, v, loss_fn=loss_fn), loss_at, loss)
-        return Local(hessian_operator(model_fn, params, X, y, loss_fn=loss_fn).__matmul__, loss_at, loss)
+        return Local(hessian_operator(model_fn, params, X, y, **given).__matmul__, loss_at, loss)
     if not torch.compiler.is_compiling():
-        given: dict[str, Any] = {"mc_samples": need.mc_samples, "generator": generator}
-        return Local(ggn_operator(model_fn, params, X, y, loss_fn=loss_fn, **given).__matmul__, loss_at, loss)
+        operator = ggn_operator(model_fn, params, X, y, mc_samples=need.mc_samples, generator=generator, **given)
+        return Local(operator.__matmul__, loss_at, loss)
     if need.mc_samples:
         raise NotImplementedError(
             "products with a Monte-Carlo GGN draw anew at each call inside of torch.compile, so that they are of no "
@@ -128,28 +132,3 @@ def _local(
             "mc_samples=0, or do not compile this step."
         )
     return Local(lambda v: ggn_vp(model_fn, params, X, y, v, loss_fn=loss_fn), loss_at, loss)
-
-
-# -- parts of a batch on several processes
-
-
-def _over_processes(
-    model_fn: Any, params: Any, X: Any, y: Any, specs: Any, generator: Any, group: Any, options: dict[str, Any]
-) -> tuple[Any, Callable[[Any], Any]]:
-    """Results for the batch of all processes, and what makes sums over all samples of what a process has."""
-    whole = accumulation(model_fn, params, specs, **options)
-    own = whole.part(params, X, y, generator=generator)
-    device = optree.tree_leaves(params)[0].device
-
-    def summed(t: Tensor) -> Tensor:
-        copy = t.to(device, copy=True).contiguous()
-        torch.distributed.all_reduce(copy, group=group)
-        return copy.to(t.device)
-
-    state: Any = optree.tree_map(summed, cast(Any, own))
-    share = 1.0 if losses.is_sum(whole.loss) else own["mass"] / state["mass"]
-    return whole.result(state), lambda tree: optree.tree_map(lambda t: summed(t * share), tree)
-
-
-def _then(last: Callable[[Any], Any], first: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda given: last(first(given))
