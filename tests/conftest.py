@@ -1,5 +1,9 @@
-"""What all tests share: one thread, a fixed seed, float64 on request, GPU tests only where there is a GPU."""
+"""What all tests share: one thread, a fixed seed, float64 on request, GPU tests only where there is a GPU.
 
+``CURVFUNC_TEST_DEVICE=cuda python -m pytest -n 8`` makes the tensors, modules and generators of all tests on that device.
+"""
+
+import os
 import shutil
 import sysconfig
 from collections.abc import Iterator
@@ -10,6 +14,22 @@ import torch
 
 # Tests run in several processes, and their problems are small: more threads only get into each other's way.
 torch.set_num_threads(1)
+
+
+class _OnDefaultDevice(type):
+    """The type of ``torch.Generator``s that are made on the default device unless the test says another."""
+
+    def __call__(cls, device: torch.device | str | None = None) -> torch.Generator:
+        return GENERATOR(torch.get_default_device() if device is None else device)
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, GENERATOR)
+
+
+GENERATOR = torch.Generator
+if "CURVFUNC_TEST_DEVICE" in os.environ:
+    torch.set_default_device(os.environ["CURVFUNC_TEST_DEVICE"])
+    torch.Generator = _OnDefaultDevice("Generator", (), {})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

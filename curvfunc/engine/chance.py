@@ -1,9 +1,10 @@
 """Whether a forward pass draws random numbers, as dropout does: then another one would be that of another function."""
 
 import random
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -57,9 +58,9 @@ class Chance:
             (torch.default_generator.get_state, torch.default_generator.set_state),
             (random.getstate, random.setstate),
         ]
-        if "numpy" in sys.modules:
-            numpy = sys.modules["numpy"]
-            found.append((numpy.random.get_state, numpy.random.set_state))
+        if find_spec("numpy") is not None:  # imported here, lest that happens between two looks: torch does so as it needs it
+            generator = import_module("numpy").random
+            found.append((generator.get_state, generator.set_state))
         for device in sorted(self._devices, key=str):
             if device.type == "cuda" and torch.cuda.is_initialized():
                 generator = torch.cuda.default_generators[device.index or 0]

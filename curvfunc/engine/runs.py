@@ -16,7 +16,7 @@ from curvfunc.engine.graph import Opaque, all_visible, calls_may_hide, edge_of, 
 from curvfunc.engine.model import recomputation, without_recomputation
 from curvfunc.engine.observer import Observer
 from curvfunc.engine.outputs import check_leaves, check_output
-from curvfunc.engine.separation import ALONE, Outcome, differ, holds, moved, outcome, require, same_chance
+from curvfunc.engine.separation import ALONE, Outcome, chance_put_back, differ, holds, moved, outcome, require, same_chance
 from curvfunc.engine.sites import Layouts, Site, Trace
 from curvfunc.rules.kernels import INSTEAD
 from curvfunc.tensors.ownership import base
@@ -226,8 +226,11 @@ class Runs:
                     self.end(mode)
             return found[0], found[1]
 
-        if draws or not holds(differ(*run()), compiling):
-            require(run, compiling)
+        if not draws:
+            with chance_put_back():
+                if holds(differ(*run()), compiling):
+                    return
+        require(run, compiling)
 
 
 def hides_calls(error: Exception) -> bool:

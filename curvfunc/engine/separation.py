@@ -11,7 +11,7 @@ Where they differ, it may be by chance: both run again without it, all random op
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvfunc.tensors.ownership import base
 
-__all__ = ["ALONE", "FINE", "MIXES", "SEEDED", "Outcome", "differ", "holds", "moved", "outcome", "require", "same_chance"]
+__all__ = [
+    "ALONE",
+    "FINE",
+    "MIXES",
+    "SEEDED",
+    "Outcome",
+    "chance_put_back",
+    "differ",
+    "holds",
+    "moved",
+    "outcome",
+    "require",
+    "same_chance",
+]
 
 ALONE = (
     "the model mixes the samples of a batch, or cannot run on one sample: they cannot be followed through it ({why}), and for "
@@ -137,13 +150,18 @@ def require(run: Callable[[], tuple[Outcome, Outcome]], compiling: bool, why: st
         raise ValueError(why)
 
 
-@contextmanager
-def without_chance() -> Iterator[None]:
+def without_chance() -> AbstractContextManager[None]:
     """Random operations give constants, which are the same for each sample; Python's own draws are put back."""
+    return chance_put_back(_Constants())
+
+
+@contextmanager
+def chance_put_back(inside: AbstractContextManager[Any] | None = None) -> Iterator[None]:
+    """Afterwards Python's generators, which ``same_chance`` sets, are where they were."""
     numpy = sys.modules.get("numpy")
     states = random.getstate(), None if numpy is None else numpy.random.get_state()
     try:
-        with _Constants():
+        with inside or nullcontext():
             yield
     finally:
         random.setstate(states[0])
@@ -152,7 +170,7 @@ def without_chance() -> Iterator[None]:
 
 
 def same_chance() -> None:
-    """Start Python's own draws at the same place in each forward pass."""
+    """Start Python's own draws at the same place in each forward pass, where ``chance_put_back`` sees to them."""
     random.seed(0)
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(0)

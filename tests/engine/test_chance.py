@@ -302,3 +302,28 @@ def test_products_with_repeated_indices(name: str) -> None:
     mask = torch.zeros(N, C)
     mask[sorted(set(INDEX))] = seen[-1]
     assert_close(got, product(lambda p, x: model.given(p, x[0], x[1]), (X, mask)))
+
+
+PATHS = {  # the way that a model of two samples' axes takes
+    "plain": lambda p, x: torch.tanh(x @ p["w"]) @ p["v"],
+    "vmap": lambda p, x: (torch.tanh(x[:, None].flatten(0, 1) @ p["w"]).view(len(x), 4) @ p["v"]).roll(0, 0),
+    "loop": lambda p, x: torch.stack([float(t.sum() > 0) * torch.tanh(t @ p["w"]) for t in x]) @ p["v"],
+}
+
+
+@pytest.mark.parametrize("spec", [*SPECS.values(), KFRA()], ids=str)
+@pytest.mark.parametrize("index", [None, INDEX])
+@pytest.mark.parametrize("path", PATHS)
+def test_python_and_numpy_draw_on_where_they_were(path: str, index: Any, spec: Any) -> None:
+    X, y = torch.randn(N, 3), torch.arange(N) % C
+    params = {"w": torch.randn(3, 4), "v": torch.randn(4, C)}
+    random.seed(7)
+    np.random.seed(7)
+    torch.manual_seed(7)
+    want = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    try:
+        compute(PATHS[path], params, X, y, spec, subsampling=index)
+    except (NotImplementedError, ValueError):
+        pass
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == want[:2]
+    assert torch.equal(torch.get_rng_state(), want[2])
