@@ -257,7 +257,7 @@ def _guard(tx: Any, forward: VariableTracker) -> Any:
     output.side_effects.tensor_hooks = {**before.tensor_hooks}
     try:
         with (
-            output.subtracer(None, None) as tracer,
+            output.subtracer("forward", None) as tracer,
             output.shape_env.ignore_fresh_unbacked_symbols(),
             # the engine meets the numbers themselves, and runs recurrent networks
             config.patch(specialize_int=True, specialize_float=True, allow_rnn=True),
