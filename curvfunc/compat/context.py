@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from inspect import isclass
-from threading import RLock
+from threading import RLock, local
 from types import TracebackType
 from typing import Any
 
@@ -58,6 +58,7 @@ class State:
 
 
 KEY = "curvfunc.compat"
+HELD = local()
 
 
 def state() -> State:
@@ -65,7 +66,7 @@ def state() -> State:
     try:
         found: State = torch._C._get_obj_in_tls(KEY)
     except RuntimeError:
-        found = State()
+        found = HELD.state = State()  # torch 2.11 holds no reference
         torch._C._stash_obj_in_tls(KEY, found)
     return found
 
