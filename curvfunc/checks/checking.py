@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.autograd.graph import Node
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvfunc import losses
-from curvfunc.checks.trials import Calls, gradient, inner, mixes, name_of, relative_errors, same_draws, trial
+from curvfunc.checks.trials import Calls, gradient, inner, mixes, name_of, plain_kernels, relative_errors, same_draws, trial
 from curvfunc.engine.capture import capture
 from curvfunc.engine.model import recomputation
 from curvfunc.engine.outputs import check_output
@@ -136,7 +135,7 @@ def check(
     batch = read_batch(X, y, None)
 
     def model(leaves: Sequence[Tensor], X: Any = X) -> Tensor:
-        with same_draws(), forward_errors(names, list(leaves), X), sdpa_kernel(SDPBackend.MATH), recomputation(model_fn):
+        with same_draws(), forward_errors(names, list(leaves), X), plain_kernels(), recomputation(model_fn):
             out = model_fn(rebuild(leaves), X)
         check_output(out, len(optree.tree_leaves(X)[0]))
         return out

@@ -200,7 +200,7 @@ class _Truth:
         for n in range(len(next(iter(data.values())))):
             leaves = {k: p.clone().requires_grad_() for k, p in params.items()}
             out = model(leaves, {k: v[n : n + 1] for k, v in data.items()})
-            y = torch.cos(1.0 + n + torch.arange(out.numel(), dtype=out.dtype)).reshape(out.shape)
+            y = torch.cos(1.0 + n + torch.arange(out.numel(), dtype=out.dtype, device=out.device)).reshape(out.shape)
             runs.append((leaves, out, y))
         rows = [[_gradients(o, leaves) for o in out.flatten()] for leaves, out, _ in runs]
         J = {k: torch.stack([torch.stack([row[k] for row in of_sample]) for of_sample in rows]) for k in params}
@@ -326,7 +326,9 @@ def _factors(found: Trace, i: int, form: Form, J: Tensor, approximation: str | N
         return (2 * torch.einsum("ncp,ncq->pq", J, J),)
     (j,) = [j for j, site in enumerate(found.sites) if i in site.forms]
     C = found.out[0].numel()
-    columns = 2**0.5 * torch.eye(C, dtype=found.out.dtype).reshape(C, 1, *found.out.shape[1:]).expand(C, *found.out.shape)
+    columns = 2**0.5 * torch.eye(C, dtype=found.out.dtype, device=found.out.device).reshape(C, 1, *found.out.shape[1:]).expand(
+        C, *found.out.shape
+    )
     cotangents, _ = pull(found, columns, create_graph=False, retain_graph=True)
     g, x = form.cotangent(cotangents[j]).detach(), form.inputs().detach()
     summed = isinstance(form, Outer) and form.sum_positions

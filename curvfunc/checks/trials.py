@@ -9,13 +9,14 @@ import optree
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from curvfunc.engine.calls import tensors_in
 from curvfunc.engine.columns import without_fallback_warnings
 from curvfunc.rules.kernels import INSTEAD
 
-__all__ = ["Calls", "gradient", "inner", "mixes", "name_of", "relative_errors", "same_draws", "trial"]
+__all__ = ["Calls", "gradient", "inner", "mixes", "name_of", "plain_kernels", "relative_errors", "same_draws", "trial"]
 
 Function = Callable[..., Tensor]
 
@@ -92,7 +93,7 @@ def _columns(apply: Function, points: list[Tensor]) -> float:
     """Columns together, without a graph, and one by one."""
     leaves = [p.clone().requires_grad_() for p in points]
     out = apply(*leaves)
-    columns = torch.randn(2, *out.shape, dtype=out.dtype)
+    columns = torch.randn(2, *out.shape, dtype=out.dtype, device=out.device)
     one_by_one = [torch.stack(g) for g in zip(*[gradient(out, leaves, c) for c in columns], strict=True)]
     with torch.no_grad():
         together = torch.vmap(lambda c: tuple(gradient(out, leaves, c)))(columns)
@@ -101,7 +102,7 @@ def _columns(apply: Function, points: list[Tensor]) -> float:
 
 def _samples(apply: Function, points: list[Tensor]) -> float:
     """Samples under vmap, and one by one."""
-    leaves = [(p + 1e-3 * torch.randn(2, *p.shape, dtype=p.dtype)).requires_grad_() for p in points]
+    leaves = [(p + 1e-3 * torch.randn(2, *p.shape, dtype=p.dtype, device=p.device)).requires_grad_() for p in points]
     together = torch.vmap(apply)(*leaves)
     one_by_one = torch.stack([apply(*[p[n] for p in leaves]) for n in range(2)])
     column = torch.randn_like(together)
@@ -198,6 +199,13 @@ def same_draws(seed: int = 0) -> Iterator[None]:
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Kernels that can be differentiated twice, and in evaluation mode: not all of vendors' libraries can."""
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
         yield
 
 

@@ -192,7 +192,7 @@ def check_mass(loss: Loss, mass: Tensor, soft: bool = False) -> None:
     """Refuse negative masses, which only weights and soft targets can cause."""
     if not (loss.tensors or soft):
         return
-    if mass.device.type == "cpu" and values_visible(mass) and (mass < 0).any():
+    if values_visible(mass) and not (mass.is_cuda and torch.cuda.is_current_stream_capturing()) and (mass < 0).any():
         raise ValueError(
             f"{label(loss)}: a target has negative total weight {mass.min():.3g}, so the loss is not convex in the "
             "output and its Hessian has no real root. Use non-negative weights and targets."

@@ -194,7 +194,7 @@ def as_scipy(operator: Any) -> Any:
         rmatvec=vector_product,
         matmat=product,
         rmatmat=product,
-        dtype=torch.empty(0, dtype=operator.dtype).numpy().dtype,
+        dtype=torch.empty(0, dtype=operator.dtype, device="cpu").numpy().dtype,
     )
 
 

@@ -54,7 +54,7 @@ def normal(like: Tensor, generator: Generator | None, secure: bool) -> Tensor:
     if not secure:
         return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
     pairs = -(-like.numel() // 2)
-    total = torch.zeros(2 * pairs, dtype=torch.float64)
+    total = torch.zeros(2 * pairs, dtype=torch.float64, device="cpu")
     for _ in range(TERMS):
         radius, angle = (-2 * (1 - uniform(pairs)).log()).sqrt(), 2 * math.pi * uniform(pairs)  # of Box and Muller
         total += torch.cat([radius * angle.cos(), radius * angle.sin()])
@@ -64,9 +64,10 @@ def normal(like: Tensor, generator: Generator | None, secure: bool) -> Tensor:
 def uniform(size: int, generator: Generator | None = None, secure: bool = True) -> Tensor:
     """Numbers in [0, 1) in float64, all multiples of 2⁻⁵³ alike."""
     if not secure:
-        return torch.rand(size, dtype=torch.float64, generator=generator)
+        device = "cpu" if generator is None else generator.device
+        return torch.rand(size, dtype=torch.float64, generator=generator, device=device)
     if not size:
-        return torch.zeros(0, dtype=torch.float64)
+        return torch.zeros(0, dtype=torch.float64, device="cpu")
     bits = torch.frombuffer(bytearray(os.urandom(8 * size)), dtype=torch.int64)
     return (bits & ((1 << 53) - 1)).double() * 2.0**-53
 

@@ -83,6 +83,7 @@ _CURVES = {
     **dict.fromkeys(_NORMS.split(), Curve(unknown=(0,))),  # x̂ γ + β: linear in γ and in β
     "Div": Curve(elementwise=(1,)),
 }
+_BATCH_NORMS = {f"{library}BatchNormBackward0" for library in ("Native", "Cudnn", "Miopen")}
 _DIAGONALS = {*_DIAGONAL.split(), *_SMOOTH.split()}
 _POWERS = {"PowBackward0": SMOOTH, "PowBackward1": Curve(elementwise=(0, 1)), "PowBackward2": Curve(elementwise=(0,))}
 
@@ -90,7 +91,7 @@ _POWERS = {"PowBackward0": SMOOTH, "PowBackward1": Curve(elementwise=(0, 1)), "P
 def curve(node: Node) -> Curve:
     """What is known of the operation behind a node."""
     name = node.name()
-    if name == "NativeBatchNormBackward0":  # by running statistics it is a scaling; instance norms use their own
+    if name in _BATCH_NORMS:  # by running statistics it is a scaling; instance norms use their own
         return UNKNOWN if getattr(node, "_saved_training", True) else MULTILINEAR
     known = _curve(name)
     return UNKNOWN if (known.elementwise or name == "AbsBackward0") and _is_complex(node) else known
@@ -110,7 +111,7 @@ def _curve(name: str) -> Curve:
 def is_diagonal(node: Node) -> bool:
     """Whether entry i of the output depends on entry i of each input only, counted flat, up to broadcasting."""
     name = node.name()
-    if name == "NativeBatchNormBackward0":
+    if name in _BATCH_NORMS:
         return not getattr(node, "_saved_training", True)
     return operation(node) in _DIAGONALS
 

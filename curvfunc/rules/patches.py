@@ -155,9 +155,13 @@ def _window_sums(rows: Tensor, d: int, k: int, windows: int) -> Tensor:
         return parts[0]
     ends = [h for h in range(windows + first) if not first <= h < last]
     parts.append(torch.stack([rows[:, h] @ rows[:, h + d].mT for h in ends]))
-    counts = [[1.0] * (last > first) + [float(i <= h < i + windows) for h in ends] for i in range(k - d)]
+    h = torch.arange(windows + first, device=rows.device)  # counts are made on the device: a copy would make it wait
+    starts = torch.arange(k - d, device=rows.device)[:, None]
+    counts = ((starts <= h) & (h < starts + windows)).to(rows.dtype)
+    if last > first:  # all of the middle as one
+        counts = torch.cat([counts[:, first : first + 1], counts[:, :first], counts[:, last:]], dim=1)
     products = torch.cat(parts)
-    return (rows.new_tensor(counts) @ products.flatten(1)).view(-1, *products.shape[1:])
+    return (counts @ products.flatten(1)).view(-1, *products.shape[1:])
 
 
 def unfold_transpose(

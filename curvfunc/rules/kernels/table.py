@@ -18,6 +18,7 @@ from curvfunc.rules.kernels.indexing import (
     scatter_reduce,
     select_scatter,
 )
+from curvfunc.rules.kernels.libraries import without_cudnn
 from curvfunc.rules.kernels.linear_algebra import (
     cholesky_inverse,
     det,
@@ -86,6 +87,7 @@ _FIRST: Functions = {
     torch.linalg.solve: solve,
     torch.linalg.solve_ex: solve_ex,
     torch.linalg.tensorsolve: tensorsolve,
+    **{f: without_cudnn(f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
     **_functions(
         cdist=cdist,
         select_scatter=select_scatter,
