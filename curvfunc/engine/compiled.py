@@ -1,8 +1,11 @@
 """How a call crosses into compiled code; with versions of torch whose dynamo is arranged in another way, not at all."""
 
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
-__all__ = ["call"]
+import torch
+
+__all__ = ["call", "uncompiled"]
 
 try:
     from curvfunc.engine.dynamo import call
@@ -11,3 +14,15 @@ except ImportError:
     def call(*given: Any) -> NoReturn:  # type: ignore[misc]
         """Raise, for want of a dynamo that can be looked into."""
         raise NotImplementedError("compiled calls need torch 2.13; call curvfunc outside of torch.compile.")
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback
+
+
+def uncompiled(function: _Function) -> _Function:
+    """The function, hidden from dynamo, which would compile the engine frame by frame where it gave up the caller's."""
+    if _callback() is None:
+        return function
+    hidden: _Function = torch.compiler.disable(function)
+    return hidden

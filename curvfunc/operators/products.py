@@ -366,7 +366,7 @@ def _product(
     check_generator(generator)
     if torch.compiler.is_compiling():
         return _compiled(matrix, model_fn, params, X, y, v, loss, subsampling, generator)
-    return _evaluate(matrix, model_fn, params, X, y, v, loss, subsampling, generator)
+    return compiled.uncompiled(_evaluate)(matrix, model_fn, params, X, y, v, loss, subsampling, generator)
 
 
 def _evaluate(

@@ -50,7 +50,8 @@ def compute(
             return compute(model_fn, params, X, y, specs, subsampling=subsampling, **given)
     leaves, tree = optree.tree_flatten(specs, is_leaf=lambda s: isinstance(s, Quantity))
     outs = None if out is None else read_buffers(tree, out)
-    results = _results(model_fn, params, X, y, leaves, losses.normalize(loss_fn), subsampling, generator, chunk_size, outs)
+    evaluate = compiled.uncompiled(_results)
+    results = evaluate(model_fn, params, X, y, leaves, losses.normalize(loss_fn), subsampling, generator, chunk_size, outs)
     return optree.tree_unflatten(tree, results)
 
 

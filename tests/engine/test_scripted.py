@@ -7,6 +7,7 @@ from typing import Any
 import optree
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import assert_close
 from torch import Tensor, nn
 
@@ -250,3 +251,29 @@ def test_kronecker_factors(way: str) -> None:
     for name, factors in got.items():
         if len(factors) == 1:
             assert_close(factors[0].diagonal().reshape(diagonal[name].shape), diagonal[name])
+
+
+class ScriptedThenTurned(nn.Module):
+    """Dynamo gives up at the scripted part, and would go on with what is called from there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.Tanh()))
+        self.weight, self.head = nn.Parameter(torch.randn(3, 3, 6)), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.conv1d(self.scripted(x).mT, self.weight.narrow(-1, 1, 3), padding=1)
+        return self.head(h.mT.sum(1))
+
+
+@pytest.mark.filterwarnings("ignore")  # of dynamo, where it gives up
+def test_where_dynamo_gives_up_it_does_not_look_into_the_engine() -> None:
+    model_fn, params = functionalize(ScriptedThenTurned())
+    X, y = torch.randn(4, 4, 3), torch.arange(4) % 3
+    torch.compiler.reset()
+    compiled = torch.compile(lambda p, X, y: compute(model_fn, p, X, y, [BatchGrad(), DiagGGN()]), backend="aot_eager")
+    assert_close(compiled(params, X, y), compute(model_fn, params, X, y, [BatchGrad(), DiagGGN()]))
+    v = {k: torch.randn_like(p) for k, p in params.items()}
+    compiled = torch.compile(lambda p, X, y: curvfunc.ggn_vp(model_fn, p, X, y, v), backend="aot_eager")
+    assert_close(compiled(params, X, y), curvfunc.ggn_vp(model_fn, params, X, y, v))
+    torch.compiler.reset()

@@ -375,3 +375,13 @@ def test_models_on_a_branch_cut() -> None:
     assert_close(got["w"].flatten(), want @ v)
     assert_close(curvfunc.diag_ggn(model, params, X, y)["w"].flatten(), want.diagonal())
     assert_close(curvfunc.diag_hessian(model, params, X, y)["w"].flatten(), want.diagonal())
+
+
+def test_what_recurrent_modules_ask_before_they_lay_weights_out_for_a_gpu() -> None:
+    asked = INSTEAD[1][Tensor.data_ptr]
+    t = torch.randn(3)
+    assert asked(t) == t.data_ptr()
+    found = []
+    torch.func.grad(lambda t: (found.append(asked(t)), t.sum())[1])(t)
+    torch.vmap(lambda t: (found.append(asked(t)), t)[1])(t)
+    assert found == [0, 0]

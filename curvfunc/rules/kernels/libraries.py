@@ -1,12 +1,13 @@
-"""Kernels of vendors' libraries that cannot be differentiated as torch's own can."""
+"""What modules call for vendors' libraries, which cannot be differentiated as torch's own kernels can."""
 
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["without_cudnn"]
+__all__ = ["data_ptr", "without_cudnn"]
 
 
 def without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -24,3 +25,11 @@ def without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     return run
+
+
+def data_ptr(t: Tensor) -> int:
+    """The address of a tensor's memory, 0 where torch.func has none: recurrent modules ask, for cuDNN's layout of weights."""
+    try:
+        return t.data_ptr()
+    except RuntimeError:
+        return 0

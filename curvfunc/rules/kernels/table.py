@@ -18,7 +18,7 @@ from curvfunc.rules.kernels.indexing import (
     scatter_reduce,
     select_scatter,
 )
-from curvfunc.rules.kernels.libraries import without_cudnn
+from curvfunc.rules.kernels.libraries import data_ptr, without_cudnn
 from curvfunc.rules.kernels.linear_algebra import (
     cholesky_inverse,
     det,
@@ -87,6 +87,7 @@ _FIRST: Functions = {
     torch.linalg.solve: solve,
     torch.linalg.solve_ex: solve_ex,
     torch.linalg.tensorsolve: tensorsolve,
+    Tensor.data_ptr: data_ptr,
     **{f: without_cudnn(f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
     **_functions(
         cdist=cdist,
