@@ -5,7 +5,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-__all__ = ["call", "uncompiled"]
+__all__ = ["call", "refuse_export", "uncompiled"]
 
 try:
     from curvfunc.engine.dynamo import call
@@ -14,6 +14,16 @@ except ImportError:
     def call(*given: Any) -> NoReturn:  # type: ignore[misc]
         """Raise, for want of a dynamo that can be looked into."""
         raise NotImplementedError("compiled calls need torch 2.13; call curvfunc outside of torch.compile.")
+
+
+def refuse_export() -> None:
+    """Raise inside of ``torch.export``, which looks into no backward pass, neither torch's own nor ours."""
+    if torch.compiler.is_exporting():
+        raise NotImplementedError(
+            "torch.export cannot trace backward passes. Trace the call into operations first, graph = "
+            "torch.fx.experimental.proxy_tensor.make_fx(call, tracing_mode='symbolic')(params, X, y), and export the graph: "
+            "torch.export.export(graph, (params, X, y), dynamic_shapes=...)."
+        )
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -365,6 +365,7 @@ def _product(
     loss = losses.Loss(None, losses.no_loss) if loss_fn is None else losses.normalize(loss_fn)
     check_generator(generator)
     if torch.compiler.is_compiling():
+        compiled.refuse_export()
         return _compiled(matrix, model_fn, params, X, y, v, loss, subsampling, generator)
     return compiled.uncompiled(_evaluate)(matrix, model_fn, params, X, y, v, loss, subsampling, generator)
 

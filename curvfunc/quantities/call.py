@@ -41,6 +41,7 @@ def compute(
 ) -> Any:
     """`curvfunc.compute`, in one process."""
     if torch.compiler.is_compiling():
+        compiled.refuse_export()
         return _compiled(model_fn, params, X, y, specs, loss_fn, subsampling, generator, chunk_size, out)
     if torch.is_inference_mode_enabled():  # it forbids graphs; tensors that were made in it are copied out of it
         with torch.inference_mode(False):
