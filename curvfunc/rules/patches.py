@@ -26,6 +26,8 @@ __all__ = [
 # Patches that have fewer entries, and fewer products, than this are formed: products of rows take many small steps.
 MOMENT_ENTRIES = 2**20
 MOMENT_PRODUCTS = 2 * 10**8
+# On a GPU a small step takes no less than its launch, some 10 μs, in which it could do 3 * 10**8 products.
+MOMENT_PRODUCTS_ON_GPU = 10**11
 
 
 def unfold(
@@ -78,6 +80,7 @@ def moment_pays(
     stride: int | Sequence[int],
     padding: str | int | Sequence[int],
     dilation: int | Sequence[int],
+    on_gpu: bool = False,
 ) -> bool:
     """Whether `patch_moment` takes less time than patches and their products, for an input [..., c, *space]."""
     dims = len(kernel)
@@ -92,6 +95,8 @@ def moment_pays(
     )
     features = shape[-dims - 1] * math.prod(kernel)
     large = positions * features >= MOMENT_ENTRIES or positions * features**2 >= MOMENT_PRODUCTS
+    if on_gpu:
+        large = positions * features**2 >= MOMENT_PRODUCTS_ON_GPU
     return 2 * positions >= features and large
 
 
@@ -216,13 +221,14 @@ def transposed_moment(
         if not all(entries):
             continue
         inputs, inner = F.pad(x, pads), [len(e) for e in entries]
-        if moment_pays(inputs.shape, inner, 1, 0, 1):
+        if moment_pays(inputs.shape, inner, 1, 0, 1, inputs.is_cuda):
             block = patch_moment(inputs, inner, 1, 0, 1)
         else:
             block = second_moment(unfold(inputs, inner, 1, 0, 1).transpose(0, 1).flatten(1))
         seen = features
         for d, some in enumerate(entries):
-            seen = seen.index_select(1 + d, torch.tensor(some, device=x.device))
+            step = some[0] - some[1] if len(some) > 1 else 1
+            seen = seen.index_select(1 + d, torch.arange(some[0], some[-1] - 1, -step, device=x.device))
         rows = seen.flatten()
         result = result.index_put((rows.unsqueeze(1), rows), block)
     return result
