@@ -13,7 +13,7 @@ each other where one follows the other, and in a training loop a step follows it
 medians of each round's own ratio to the plain gradient. Steps let go of their results.
 
 - The first call of a contender is not counted (on CUDA the first five). Where it takes more than ``--patience`` seconds,
-  it is all there is: ``"once"`` in the row. The compilation of ``curvfunc_compiled`` comes before it.
+  it is all there is: ``"once"`` in the row. The compilation of ``curvfunc_compiled`` comes before it: ``"compile_s"``.
 - ``deviation`` compares with curvfunc's result: the largest difference over the largest entry, by parameter, and the worst
   of gradient and quantity. Monte-Carlo quantities and Curvlinops' factors, which follow another convention for convolutions,
   have their gradients compared only. Where it exceeds the tolerance, it is taken again in float64 (what it was before is
@@ -93,13 +93,16 @@ def prepare(cell: Problem, names: Sequence[str], patience: float) -> tuple[dict[
     for name in sorted(names, key=lambda name: name != "curvfunc"):  # what the others are compared with comes first
         try:
             step = CONTENDERS[name](cell)
+            begin = time.perf_counter()
+            compilation = {}
             if name == "curvfunc_compiled":
                 step()
-            begin = time.perf_counter()
+                compilation["compile_s"] = round(time.perf_counter() - begin, 2)
+                begin = time.perf_counter()
             found = step()
             if cell.device == "cuda":
                 torch.cuda.synchronize()
-            entry = {"first": time.perf_counter() - begin}
+            entry = {"first": time.perf_counter() - begin, **compilation}
             if name == "curvfunc":
                 expected = found
             elif expected is not None:
@@ -161,6 +164,7 @@ def show(row: dict[str, Any]) -> None:
         shown = [f"{entry['ms']:10.3f} ms {entry['ratio']:9.2f}"]
         shown += [f"deviation {entry['deviation']:.0e}"] if "deviation" in entry else []
         shown += [f"{entry['peak_mib']:.0f} MiB"] if "peak_mib" in entry else []
+        shown += [f"compiled in {entry['compile_s']:.1f} s"] if "compile_s" in entry else []
         print(f"  {name:18} {'  '.join(shown)}{'  once' if 'once' in entry else ''}")
     sys.stdout.flush()
 

@@ -1,6 +1,7 @@
 """Rows of `compare.py` as a table and as a picture."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ def best_peer(row: dict[str, Any], tolerance: dict[str, float]) -> tuple[str, fl
 def table(rows: list[dict[str, Any]], quantities: Sequence[str], tolerance: dict[str, float]) -> str:
     """Markdown, per device and precision: curvfunc's time in gradients, eager / compiled, and the speed-up over the best peer.
 
-    The speed-up, in brackets, is that of the faster of the two.
+    The speed-up, in brackets, is that of the faster of the two. Below are its mean, and how long compiling took.
     """
     parts = []
     for setting, of_setting in _grouped(rows, ("device", "precision")).items():
@@ -52,6 +53,10 @@ def table(rows: list[dict[str, Any]], quantities: Sequence[str], tolerance: dict
                 smallest = f"{of_mode[least]:.2f}× ({quantity} on {net}, over {peer})"
                 cells = f"{len(of_mode)} cells"
                 lines += ["", f"Speed-up over the best peer, {mode}, {cells}: {mean:.2f}× (geometric mean); least: {smallest}."]
+        entries = [row["contenders"].get("curvfunc_compiled", {}) for row in of_setting]
+        if seconds := [entry["compile_s"] for entry in entries if "compile_s" in entry]:
+            median, most = statistics.median(seconds), max(seconds)
+            lines += ["", f"Compiling a step took {median:.1f} s (median of {len(seconds)} cells), at most {most:.1f} s."]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
