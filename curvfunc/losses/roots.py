@@ -62,7 +62,7 @@ from curvfunc.losses.normal_form import (
 )
 from curvfunc.tensors.pages import may_overwrite
 from curvfunc.tensors.precision import at_least_float32
-from curvfunc.tensors.sizes import hint
+from curvfunc.tensors.sizes import hint, room
 
 __all__ = [
     "SUMMED",
@@ -209,7 +209,7 @@ def summed_hessian(loss: Loss, out: Tensor, y: Any, select: Callable[[Tensor], T
         weighted, probs = select(torch.stack([class_mass(loss, work, y) * probs, probs]))
         return weighted.sum(0).diag() - weighted.mT @ probs
     root = exact_root(loss, out, y, fewest=True)
-    size = max(1, COLUMNS_BYTES // max(1, hint(out.numel()) * out.element_size()))
+    size = max(1, room(COLUMNS_BYTES, out) // max(1, hint(out.numel()) * out.element_size()))
     parts = []
     for start in range(0, root.num, size):
         columns = select(root.columns(start, min(start + size, root.num))).reshape(-1, math.prod(out.shape[1:]))

@@ -25,7 +25,7 @@ from torch import Tensor
 from curvfunc.tensors import pages
 from curvfunc.tensors.pages import may_overwrite
 from curvfunc.tensors.precision import at_least_float32
-from curvfunc.tensors.sizes import hint, ranges
+from curvfunc.tensors.sizes import hint, ranges, room
 
 __all__ = [
     "Bound",
@@ -194,7 +194,7 @@ class Bound:
         """x of some samples; if all of it is small, it is made at once."""
         if isinstance(self.inputs, Tensor):
             return self.inputs[samples]
-        if hint(math.prod(self.g.shape[1:4])) * self.features * self.g.element_size() <= PATCHES_BYTES:
+        if hint(math.prod(self.g.shape[1:4])) * self.features * self.g.element_size() <= room(PATCHES_BYTES, self.g):
             return self.x[samples]
         return self.inputs.of(samples).to(self.g.dtype)
 
@@ -333,9 +333,9 @@ def sample_blocks(b: Bound, each: int) -> Iterator[slice]:
     """Samples that go together, so that ``each`` entries for each of them stay in cache, and their inputs small."""
     n, q, s = b.g.shape[1:4]
     one = b.g.element_size()
-    size = BLOCK_BYTES // max(1, hint(each) * one)
+    size = room(BLOCK_BYTES, b.g) // max(1, hint(each) * one)
     if isinstance(b.inputs, Parts):
-        size = min(size, PATCHES_BYTES // max(1, hint(q * s * b.features) * one))
+        size = min(size, room(PATCHES_BYTES, b.g) // max(1, hint(q * s * b.features) * one))
     for start, stop in ranges(n, size):
         yield slice(start, stop)
 

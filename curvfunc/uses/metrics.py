@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from curvfunc.tensors.sizes import room
 from curvfunc.uses import forms
 from curvfunc.uses.forms import Bound, Outer, Products, Rows, flat_vectors, per_sample
 from curvfunc.uses.rotations import rotated_outer, rotated_rows, with_ones
@@ -160,7 +161,7 @@ def with_query(b: Bound, operand: tuple[Metric | None, Tensor, Tensor]) -> Tenso
 def _features(m: Measured, gradients: int) -> Iterator[slice]:
     """Rows that go together, so that what is formed of so many gradients is small."""
     rows = m.g.shape[4]
-    size = max(1, 4 * forms.BLOCK_BYTES // max(1, gradients * m.features * m.g.element_size()))
+    size = max(1, 4 * room(forms.BLOCK_BYTES, m.g) // max(1, gradients * m.features * m.g.element_size()))
     for j in range(0, rows, size):
         yield slice(j, min(j + size, rows))
 

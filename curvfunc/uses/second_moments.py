@@ -13,7 +13,7 @@ from torch import Tensor
 
 from curvfunc.tensors import pages
 from curvfunc.tensors.pages import may_overwrite
-from curvfunc.tensors.sizes import hint, ranges
+from curvfunc.tensors.sizes import hint, ranges, room
 from curvfunc.uses.forms import (
     BLOCK_BYTES,
     Bound,
@@ -80,7 +80,7 @@ def _gram_of_positions(a: Bound, b: Bound) -> Tensor:
     h, y = (g, x) if a is b else (b.g.permute(2, 0, 1, 3, 4), b.x.transpose(0, 1))
     everything, inputs = h.flatten(1, 3), y.flatten(1, 2)
     rows = []
-    for j, stop in ranges(n, BLOCK_BYTES // hint(v * v * m * q * s * s * a.g.element_size())):
+    for j, stop in ranges(n, room(BLOCK_BYTES, a.g) // hint(v * v * m * q * s * s * a.g.element_size())):
         num = stop - j
         outer = g[:, :, j : j + num].flatten(1, 3) @ everything.mT  # [q, v num s, v m s]
         inner = x[:, j : j + num].flatten(1, 2) @ inputs.mT  # [q, num s, m s]
@@ -94,7 +94,7 @@ def _gram_of_gradients(a: Bound, b: Bound) -> Tensor:
     v, n, q, s, o = a.g.shape
     m = b.g.shape[1]
     made = n if a is b else n + m
-    size = max(1, 8 * BLOCK_BYTES // hint(v * made * q * a.features * a.g.element_size()))
+    size = max(1, 8 * room(BLOCK_BYTES, a.g) // hint(v * made * q * a.features * a.g.element_size()))
 
     def gradients(of: Bound, j: int) -> Tensor:
         g = of.g[..., j : j + size].mT  # [v, n, q, j, s]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from curvfunc.tensors import pages
 from curvfunc.tensors.pages import may_overwrite
-from curvfunc.tensors.sizes import hint, ranges
+from curvfunc.tensors.sizes import hint, ranges, room
 from curvfunc.uses import forms
 from curvfunc.uses.forms import (
     Bound,
@@ -198,7 +198,7 @@ def _blocks(b: Bound) -> Iterator[tuple[slice, slice, Tensor]]:
     """Samples, vectors and inputs x whose gradients [m, q, v, o, k] are formed together, so that they stay in cache."""
     v, _, q, _, o = b.g.shape
     one = max(1, q * o * b.features)
-    size = max(1, min(hint(v), forms.BLOCK_BYTES // (hint(one) * b.g.element_size())))
+    size = max(1, min(hint(v), room(forms.BLOCK_BYTES, b.g) // (hint(one) * b.g.element_size())))
     for samples in sample_blocks(b, one * size):
         x = b.part(samples)
         for start, stop in ranges(v, size):

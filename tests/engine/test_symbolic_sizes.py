@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import curvfunc
 from curvfunc import DiagGGN, DiagHessian, compute
+from curvfunc.engine.cotangents import CHUNK_BYTES
+from curvfunc.rules.patches import moment_pays
+from curvfunc.tensors.sizes import room
 
 pytestmark = pytest.mark.usefixtures("float64")
 SPECS = (
@@ -221,3 +224,33 @@ def test_nothing_waits_for_values(make: Any, monkeypatch: pytest.MonkeyPatch) ->
     with NoLook():
         got = compute(model_fn, params, X, y, (*SPECS, curvfunc.KFAC()))
     assert_close(got[:-1], want, 1e-10)
+
+
+class Counted(TorchDispatchMode):
+    """How many operations run, each of which is a launch on a GPU."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func.name() not in ("aten::view", "aten::detach", "aten::t")
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("spec", [curvfunc.BatchL2(), curvfunc.SumGradSquared(), DiagGGN(), curvfunc.KFLR()])
+def test_what_goes_together_on_a_gpu(spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that stay in the CPU's cache would be hundreds of launches."""
+    wide = nn.Sequential(
+        nn.Conv2d(8, 64, 3), nn.Tanh(), nn.Conv2d(64, 64, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(2304, 3)
+    )
+    model_fn, params = curvfunc.functionalize(wide)
+    data = torch.randn(16, 8, 8, 8), torch.arange(16) % 3
+    want = compute(model_fn, params, *data, spec)
+    elsewhere = lambda size, t: room(size, torch.empty(0, device="meta"))
+    for place in ("uses.forms", "uses.squares", "uses.second_moments", "losses.roots"):
+        monkeypatch.setattr(f"curvfunc.{place}.room", elsewhere)
+    monkeypatch.setattr("curvfunc.rules.conv.moment_pays", lambda *given: moment_pays(*given[:5], on_gpu=True))
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", CHUNK_BYTES["cuda"])
+    with Counted() as counted:
+        got = compute(model_fn, params, *data, spec)
+    assert_close(got, want, 1e-10)
+    assert counted.number < 200
