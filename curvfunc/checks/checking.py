@@ -58,6 +58,9 @@ class Report:
 
     rows: tuple[Comparison, ...]
 
+    def __repr__(self) -> str:
+        return f"Report(ok={self.ok})\n{self}"
+
     @property
     def ok(self) -> bool:
         """Whether all results hold."""

@@ -12,7 +12,7 @@ from torch._C import _functorch
 
 from curvfunc import losses
 from curvfunc.data.batches import outline, split_batch, to_device, wrong_device
-from curvfunc.data.checkpoints import Digest, RandomState, check_same, description, load, save
+from curvfunc.data.checkpoints import Digest, RandomState, check_same, described, description, load, save
 from curvfunc.data.merging import Accumulation, State, make
 from curvfunc.data.scales import Reduction, observed
 from curvfunc.data.shards import Shards
@@ -264,6 +264,8 @@ class _Run:
         """Take the state from a checkpoint, if there is one."""
         acc, given = self.acc, {"decay": self.acc.decay, "reduction": self.acc.reduction, "files": self.in_files}
         specs = f"{acc.specs} as {acc.tree}"
+        held = [(s.key(), s.tensors()) for s in acc.specs if s.tensors() is not None]  # which are not shown by `repr`
+        specs += f" {described(held)}" if held else ""
         given |= {"generator": self.generator is not None}
         self.about = description(acc.model_fn, self.params, self.named, specs, acc.loss, given)
         self.random = RandomState(self.generator, {p.device for p in self.leaves})

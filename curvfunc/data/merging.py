@@ -105,6 +105,12 @@ class Accumulation:
     structure: "Structure"
     tree: Any
 
+    def __repr__(self) -> str:
+        loss = self.loss.name or getattr(self.loss.fn, "__qualname__", type(self.loss.fn).__name__)
+        options = {"reduction": self.reduction, "decay": self.decay, "chunk_size": self.chunk_size}
+        given = "".join([f", {name}={value!r}" for name, value in options.items() if value is not None])
+        return f"Accumulation({', '.join(map(repr, self.specs))}; {self.model_fn!r}, {loss}{given})"
+
     def init(self) -> State:
         """The state of no samples."""
         zero = torch.zeros((), dtype=torch.float64)

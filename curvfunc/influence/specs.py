@@ -38,7 +38,7 @@ class Queries(MeasuredQuantity):
 class Influence(MeasuredQuantity):
     """gₙᵀ (B + δ)⁻¹ qₘ with the gradients qₘ of a query, [N, M] per parameter, as `SelfInfluence`."""
 
-    queries: Any = field(kw_only=True)
+    queries: Any = field(kw_only=True, repr=False)
 
     contractions = ("metric_products",)
     laws = (Joined(1),)

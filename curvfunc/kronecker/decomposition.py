@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from curvfunc.kronecker.structure import Layout, Structure
+from curvfunc.kronecker.structure import Layout, Structure, listed
 from curvfunc.tensors.inputs import is_traced
 
 __all__ = ["Block", "Decomposition", "blocks_of", "check_of", "decompose", "hidden", "key_of", "of_diagonal", "of_key"]
@@ -30,6 +30,9 @@ class Block:
 
     weight: Layout
     bias: Layout | None = None
+
+    def __repr__(self) -> str:
+        return f"Block({', '.join([f'{layout.name} {list(layout.shape)}' for layout in self.layouts])})"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -82,6 +85,14 @@ class Decomposition:
     spectra: tuple[tuple[Tensor, ...], ...]
     structure: Structure
     blocks: tuple[Block, ...]
+
+    def __repr__(self) -> str:
+        kinds = ("diagonal", "exact", "Kronecker")
+        parts = []
+        for block, bases, values in zip(self.blocks, self.bases, self.values, strict=True):
+            sizes = getattr(values, "shape", "?")  # whatever a tree_map has made of it
+            parts.append(f"{' + '.join(block.names)}: {kinds[len(bases)]} {' x '.join(map(str, sizes))}")
+        return f"Decomposition({listed(parts)})"
 
 
 def _flatten(d: Decomposition) -> tuple[list[Any], Any]:

@@ -18,6 +18,15 @@ from curvfunc.uses.forms import Form, Outer
 __all__ = ["Layout", "Structure", "structure"]
 
 
+SHOWN = 6  # parameters or blocks, in what is shown of them
+
+
+def listed(parts: Sequence[str]) -> str:
+    """What is shown of many: the first ones, and how many more."""
+    more = [f"... {len(parts) - SHOWN} more"] if len(parts) > SHOWN else []
+    return ", ".join([*parts[:SHOWN], *more])
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a parameter is the matrix [rows, columns] that its factors act on.
@@ -77,6 +86,9 @@ class Structure:
 
     layouts: tuple[Layout, ...]
     tree: Any = None
+
+    def __repr__(self) -> str:
+        return f"Structure({listed([f'{layout.name} {list(layout.shape)}' for layout in self.layouts])})"
 
     @property
     def names(self) -> tuple[str, ...]:

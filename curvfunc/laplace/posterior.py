@@ -37,6 +37,9 @@ class Posterior:
     loss: Tensor
     samples: int
 
+    def __repr__(self) -> str:
+        return f"Posterior(of {self.samples} samples, curvature={self.curvature!r})"
+
 
 def fit(
     model_fn: Callable[[Any, Any], Tensor],

@@ -158,6 +158,9 @@ class Spectrum:
     weights: Tensor
     size: int
 
+    def __repr__(self) -> str:
+        return f"Spectrum(nodes {list(self.nodes.shape)}, of {self.size} eigenvalues)"
+
     def density(self, x: Tensor, width: float) -> Tensor:
         """The density at points x [...], each mass spread out by a Gaussian of standard deviation ``width``: [...]."""
         distance = (x[..., None, None] - self.nodes) / width

@@ -6,7 +6,17 @@ import optree
 import torch
 from torch import Tensor
 
-from curvfunc.optim.transformation import Transformation, check_state, check_tree, count, is_hidden, number, ticks, zeros
+from curvfunc.optim.transformation import (
+    Transformation,
+    check_state,
+    check_tree,
+    count,
+    is_hidden,
+    labelled,
+    number,
+    ticks,
+    zeros,
+)
 from curvfunc.quantities.quantity import Quantity
 
 __all__ = ["scale_by_diagonal"]
@@ -125,7 +135,8 @@ def scale_by_diagonal(
         new = {"count": state["count"] + 1, "mass": mass, "diagonal": average}
         return optree.tree_map(divided, grads, average), new
 
-    return Transformation(init, update, due, needs)
+    label = labelled(me, spec, damping=damping, exponent=exponent, decay=decay)
+    return Transformation(init, update, due, needs, label)
 
 
 def _check_positive(average: Any) -> None:

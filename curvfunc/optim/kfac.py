@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvfunc import kronecker
 from curvfunc.kronecker.decomposition import blocks_of
-from curvfunc.optim.transformation import Transformation, check_state, check_tree, count, is_hidden, number, ticks
+from curvfunc.optim.transformation import Transformation, check_state, check_tree, count, is_hidden, labelled, number, ticks
 from curvfunc.quantities.specs import KFAC, KFLR, KFRA, EmpiricalKFAC
 
 __all__ = ["scale_by_ekfac", "scale_by_kfac"]
@@ -116,7 +116,8 @@ def scale_by_kfac(
         updates = (_by_factors if split == "pi" else _by_eigenbasis)(structure, new, grads)
         return _clipped(updates, grads, kl_clip, structure), new
 
-    return Transformation(init, update, due, needs)
+    label = labelled(me, spec, damping=damping, split=split, decay=decay)
+    return Transformation(init, update, due, needs, label)
 
 
 def scale_by_ekfac(
@@ -203,7 +204,7 @@ def scale_by_ekfac(
         _check_inverses(me, structure, new)
         return _clipped(_by_eigenbasis(structure, new, grads), grads, kl_clip, structure), new
 
-    return Transformation(init, update, due, needs)
+    return Transformation(init, update, due, needs, labelled(me, spec, damping=damping, decay=decay))
 
 
 def _checked(

@@ -16,6 +16,7 @@ from curvfunc.optim.transformation import (
     check_tree,
     count,
     is_hidden,
+    labelled,
     number,
 )
 
@@ -117,7 +118,8 @@ def newton_cg(
         u = optree.tree_map(lambda t: torch.where(good, t, torch.zeros_like(t)), u)
         return u, {"damping": size * factor.to(size), "solution": u}
 
-    return Transformation(init, update, needs=needs)
+    label = labelled(me, matrix, damping=damping, iterations=iterations)
+    return Transformation(init, update, needs=needs, label=label)
 
 
 def _dot(a: Tree, b: Tree) -> Tensor:

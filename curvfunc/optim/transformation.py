@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import optree
@@ -22,6 +22,7 @@ __all__ = [
     "check_tree",
     "count",
     "is_hidden",
+    "labelled",
     "momentum",
     "number",
     "scale",
@@ -58,12 +59,17 @@ class Transformation:
             ``needs``, and ``due`` that of the state if None.
         due: ``state -> `` what is to be renewed at this step: nested tuples of strings.
         needs: ``(state, due) -> `` a pytree of specs for `curvfunc.compute`, and of `Locally`; ``()`` for none.
+        label: What is shown of it.
     """
 
     init: Callable[[Any], Any]
     update: Callable[..., tuple[Any, Any]]
     due: Callable[[Any], Any] = _nothing
     needs: Callable[[Any, Any], Any] = _nothing
+    label: str = field(default="Transformation(...)", compare=False)
+
+    def __repr__(self) -> str:
+        return self.label
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,7 @@ def chain(*transformations: Transformation) -> Transformation:
             news.append(new)
         return grads, tuple(news)
 
-    return Transformation(init, update, due, needs)
+    return Transformation(init, update, due, needs, labelled("chain", *transformations))
 
 
 def scale(factor: float) -> Transformation:
@@ -151,7 +157,7 @@ def scale(factor: float) -> Transformation:
     def update(grads: Any, state: Any, params: Any, curvature: Any = (), due: Any = None) -> tuple[Any, Any]:
         return optree.tree_map(lambda g: factor * g, grads), state
 
-    return Transformation(_nothing, update)
+    return Transformation(_nothing, update, label=labelled("scale", factor))
 
 
 def momentum(decay: float, *, average: bool = False) -> Transformation:
@@ -179,7 +185,7 @@ def momentum(decay: float, *, average: bool = False) -> Transformation:
         updates = optree.tree_map(lambda m: m / mass.to(m), new) if average else new
         return updates, {"mass": mass, "momentum": new}
 
-    return Transformation(init, update)
+    return Transformation(init, update, label=labelled("momentum", decay, average=average))
 
 
 def apply_updates(params: Any, updates: Any) -> Any:
@@ -194,6 +200,11 @@ def apply_updates(params: Any, updates: Any) -> Any:
     """
     check_tree("updates", updates, params)
     return optree.tree_map(lambda p, u: p + u.to(p.dtype), params, updates)
+
+
+def labelled(name: str, *arguments: Any, **options: Any) -> str:
+    """A call as it is shown."""
+    return f"{name}({', '.join([*map(repr, arguments), *[f'{key}={value!r}' for key, value in options.items()]])})"
 
 
 def zeros(params: Any) -> Any:

@@ -1,5 +1,6 @@
 """Which path and rule each parameter takes, and why."""
 
+import html
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,15 +47,41 @@ class Row(NamedTuple):
     why: str
 
 
+# Of cells in notebooks, whose own styles align numbers; colours are those of the page, dark or light.
+CELL = "text-align: left; vertical-align: top; padding: 0.2em 0.8em; border-bottom: 1px solid rgba(128, 128, 128, 0.35)"
+PLAIN = "background: none; color: inherit"
+
+
+HEAD = Row("parameter", "path", "rule", "why")
+
+
 @dataclass(frozen=True)
 class Explanation:
-    """A row per parameter; prints as a table."""
+    """A row per parameter; a table when printed or shown, in notebooks as HTML.
+
+    Attributes:
+        rows: In the order of the parameters.
+    """
 
     rows: tuple[Row, ...]
 
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        """The table for notebooks."""
+
+        def line(tag: str, cells: Sequence[str], style: str = CELL) -> str:
+            return "".join([f'<{tag} style="{style}; {PLAIN}">{cell}</{tag}>' for cell in cells])
+
+        head = line("th", HEAD)
+        rows = [(f"<code style='{PLAIN}'>{html.escape(row.name)}</code>", *map(html.escape, row[1:])) for row in self.rows]
+        body = "".join([f'<tr style="{PLAIN}">{line("td", row)}</tr>' for row in rows])
+        return f'<table style="border-collapse: collapse; {PLAIN}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
     def __str__(self) -> str:
         """The rows as a table; long reasons take several lines."""
-        table = [Row("parameter", "path", "rule", "why"), *self.rows]
+        table = [HEAD, *self.rows]
         widths = [max(len(row[i]) for row in table) for i in range(3)]
         before = sum(widths) + 2 * len(widths)
         lines = []
