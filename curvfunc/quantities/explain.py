@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvfunc.engine.sites import Trace
 from curvfunc.quantities.run import trace
+from curvfunc.tensors.docstrings import documented
 from curvfunc.uses.forms import Through
 
 __all__ = ["Explanation", "Row", "explain"]
@@ -92,13 +93,12 @@ class Explanation:
         return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
+@documented()
 def explain(model_fn: Callable[[Any, Any], Tensor], params: Any, X: Any) -> Explanation:
     """How each parameter of a model is treated: its path, the rules of the operations that use it, and why.
 
     Args:
-        model_fn: ``(params, X) -> output``.
-        params: Pytree of parameters.
-        X: Input with leading sample axis.
+        X: Input, a tensor [N, ...] or a pytree of tensors with leading sample axis N.
 
     Returns:
         An `Explanation`: ``.rows``, and a table when printed.
