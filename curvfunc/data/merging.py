@@ -95,7 +95,18 @@ def law_of(spec: Quantity, part: str) -> Law:
 
 @dataclass(frozen=True)
 class Accumulation:
-    """What belongs to all batches, and the functions ``init``, ``update``, ``merge`` and ``result``; see `accumulation`."""
+    """What belongs to all batches, and the functions ``init``, ``update``, ``merge`` and ``result``; see `accumulation`.
+
+    Attributes:
+        model_fn: ``(params, X) -> output [N, ...]``.
+        specs: What is collected.
+        loss: The loss, in normal form.
+        reduction: What a loss of one's own divides by.
+        decay: What a batch counts after one more.
+        chunk_size: Number of vectors that are backpropagated together.
+        structure: Of the parameters.
+        tree: Of the specs.
+    """
 
     model_fn: Callable[[Any, Any], Tensor]
     specs: tuple[Quantity, ...]

@@ -127,15 +127,17 @@ def decompose(factors: Any, structure: Structure, *, dtype: torch.dtype = torch.
     Eigenvalues that are negative by rounding are kept, so that all that follows is of the matrices that were given.
 
     Args:
-        factors: What `curvfunc.kfac`, `curvfunc.kflr` or `curvfunc.kfra` returned, or averages of it.
+        factors: What `curvfunc.kfac`, `curvfunc.kflr` or `curvfunc.kfra` returned, or averages of it: a tree like the
+            parameters of tuples (B [o, o], A [k, k]), (A, B), or (B [numel, numel],).
         structure: From `structure`, for the same model and parameters.
         dtype: In which to decompose, and to compute with the result. In single precision, a decomposition that fails is
             done again in double precision.
 
     Returns:
-        A `Decomposition`.
+        A `Decomposition`: per block, bases (U_B [o, o], U_A [k, k]) and eigenvalues Λ [o, k].
 
     Raises:
+        TypeError: If the structure is none, or what the tree of factors holds.
         ValueError: If the factors are of other parameters, not finite, not symmetric or not positive semi-definite. In
             compiled code and under vmap, where values cannot be looked at, such factors give NaN.
 

@@ -31,6 +31,7 @@ def scale_exactly(inner: Transformation, *, damping: float = 1.0, adapt: float =
         a `Local`.
 
     Raises:
+        TypeError: If ``inner`` is no transformation, or a number none.
         ValueError: For numbers out of range, and for gradients or states of other parameters.
 
     References:

@@ -103,6 +103,9 @@ def explain(model_fn: Callable[[Any, Any], Tensor], params: Any, X: Any) -> Expl
     Returns:
         An `Explanation`: ``.rows``, and a table when printed.
 
+    Raises:
+        ValueError: For a model in which gradients flow between samples, which has no path.
+
     Example:
         >>> model_fn, params = functionalize(nn.Sequential(nn.Linear(2, 3), nn.Tanh()))
         >>> print(explain(model_fn, params, torch.zeros(4, 2)))

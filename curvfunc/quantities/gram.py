@@ -76,7 +76,11 @@ class BatchDot(Quantity):
 
 @dataclass(frozen=True)
 class GGNGram(GaussNewton):
-    """Inner products of the columns of the GGN's root, [V, N, V, N]."""
+    """Inner products of the columns of the GGN's root, [V, N, V, N].
+
+    Attributes:
+        mc_samples: 0 for the exact loss Hessian, else the number of Monte-Carlo draws per sample.
+    """
 
     contractions = ("gram",)
     laws = (_PAIRS,)

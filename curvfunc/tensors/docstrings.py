@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-__all__ = ["ARGUMENTS", "RAISES", "documented", "entries"]
+__all__ = ["ARGUMENTS", "RAISES", "documented", "entries", "told"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -68,6 +68,11 @@ def documented(shared: Mapping[str, str] = ARGUMENTS, raises: Mapping[str, str] 
         return function
 
     return complete
+
+
+def told(function: Any) -> dict[str, str]:
+    """What a docstring tells of the arguments, by name."""
+    return entries(split(function.__doc__ or "")[1].get("Args:", ""))
 
 
 def names(function: Any) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """`help` suffices: each public function tells its arguments and results with their shapes, what it raises, and an example."""
 
 import ast
+import dataclasses
 import functools
 import inspect
 import re
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 import curvfunc
-from curvfunc.tensors.docstrings import ARGUMENTS, SECTIONS, completed, documented, entries, split
+from curvfunc.tensors.docstrings import ARGUMENTS, SECTIONS, completed, documented, entries, split, told
 
 PLACES = (
     curvfunc,
@@ -31,11 +32,26 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     if callable(value := getattr(place, name)) and not inspect.isclass(value)
 }
 CLASSES: dict[str, type] = {
-    f"{place.__name__}.{name}": value for place in PLACES for name in place.__all__ if inspect.isclass(value := getattr(place, name))
+    f"{place.__name__}.{name}": value
+    for place in PLACES
+    for name in place.__all__
+    if inspect.isclass(value := getattr(place, name))
 }
 
 # Arguments that hold no tensors, or tensors that the function does not look at, whatever their annotation says
-NO_TENSORS = {"data", "group", "model_fn", "reduction", "specs", "structure", "functions", "function", "operation", "module"}
+NO_TENSORS = {
+    "data",
+    "due",
+    "group",
+    "model_fn",
+    "reduction",
+    "specs",
+    "structure",
+    "functions",
+    "function",
+    "operation",
+    "module",
+}
 SHAPE = re.compile(r"\[[^\]\n]*\]|\bscalars?\b|without axes|\bshapes?\b")
 KINDS = r"ValueError|TypeError|NotImplementedError|RuntimeError|ArithmeticError|ImportError"
 
@@ -144,10 +160,16 @@ def test_sections_have_one_order(function: Any) -> None:
 def test_classes_tell_their_fields(cls: type) -> None:
     assert cls.__doc__
     assert not cls.__doc__.startswith(f"{cls.__name__}(")  # what dataclasses and named tuples make up
-    fields = [name for name in getattr(cls, "__dataclass_fields__", getattr(cls, "_fields", ())) if not name.startswith("_")]
-    told = inspect.getdoc(cls) or ""
-    attributes = told.partition("Attributes:")[2]
-    assert [name for name in fields if not re.search(rf"^    {name}: ", attributes, re.MULTILINE)] == []
+    fields = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else getattr(cls, "_fields", ())
+    attributes = (inspect.getdoc(cls) or "").partition("Attributes:")[2]
+    assert [name for name in fields if name[0] != "_" and f"\n    {name}: " not in attributes] == []
+
+
+@pytest.mark.parametrize("name", ["Diagonal", "EKFAC", "KFAC", "NewtonCG", "Preconditioned"])
+def test_optimizers_tell_their_arguments(name: str) -> None:
+    """Those of the transformation and of the base class among them."""
+    make = getattr(curvfunc.optim, name).__init__
+    assert list(told(make)) == list(inspect.signature(make).parameters)[1:]
 
 
 # -- what is pasted
@@ -157,7 +179,7 @@ def test_what_is_shared_is_pasted_in_the_order_of_the_arguments() -> None:
     shared = entries("x: An input [N].\ny: Targets [N],\n    of the input."), entries("ValueError: If it is not.")
 
     @documented(*shared)
-    def function(x: int, own: int, *, y: int) -> int:  # noqa: D417
+    def function(x: int, own: int, *, y: int) -> int:
         """One line.
 
         More.
@@ -204,7 +226,7 @@ def test_indentation_of_the_source_does_not_matter() -> None:
 
 def test_help_on_kfac_has_the_shapes_of_all_arguments_and_results() -> None:
     shown = re.sub(r"\s+", " ", inspect.getdoc(curvfunc.kfac) or "")
-    for told in (
+    for text in (
         "model_fn: ``(params, X) -> output [N, ...]``",
         "params: Pytree of real floating-point tensors [*shape]",
         "X: Input, a tensor [N, ...]",
@@ -215,7 +237,7 @@ def test_help_on_kfac_has_the_shapes_of_all_arguments_and_results() -> None:
         "ValueError: ",
         ">>> ",
     ):
-        assert told in shown
+        assert text in shown
 
 
 def test_without_docstrings_all_works() -> None:
