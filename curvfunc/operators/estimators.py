@@ -32,7 +32,7 @@ _documented = documented(
     ),
     entries(
         """
-        TypeError: If the operator is no matrix with ``dtype`` and ``device``, a number is no number, or the generator is none.
+        TypeError: If the operator is no matrix with ``dtype`` and ``device``, or the generator is none.
         ValueError: If the operator is not square.
         """
     ),
