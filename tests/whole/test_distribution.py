@@ -8,6 +8,7 @@ import tomllib
 import pytest
 import torch
 from documents import ROOT
+from torch._inductor import config as inductor
 
 import curvfunc
 from curvfunc import __main__ as module
@@ -39,8 +40,8 @@ def test_it_follows_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not lines()["optree"].startswith("not")
     monkeypatch.setattr(module, "OPTIONAL", {"no-such-package": "nothing"})
     assert lines()["no-such-package"] == "not installed (nothing)"
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    assert lines()["compiler"] == "none of no-such-compiler (torch.compile needs one)"
+    with inductor.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        assert lines()["compiler"] == "none of no-such-compiler (torch.compile needs one)"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"Card {i}")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
