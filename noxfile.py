@@ -1,5 +1,9 @@
 """Developer sessions: ``nox`` runs them all, ``nox -s tests -- -k conv`` one of them with arguments."""
 
+import re
+import shutil
+from pathlib import Path
+
 import nox
 
 nox.options.default_venv_backend = "venv"
@@ -68,3 +72,28 @@ def demo(session: nox.Session) -> None:
     session.install(*CONSTRAINTS, "-e", ".[examples]")
     session.run("python", "examples/digits.py", *session.posargs)
     session.run("python", "examples/distributed.py")
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """What users get: both distributions, and the README's first example in an environment with nothing but the wheel."""
+    session.install("build", "twine")
+    built, bare = Path(session.create_tmp()) / "dist", Path(session.create_tmp()) / "bare"
+    for folder in (built, bare):
+        shutil.rmtree(folder, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(built))  # the wheel is made of the source distribution
+    wheel, source = sorted(built.iterdir(), key=lambda path: path.suffix != ".whl")
+    session.run("twine", "check", "--strict", str(wheel), str(source))
+    session.run("python", "-m", "venv", str(bare))
+    python = str(bare / ("Scripts/python.exe" if (bare / "Scripts").exists() else "bin/python"))
+    session.run(python, "-m", "pip", "install", "--quiet", *CONSTRAINTS, str(wheel), external=True)
+    first = re.search(r"^```python\n(.*?)^```$(?:\s*^```text\n(.*?)^```$)?", Path("README.md").read_text("utf-8"), re.M | re.S)
+    if first is None:
+        session.error("README.md has no example")
+    example = bare / "example.py"
+    example.write_text(first[1], encoding="utf-8")
+    with session.chdir(bare):  # so that the package is the one that was installed
+        session.run(python, "-m", "curvfunc", external=True)
+        printed = session.run(python, str(example), external=True, silent=True, stderr=None)
+    if first[2] and str(printed).strip() != first[2].strip():
+        session.error(f"the example printed\n{printed}\nand the README says\n{first[2]}")

@@ -25,6 +25,7 @@ from curvfunc.operators.products import hessian_vp
 from curvfunc.quantities.call import compute
 from curvfunc.quantities.specs import BatchGrad
 from curvfunc.rules.kernels import INSTEAD, Instead
+from curvfunc.tensors.docstrings import documented
 from curvfunc.tensors.inputs import flatten_params, forward_errors, read_batch
 
 __all__ = ["Comparison", "Report", "check"]
@@ -53,9 +54,16 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """A row per parameter and comparison; true if all results hold, and prints as a table of what differs."""
+    """A row per parameter and comparison; true if all results hold, and a table of what differs when printed or shown.
+
+    Attributes:
+        rows: All comparisons.
+    """
 
     rows: tuple[Comparison, ...]
+
+    def __repr__(self) -> str:
+        return f"Report(ok={self.ok})\n{self}"
 
     @property
     def ok(self) -> bool:
@@ -83,6 +91,7 @@ class Report:
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+@documented()
 def check(
     model_fn: Callable[[Any, Any], Tensor],
     params: Any,
@@ -110,11 +119,6 @@ def check(
     differences are looked at in any case, and find what curvfunc and torch have wrong in the same way.
 
     Args:
-        model_fn: ``(params, X) -> output [N, ...]``.
-        params: Pytree of parameters.
-        X: Input with leading sample axis.
-        y: Targets.
-        loss_fn: ``(output, y) -> scalar``.
         samples: How many samples are looked at one by one.
         generator: Source of columns and of the choice of samples; the default generator if None.
 
@@ -122,8 +126,7 @@ def check(
         A `Report`: true if all results hold, a table when printed; ``.rows``, ``.raise_if_wrong()``.
 
     Raises:
-        ValueError: If two runs of the model differ, so that there is nothing to compare; and as the functions that are
-            checked.
+        ValueError: If two runs of the model differ, so that there is nothing to compare.
 
     Example:
         >>> model_fn, params = functionalize(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double())

@@ -84,13 +84,13 @@ def check_rule(operation: Any, *example: Any, parameters: str | None = None, rto
     Args:
         operation: An operation with a `rule`.
         example: Arguments that it can be called with, as for a batch: all tensors that are not parameters have the samples
-            as their first axis, at least two. Floating-point tensors are taken to float64.
+            as their first axis, [N, ...], at least two. Floating-point tensors are taken to float64.
         parameters: Names of the arguments that are parameters here; by default all tensors among those of the rule.
         rtol: How far results may be off, relative to their norm.
-        keywords: Further arguments of the operation, by name.
+        keywords: Further arguments of the operation, by name; tensors as in ``example``, [N, ...] unless they are parameters.
 
     Returns:
-        The comparisons; prints as a line.
+        The comparisons, a `RuleReport`; prints as a line.
 
     Raises:
         ValueError: If anything is off: the message names argument, path and quantity. If the rule was used on no path.

@@ -11,11 +11,13 @@ from torch._C import _functorch
 from curvfunc.data.loop import accumulate
 from curvfunc.data.scales import Reduction
 from curvfunc.quantities.call import compute as compute_alone
+from curvfunc.tensors.docstrings import documented
 from curvfunc.tensors.processes import Processes
 
 __all__ = ["compute"]
 
 
+@documented()
 def compute(
     model_fn: Callable[[Any, Any], Tensor],
     params: Any,
@@ -35,23 +37,21 @@ def compute(
     """Several quantities at once, from one forward pass and one backward pass per kind of cotangent.
 
     Args:
-        model_fn: ``(params, X) -> output [N, ...]``, from `curvfunc.functionalize` or any function.
-        params: Pytree of real floating-point tensors, usually ``{name: tensor}``.
-        X: Input, a tensor or a pytree of tensors with leading sample axis N.
-        y: Targets, likewise.
         specs: Any pytree of specs such as ``(Loss(), Grad(), DiagGGN(mc_samples=1))``.
-        loss_fn: ``(output, y) -> scalar`` that sums or averages over samples.
-        subsampling: Indices of samples for everything but `Loss`, `Output` and `Grad`, which are of the whole batch. The
+        subsampling: Indices [M] of samples for everything but `Loss`, `Output` and `Grad`, which are of the whole batch. The
             subset has a forward pass of its own, which costs as much as it is large; but if the model draws random numbers,
             as dropout does, one pass of the whole batch serves everything, so that each sample has one mask in a call,
             also where it is listed twice. Draws from the default generators of torch, Python and numpy, and from
             generators that are passed to torch's operations, are noticed.
-        generator: Source of Monte-Carlo draws. Specs with the same ``mc_samples`` share their draws.
-        chunk_size: Number of vectors that are backpropagated together; by default chosen by memory.
-        out: Tensors for the results to be written to, as an earlier call with the same specs returned them; None in place
-            of a result, or of all, means new memory. Large results (`BatchGrad`, `SqrtGGN`, `BatchDiagGGN`) are formed
-            there, without a copy: memory that is new at each step costs more than the arithmetic. Not for calls that
+        generator: Source of Monte-Carlo draws, on the device of the data; torch's default generator if None. Specs with the
+            same ``mc_samples`` share their draws. Cannot be used inside ``torch.compile``.
+        out: Tensors for the results to be written to, as an earlier call with the same specs returned them, of the same shapes;
+            None in place of a result, or of all, means new memory. Large results (`BatchGrad`, `SqrtGGN`, `BatchDiagGGN`) are
+            formed there, without a copy: memory that is new at each step costs more than the arithmetic. Not for calls that
             are differentiated.
+        reduction: In a group, for losses of one's own: "sum", "mean" over samples, or, for any other mean, a function
+            ``(output, y) -> W`` that returns what it divides by. By default sums and means over samples are told from each
+            other by gradients.
         group: A process group of torch.distributed, such as ``torch.distributed.group.WORLD``: the results are those of one
             batch with the samples of all its processes, each of which calls with its own X and y and the same everything
             else. These may be of different sizes, or have no samples (N = 0). Each process has all sums, and the results per
@@ -64,17 +64,15 @@ def compute(
             (`Grad`, `SumGradSquared`, `Variance`, `DiagGGN`, `DiagHessian`) are DTensors with its placements, scattered
             where it is sharded along its first axis. Kronecker factors have no axis of shards, and results per sample are
             of samples that one process has alone: these are ordinary tensors.
-        reduction: In a group, for losses of one's own: "sum", "mean" over samples, or, for any other mean, a function
-            ``(output, y) -> W`` that returns what it divides by. By default sums and means over samples are told from each
-            other by gradients.
         gather: In a group, whether each process gets the results of all samples, in the order of ranks.
 
     Returns:
         The tree of ``specs`` with each spec replaced by its result; where ``out`` has tensors, by these. All others are
-        dense and share memory with nothing, so that each can be changed in place and be passed as ``out``.
+        dense and share memory with nothing, so that each can be changed in place and be passed as ``out``. `Loss` gives a
+        scalar, `Output` [N, ...]; others a pytree like ``params``, of the shapes that the function of their name tells:
+        [*shape] per parameter for `Grad`, [N, *shape] for `BatchGrad`, and so on.
 
     Raises:
-        TypeError, ValueError: For input that has no answer; the message names the argument, the shapes and the remedy.
         RuntimeError: If another process of the group has failed or is gone; the message names it if it can.
 
     Example:

@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 from curvfunc import losses
 from curvfunc.engine.model import ModelFunction
 
-__all__ = ["Digest", "RandomState", "check_same", "description", "load", "save"]
+__all__ = ["Digest", "RandomState", "check_same", "described", "description", "load", "save"]
 
 VERSION = 1
 

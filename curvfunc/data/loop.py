@@ -12,7 +12,7 @@ from torch._C import _functorch
 
 from curvfunc import losses
 from curvfunc.data.batches import outline, split_batch, to_device, wrong_device
-from curvfunc.data.checkpoints import Digest, RandomState, check_same, description, load, save
+from curvfunc.data.checkpoints import Digest, RandomState, check_same, described, description, load, save
 from curvfunc.data.merging import Accumulation, State, make
 from curvfunc.data.scales import Reduction, observed
 from curvfunc.data.shards import Shards
@@ -20,6 +20,7 @@ from curvfunc.data.stores import Files, Memory
 from curvfunc.data.unions import about, apart, remedy, union
 from curvfunc.quantities.laws import Joined
 from curvfunc.quantities.quantity import Quantity
+from curvfunc.tensors.docstrings import documented
 from curvfunc.tensors.inputs import check_generator
 from curvfunc.tensors.processes import Processes
 from curvfunc.tensors.progress import bar
@@ -29,6 +30,7 @@ from curvfunc.tensors.samples import tensors_of
 __all__ = ["accumulate"]
 
 
+@documented()
 @torch.no_grad()
 def accumulate(
     model_fn: Callable[[Any, Any], Tensor],
@@ -59,19 +61,14 @@ def accumulate(
     results, and refused. A model that is not deterministic draws anew for each batch.
 
     Args:
-        model_fn: ``(params, X) -> output [N, ...]``, from `curvfunc.functionalize` or any function.
-        params: Pytree of real floating-point tensors, usually ``{name: tensor}``.
-        data: Iterable of batches, gone through once, each a pair (X, y), or a mapping whose targets are at "labels" or "label"
-            and whose other entries are the input. The batches may be of different sizes.
+        data: Iterable of batches, gone through once, each a pair (X [N, ...], y [N, ...]), or a mapping whose targets are at
+            "labels" or "label" and whose other entries are the input. The batches may be of different sizes N.
         specs: Any pytree of specs such as ``(Loss(), Grad(), DiagGGN(mc_samples=1))``.
-        loss_fn: ``(output, y) -> scalar`` that sums or averages over samples.
         reduction: For losses other than cross-entropy, squared error and BCE with logits: "sum", "mean" over samples, or, for
             any other mean, a function ``(output, y) -> W`` of a batch that returns what it divides by. By default sums and
             means over samples are told from each other by the gradients of each batch, known losses behind moves of the
             output are looked through, and anything else is refused.
-        decay: If given, a batch counts ``decay**k`` after k more; see `accumulation`.
-        generator: Source of Monte-Carlo draws.
-        chunk_size: As for `compute`.
+        decay: If given, a batch counts ``decay**k`` after k more, and results are those of the mean batch.
         split: ``batch -> (X, y)`` for batches of another kind.
         device: Where batches are copied to.
         store_on: Where per-sample results are kept; by default where they are made.
@@ -91,10 +88,13 @@ def accumulate(
         gather: In a group, whether all processes get the results of all samples; else each has those of its own.
 
     Returns:
-        The tree of ``specs`` with each spec replaced by its result, without graph. In low precision, sums are in float32.
+        The tree of ``specs`` with each spec replaced by its result, without graph: what `compute` returns for one batch of all
+        samples, [*shape] per parameter for `Grad`, [N, *shape] with all N samples for `BatchGrad`, and so on. In low precision,
+        sums are in float32.
 
     Raises:
-        TypeError, ValueError: For data, specs or a checkpoint that have no answer; the message names the batch or the argument.
+        ValueError: For data, specs or a checkpoint that have no answer; the message names the batch or the argument.
+        RuntimeError: If another process of the group has failed or is gone.
 
     Example:
         >>> from curvfunc import KFLR, Loss, Variance
@@ -264,6 +264,8 @@ class _Run:
         """Take the state from a checkpoint, if there is one."""
         acc, given = self.acc, {"decay": self.acc.decay, "reduction": self.acc.reduction, "files": self.in_files}
         specs = f"{acc.specs} as {acc.tree}"
+        held = [(s.key(), s.tensors()) for s in acc.specs if s.tensors() is not None]  # which are not shown by `repr`
+        specs += f" {described(held)}" if held else ""
         given |= {"generator": self.generator is not None}
         self.about = description(acc.model_fn, self.params, self.named, specs, acc.loss, given)
         self.random = RandomState(self.generator, {p.device for p in self.leaves})

@@ -24,6 +24,7 @@ from curvfunc.quantities.call import compute
 from curvfunc.quantities.laws import Averaged, Joined, Law, Refused, Summed
 from curvfunc.quantities.quantity import Quantity
 from curvfunc.quantities.specs import EmpiricalKFAC, Output
+from curvfunc.tensors.docstrings import documented
 from curvfunc.tensors.inputs import flatten_params
 from curvfunc.tensors.precision import at_least_float32
 from curvfunc.tensors.samples import tensors_of
@@ -94,7 +95,18 @@ def law_of(spec: Quantity, part: str) -> Law:
 
 @dataclass(frozen=True)
 class Accumulation:
-    """What belongs to all batches, and the functions ``init``, ``update``, ``merge`` and ``result``; see `accumulation`."""
+    """What belongs to all batches, and the functions ``init``, ``update``, ``merge`` and ``result``; see `accumulation`.
+
+    Attributes:
+        model_fn: ``(params, X) -> output [N, ...]``.
+        specs: What is collected.
+        loss: The loss, in normal form.
+        reduction: What a loss of one's own divides by.
+        decay: What a batch counts after one more.
+        chunk_size: Number of vectors that are backpropagated together.
+        structure: Of the parameters.
+        tree: Of the specs.
+    """
 
     model_fn: Callable[[Any, Any], Tensor]
     specs: tuple[Quantity, ...]
@@ -104,6 +116,12 @@ class Accumulation:
     chunk_size: int | None
     structure: "Structure"
     tree: Any
+
+    def __repr__(self) -> str:
+        loss = self.loss.name or getattr(self.loss.fn, "__qualname__", type(self.loss.fn).__name__)
+        options = {"reduction": self.reduction, "decay": self.decay, "chunk_size": self.chunk_size}
+        given = "".join([f", {name}={value!r}" for name, value in options.items() if value is not None])
+        return f"Accumulation({', '.join(map(repr, self.specs))}; {self.model_fn!r}, {loss}{given})"
 
     def init(self) -> State:
         """The state of no samples."""
@@ -240,6 +258,7 @@ class Structure:
         )
 
 
+@documented()
 def accumulation(
     model_fn: Callable[[Any, Any], Tensor],
     params: Any,
@@ -265,19 +284,20 @@ def accumulation(
     collected, and returned, in float32.
 
     Args:
-        model_fn: ``(params, X) -> output [N, ...]``.
-        params: Pytree of tensors. Only its structure counts.
-        specs: Any pytree of specs.
-        loss_fn: ``(output, y) -> scalar`` that sums or averages over samples.
+        params: Pytree of real floating-point tensors [*shape], usually ``{name: tensor}``. Only its structure counts.
+        specs: Any pytree of specs such as ``(Loss(), Grad(), DiagGGN(mc_samples=1))``.
         reduction: For losses other than cross-entropy, squared error and BCE with logits: "sum", "mean" over samples, "terms"
             for the mean of one of these behind moves of the output (`lambda out, y: F.cross_entropy(out.flatten(0, 1),
             y.flatten())`), or, for any other mean, a function ``(output, y) -> W`` of a batch that returns what it divides by.
         decay: Between 0 and 1; None for all batches alike.
-        chunk_size: As for `compute`.
+
+    Returns:
+        An `Accumulation`, whose ``result`` has the tree of ``specs`` with the shapes that `compute` gives for one batch of all
+        samples.
 
     Raises:
-        TypeError, ValueError: For what has no answer: a quantity that cannot be merged, results per sample with a decay, a
-            loss of one's own without reduction.
+        ValueError: For what has no answer: a quantity that cannot be merged, results per sample with a decay, a loss of one's
+            own without reduction.
 
     Example:
         >>> from curvfunc import Grad, Variance
@@ -347,11 +367,12 @@ def merge(a: State, b: State) -> State:
     by itself.
 
     Args:
-        a: State of one set.
-        b: State of the other.
+        a: State of one set, a dictionary of scalars and of tensors of any shapes.
+        b: State of the other, with tensors of the same shapes but for axes of samples.
 
     Returns:
-        A new state; what the arguments hold is not changed.
+        A new state, with tensors of the shapes that they have in ``a`` but for axes of samples; what the arguments hold is not
+        changed.
 
     Raises:
         ValueError: If the states are of other specs or other parameters.

@@ -5,30 +5,6 @@ Of one batch (X and y), the model runs once, and every product is linear work on
 that of as many passes over the data as there are products, its memory that of one batch. A product with a matrix [P, K]
 is one pass.
 
-Shared by all functions below, besides what `curvfunc.operators.products` explains:
-
-Args:
-    X: Input of a batch; or, if ``y`` is left out, an iterable of batches over which several passes can be made, such as a
-        DataLoader or a list. Each is a pair (X, y), or a mapping whose targets are at "labels" or "label". The scale is that of
-        one batch of all samples, whatever the loss divides by. The data is read once when the operator is made, and has to
-        give the same batches in each pass; if the second pass is found to differ, or later ones to lead the model to other
-        outputs, the product is refused.
-    y: Targets; None if X is a data set.
-    subsampling: Only of one batch.
-    split: ``batch -> (X, y)`` for batches of another kind.
-    device: Where batches of a data set are copied to.
-    reduction: For losses other than cross-entropy, squared error and BCE with logits, over a data set: "sum", "mean" over
-        samples, or, for any other mean, a function ``(output, y) -> W`` of a batch that returns what it divides by. By default
-        sums and means over samples are told from each other by the gradients of each batch, and anything else is refused.
-    progress: Whether products over a data set that take longer than a second show a bar, where there are a terminal and tqdm;
-        in a group, that of its first process.
-    group: A process group of torch.distributed: the matrix is that of the samples of all its processes, at the scale that one
-        batch of them would have. Each passes its own X and y, or data set, of any sizes, also none (N = 0, an empty list), and
-        the same everything else. Products are made by all processes at once, with the same vector, and all have the result:
-        where an estimator draws vectors, seed it alike everywhere. Monte-Carlo draws and dropout are each process's own. There
-        is no subsampling, and ``reduction`` is for batches, too. If a process fails, the others raise, here and at products,
-        and if it is gone, they do within the timeout of the group.
-
 Over a data set all products are those of one matrix: the random numbers of each batch, of Monte-Carlo draws and of dropout, are
 the same in each pass, and what a model keeps in buffers and attributes is put back after each batch.
 """
@@ -47,7 +23,8 @@ from curvfunc.data.scales import Reduction
 from curvfunc.operators.linear_operators import LinearOperator
 from curvfunc.operators.linearization import GaussNewton, Hessian
 from curvfunc.operators.one_batch import batch_operator
-from curvfunc.operators.products import check_draws, fisher_matrix
+from curvfunc.operators.products import SHARED, check_draws, fisher_matrix
+from curvfunc.tensors.docstrings import documented, entries
 from curvfunc.tensors.processes import Processes
 
 __all__ = ["fisher_operator", "ggn_operator", "hessian_operator"]
@@ -58,7 +35,38 @@ Indices = Sequence[int] | Tensor
 Split = Callable[[Any], tuple[Any, Any]]
 Device = torch.device | str
 
+_documented = documented(
+    SHARED
+    | entries(
+        """
+        X: Input of a batch, a tensor [N, ...] or a pytree of tensors with leading sample axis N; or, if ``y`` is left out, an
+            iterable of batches over which several passes can be made, such as a DataLoader or a list. Each is a pair (X, y), or
+            a mapping whose targets are at "labels" or "label". The scale is that of one batch of all samples, whatever the loss
+            divides by. The data is read once when the operator is made, and has to give the same batches in each pass; if the
+            second pass is found to differ, or later ones to lead the model to other outputs, the product is refused.
+        y: Targets of a batch, a tensor [N, ...] or a pytree likewise; None if X is a data set.
+        subsampling: Indices [M] of samples, of one batch only, repeats allowed: the matrix becomes the part of these samples,
+            at the scale of the whole batch.
+        split: ``batch -> (X, y)`` for batches of another kind.
+        device: Where batches of a data set are copied to.
+        reduction: For losses other than cross-entropy, squared error and BCE with logits, over a data set: "sum", "mean" over
+            samples, or, for any other mean, a function ``(output, y) -> W`` of a batch that returns what it divides by. By
+            default sums and means over samples are told from each other by the gradients of each batch, and anything else is
+            refused.
+        progress: Whether products over a data set that take longer than a second show a bar, where there are a terminal and
+            tqdm; in a group, that of its first process.
+        group: A process group of torch.distributed: the matrix is that of the samples of all its processes, at the scale that
+            one batch of them would have. Each passes its own X and y, or data set, of any sizes, also none (N = 0, an empty
+            list), and the same everything else. Products are made by all processes at once, with the same vector, and all have
+            the result: where an estimator draws vectors, seed it alike everywhere. Monte-Carlo draws and dropout are each
+            process's own. There is no subsampling, and ``reduction`` is for batches, too. If a process fails, the others raise,
+            here and at products, and if it is gone, they do within the timeout of the group.
+        """
+    )
+)
 
+
+@_documented
 def hessian_operator(
     model_fn: Model,
     params: Any,
@@ -80,11 +88,12 @@ def hessian_operator(
     samples of several processes.
 
     Returns:
-        Operator of shape (P, P). Arguments: see `curvfunc.data.operators`.
+        A `LinearOperator` of shape (P, P), [P, P] as a matrix, with P the number of entries of all parameters.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: As `curvfunc.hmp`, and for data that has no answer.
+        ValueError: For data that has no answer, or gives other batches at a later pass.
         RuntimeError: If another process of the group has failed or is gone, here or at a product.
+        NotImplementedError: Inside ``torch.func`` transforms and ``torch.compile``.
 
     Example:
         >>> import curvfunc
@@ -100,6 +109,7 @@ def hessian_operator(
     return _operator("hessian_operator", Hessian, model_fn, params, X, y, loss_fn, None, chunk_size, given)
 
 
+@_documented
 def ggn_operator(
     model_fn: Model,
     params: Any,
@@ -119,19 +129,33 @@ def ggn_operator(
 ) -> LinearOperator:
     """The generalized Gauss-Newton matrix R Σₙ Jₙᵀ ∇²ℓₙ Jₙ at ``params`` as a linear operator, of one batch or of a data set.
 
-    Draws (``mc_samples``) are the same in all products. Memory and lifetime: as `hessian_operator`.
+    Jₙ is the Jacobian of sample n's output, ∇²ℓₙ the Hessian of its loss with respect to the output. Draws (``mc_samples``) are
+    the same in all products. Of one batch the model runs once, here, and the operator holds on to its graph.
 
     Returns:
-        Operator of shape (P, P). Arguments: see `curvfunc.data.operators`.
+        A `LinearOperator` of shape (P, P), [P, P] as a matrix, with P the number of entries of all parameters.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: As `hessian_operator`.
+        ValueError: For data that has no answer, or gives other batches at a later pass.
+        RuntimeError: If another process of the group has failed or is gone, here or at a product.
+        NotImplementedError: Inside ``torch.func`` transforms and ``torch.compile``.
+
+    References:
+        Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent".
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> G = ggn_operator(model_fn, params, X, y)
+        >>> torch.allclose(G.dense().diagonal(), G.flatten(diag_ggn(model_fn, params, X, y)), atol=1e-6)
+        True
     """
     matrix = lambda: GaussNewton(check_draws("ggn_operator", mc_samples))
     given = _Given(subsampling, split, device, reduction, progress, group)
     return _operator("ggn_operator", matrix, model_fn, params, X, y, loss_fn, generator, chunk_size, given)
 
 
+@_documented
 def fisher_operator(
     model_fn: Model,
     params: Any,
@@ -152,14 +176,30 @@ def fisher_operator(
 ) -> LinearOperator:
     """The Fisher information, or the empirical one, at ``params`` as a linear operator, of one batch or of a data set.
 
-    It is scaled as `curvfunc.fisher_vp`. Draws (``mc_samples``) are the same in all products. Memory and lifetime: as
-    `hessian_operator`.
+    - Fisher, of the likelihood that cross-entropy, squared error or BCE with logits implies: R Σₙ E[∇ℓ(fₙ, ŷ) ∇ℓ(fₙ, ŷ)ᵀ] with
+      ŷ from the model; equal to the GGN. With ``mc_samples`` the mean over that many draws, the same in all products.
+    - empirical Fisher, of the targets themselves: Σₙ gₙ gₙᵀ with gₙ = R ∇ℓₙ as in `curvfunc.batch_grad`.
+
+    Of one batch the model runs once, here, and the operator holds on to its graph.
 
     Returns:
-        Operator of shape (P, P). Arguments: see `curvfunc.fisher_vp` and `curvfunc.data.operators`.
+        A `LinearOperator` of shape (P, P), [P, P] as a matrix, with P the number of entries of all parameters.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: As `hessian_operator` and `curvfunc.fisher_vp`.
+        ValueError: For data that has no answer, or gives other batches at a later pass; if ``mc_samples`` is given for the
+            empirical Fisher, which has no draws.
+        RuntimeError: If another process of the group has failed or is gone, here or at a product.
+        NotImplementedError: If a custom loss implies no likelihood. Inside ``torch.func`` transforms and ``torch.compile``.
+
+    References:
+        Martens 2020, "New insights and perspectives on the natural gradient method".
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> F_emp = fisher_operator(model_fn, params, X, y, empirical=True)
+        >>> torch.allclose(F_emp.dense().diagonal(), F_emp.flatten(sum_grad_squared(model_fn, params, X, y)), atol=1e-6)
+        True
     """
     matrix = lambda: fisher_matrix("fisher_operator", loss_fn, empirical, mc_samples)
     given = _Given(subsampling, split, device, reduction, progress, group)

@@ -6,7 +6,7 @@ import optree
 import torch
 from torch import Tensor
 
-from curvfunc.diagnostics.moments import check_number, check_samples, listed, scale, total
+from curvfunc.diagnostics.moments import check_number, check_samples, listed, scale, total, with_shared
 from curvfunc.tensors.precision import at_least_float32
 
 __all__ = ["alignment", "effective_dimension", "trace_ratio"]
@@ -16,7 +16,7 @@ def effective_dimension(eigenvalues: Any, damping: float) -> Tensor:
     """How many directions the data determines, Σᵢ λᵢ / (λᵢ + α) = tr(A (A + α)⁻¹).
 
     Args:
-        eigenvalues: λ ≥ 0, a tensor, or a pytree of tensors which all count: those of `curvfunc.eigsh` or
+        eigenvalues: λ ≥ 0, a tensor [k], or a pytree of tensors of any shapes which all count: those of `curvfunc.eigsh` or
             ``torch.linalg.eigvalsh`` of `ggn_gram`'s matrix (which has all that are not zero), or a diagonal in their place.
         damping: α > 0, the precision of a prior on the scale of the curvature.
 
@@ -24,7 +24,9 @@ def effective_dimension(eigenvalues: Any, damping: float) -> Tensor:
         A scalar from 0 to the number of eigenvalues.
 
     Raises:
-        ValueError: For eigenvalues that are negative beyond rounding: the Hessian's, say. Take the GGN's.
+        TypeError: If the damping is no number.
+        ValueError: For eigenvalues that are negative beyond rounding (the Hessian's, say: take the GGN's), or none; for a
+            damping that is not positive.
 
     References:
         MacKay 1992, "Bayesian interpolation"; Maddox, Benton, Wilson 2020, "Rethinking parameter counting in deep
@@ -49,6 +51,7 @@ def effective_dimension(eigenvalues: Any, damping: float) -> Tensor:
     return (found / (found + damping)).sum()
 
 
+@with_shared
 def trace_ratio(second_moment: Any, diagonal: Any, samples: int, *, reduction: str = "mean") -> Tensor:
     """Gradient noise over curvature, tr(C) / tr(H) with C = (1/N) Σₙ ∇ℓₙ ∇ℓₙᵀ and H that of the mean loss.
 
@@ -57,8 +60,6 @@ def trace_ratio(second_moment: Any, diagonal: Any, samples: int, *, reduction: s
     Args:
         second_moment: Result of `SumGradSquared`, [*shape], or of `BatchL2`, [N], per parameter.
         diagonal: Result of `DiagGGN` or `DiagHessian`, [*shape] per parameter.
-        samples: N, of which both are.
-        reduction: "mean" or "sum", that of the loss.
 
     Returns:
         A scalar.
@@ -80,6 +81,7 @@ def trace_ratio(second_moment: Any, diagonal: Any, samples: int, *, reduction: s
     return rate * total([t.sum() for t in moment]) / total([t.sum() for t in curvature])
 
 
+@with_shared
 def alignment(grad: Any, eigenvectors: Tensor) -> Tensor:
     """How much of the gradient lies along each eigenvector, ⟨g, uᵢ⟩² / ‖g‖².
 
@@ -87,7 +89,6 @@ def alignment(grad: Any, eigenvectors: Tensor) -> Tensor:
     soon close to 1 in training.
 
     Args:
-        grad: Result of `Grad`, [*shape] per parameter.
         eigenvectors: u, [P, k], orthonormal columns, as `curvfunc.eigsh` returns them.
 
     Returns:

@@ -7,11 +7,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvfunc.tensors.docstrings import documented, entries
 from curvfunc.tensors.inputs import flatten_params
 from curvfunc.tensors.layers import by_layer
 from curvfunc.tensors.precision import at_least_float32
 
-__all__ = ["Moments", "check_number", "check_samples", "dot", "listed", "moments", "scale"]
+__all__ = ["Moments", "check_number", "check_samples", "dot", "listed", "moments", "scale", "with_shared"]
+
+with_shared = documented(
+    entries(
+        """
+        grad: Result of `Grad`, [*shape] per parameter: the mean m of the samples' gradients, or of a loss that is a sum, N m.
+        variance: Result of `Variance`, [*shape] per parameter. Their variance s², with N − 1 below, is N³ / (N − 1) times this,
+            or of a loss that is a sum, N / (N − 1) times.
+        samples: N, of which both are.
+        dots: ⟨gₙ, g⟩ of all parameters, [N]: `inner_products`, or ``batch_dot_total(...).sum(1)``.
+        reduction: "mean" or "sum", that of the loss.
+        """
+    ),
+    entries(
+        """
+        TypeError: If a number is none, or an argument is no tree of tensors.
+        ValueError: If trees are of different parameters, numbers out of range, or shapes do not fit.
+        """
+    ),
+)
 
 
 @dataclass(frozen=True)

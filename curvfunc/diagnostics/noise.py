@@ -5,22 +5,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from curvfunc.diagnostics.moments import Moments, check_samples, dot, listed, moments, scale, total
+from curvfunc.diagnostics.moments import Moments, check_samples, dot, listed, moments, scale, total, with_shared
 
 __all__ = ["NoiseScale", "early_stopping", "noise_scale", "noise_scale_of_two", "signal_to_noise"]
 
 
+@with_shared
 def signal_to_noise(grad: Any, variance: Any, samples: int, *, reduction: str = "mean") -> dict[str, Tensor]:
     """Gradient signal-to-noise ratio of each layer, Σ m² / Σ s² over the layer's entries.
 
     It is that of one sample's gradient; the gradient of a batch of B has B times as much. Where there is no signal, N times the
     ratio is about 1.
-
-    Args:
-        grad: Result of `Grad`, [*shape] per parameter.
-        variance: Result of `Variance`, likewise.
-        samples: N, of which both are.
-        reduction: "mean" or "sum", that of the loss.
 
     Returns:
         A scalar by layer; infinite without noise, NaN without noise and signal.
@@ -51,19 +46,14 @@ class NoiseScale(NamedTuple):
     signal: Tensor
 
 
+@with_shared
 def noise_scale(grad: Any, variance: Any, samples: int, *, reduction: str = "mean") -> NoiseScale:
     """Simple gradient noise scale from one batch, tr(Σ) / ‖G‖² with tr(Σ) = Σ s² and ‖G‖² = ‖m‖² − Σ s² / N.
 
     These are the estimates of `noise_scale_of_two` from all batches of one sample beside that of N.
 
-    Args:
-        grad: Result of `Grad`, [*shape] per parameter.
-        variance: Result of `Variance`, likewise.
-        samples: N, of which both are.
-        reduction: "mean" or "sum", that of the loss.
-
     Returns:
-        Three scalars.
+        A `NoiseScale`: three scalars.
 
     References:
         McCandlish, Kaplan, Amodei et al. 2018, "An empirical model of large-batch training", eq. 2.9 and appendix A.1.
@@ -77,6 +67,7 @@ def noise_scale(grad: Any, variance: Any, samples: int, *, reduction: str = "mea
     return _ratio(m.trace(), m.square() - m.trace() / samples)
 
 
+@with_shared
 def noise_scale_of_two(small: Any, small_samples: int, big: Any, big_samples: int, *, reduction: str = "mean") -> NoiseScale:
     """Simple gradient noise scale from the gradients of two batches of different sizes b < B.
 
@@ -84,13 +75,12 @@ def noise_scale_of_two(small: Any, small_samples: int, big: Any, big_samples: in
 
     Args:
         small: Result of `Grad` for the small batch, [*shape] per parameter.
-        small_samples: b.
-        big: Result of `Grad` for the big batch.
-        big_samples: B.
-        reduction: "mean" or "sum", that of the loss.
+        small_samples: b, positive.
+        big: Result of `Grad` for the big batch, [*shape] per parameter.
+        big_samples: B, larger than b.
 
     Returns:
-        Three scalars, noisy ones: average noise and signal over steps.
+        A `NoiseScale`: three scalars, noisy ones: average noise and signal over steps.
 
     References:
         McCandlish, Kaplan, Amodei et al. 2018, "An empirical model of large-batch training", appendix A.1.
@@ -109,6 +99,7 @@ def noise_scale_of_two(small: Any, small_samples: int, big: Any, big_samples: in
     return _ratio((less - more) / (1 / small_samples - 1 / big_samples), signal)
 
 
+@with_shared
 def early_stopping(grad: Any, variance: Any, samples: int, *, reduction: str = "mean") -> Tensor:
     """Evidence that the gradient is but noise of sampling, so that training may stop: 1 − (N/P) Σ m² / s² over P entries.
 
@@ -117,9 +108,6 @@ def early_stopping(grad: Any, variance: Any, samples: int, *, reduction: str = "
 
     Args:
         grad: Result of `Grad`, [*shape] per parameter, on the training data.
-        variance: Result of `Variance`, likewise.
-        samples: N, of which both are.
-        reduction: "mean" or "sum", that of the loss.
 
     Returns:
         A scalar; NaN where no entry has evidence, minus infinity where one has a gradient without variance.

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from curvfunc.diagnostics.moments import Moments, check_number, check_samples, listed, moments, scale, total
+from curvfunc.diagnostics.moments import Moments, check_number, check_samples, listed, moments, scale, total, with_shared
 from curvfunc.tensors.inputs import flatten_params
 
 __all__ = ["Verdict", "inner_product_test", "inner_products", "norm_test", "orthogonality_test"]
@@ -25,6 +25,7 @@ class Verdict(NamedTuple):
     samples: Tensor
 
 
+@with_shared
 def norm_test(
     grad: Any, variance: Any, samples: int, *, theta: float, population: int | None = None, reduction: str = "mean"
 ) -> Verdict:
@@ -34,15 +35,11 @@ def norm_test(
     (population − N) / (population − 1).
 
     Args:
-        grad: Result of `Grad`, [*shape] per parameter.
-        variance: Result of `Variance`, likewise.
-        samples: N, of which both are.
         theta: θ; with θ < 1 the gradient is a direction of descent if the test is true of the error itself.
         population: Number of samples of the data set; unlimited if None.
-        reduction: "mean" or "sum", that of the loss.
 
     Returns:
-        A `Verdict`.
+        A `Verdict`: three scalars.
 
     References:
         Byrd, Chin, Nocedal, Wu 2012, "Sample size selection in optimization methods for machine learning", sec. 3.
@@ -62,6 +59,7 @@ def norm_test(
     return _verdict(ratio, needed * population / (needed + population - 1))
 
 
+@with_shared
 def inner_products(batch_grad: Any, grad: Any) -> Tensor:
     """Inner products of each sample's gradient with the batch's, over all parameters together: ⟨gₙ, g⟩.
 
@@ -88,19 +86,17 @@ def inner_products(batch_grad: Any, grad: Any) -> Tensor:
     return torch.stack([part.to(parts[0]) for part in parts]).sum(0)
 
 
+@with_shared
 def inner_product_test(grad: Any, dots: Tensor, *, theta: float, reduction: str = "mean") -> Verdict:
     """Whether batches' gradients keep to the side of the true one: Varₙ⟨∇ℓₙ, m⟩ / N ≤ θ² ‖m‖⁴, the variance with N − 1 below.
 
     It lets the error be as large as it likes across the gradient, so that batches may be smaller than those of `norm_test`.
 
     Args:
-        grad: Result of `Grad`, [*shape] per parameter.
-        dots: ⟨gₙ, g⟩ of all parameters, [N]: `inner_products`, or ``batch_dot_total(...).sum(1)``.
         theta: θ; 0.9 in the paper.
-        reduction: "mean" or "sum", that of the loss.
 
     Returns:
-        A `Verdict`.
+        A `Verdict`: three scalars.
 
     References:
         Bollapragada, Byrd, Nocedal 2017, "Adaptive sampling strategies for stochastic optimization", sec. 2.
@@ -116,6 +112,7 @@ def inner_product_test(grad: Any, dots: Tensor, *, theta: float, reduction: str 
     return _verdict(needed / len(dots), needed)
 
 
+@with_shared
 def orthogonality_test(grad: Any, variance: Any, dots: Tensor, *, nu: float, reduction: str = "mean") -> Verdict:
     """Whether batches' gradients have little across the true one: (Σ s² − Varₙ⟨∇ℓₙ, m⟩ / ‖m‖²) / N ≤ ν² ‖m‖².
 
@@ -123,17 +120,19 @@ def orthogonality_test(grad: Any, variance: Any, dots: Tensor, *, nu: float, red
     orthogonal to m.
 
     Args:
-        grad: Result of `Grad`, [*shape] per parameter.
-        variance: Result of `Variance`, likewise.
-        dots: ⟨gₙ, g⟩ of all parameters, [N]: `inner_products`, or ``batch_dot_total(...).sum(1)``.
         nu: ν; tan 80° = 5.84 in the paper.
-        reduction: "mean" or "sum", that of the loss.
 
     Returns:
-        A `Verdict`.
+        A `Verdict`: three scalars.
 
     References:
         Bollapragada, Byrd, Nocedal 2017, "Adaptive sampling strategies for stochastic optimization", sec. 3.
+
+    Example:
+        >>> per_sample, grad = {"w": torch.tensor([[1.0, 1.0], [2.0, -1.0]])}, {"w": torch.tensor([3.0, 0.0])}
+        >>> variance = {"w": torch.tensor([0.25, 1.0])}
+        >>> diagnostics.orthogonality_test(grad, variance, diagnostics.inner_products(per_sample, grad), nu=5.84).passed
+        tensor(True)
     """
     check_number("nu", nu)
     along, square = _along(grad, dots, reduction)

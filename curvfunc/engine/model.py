@@ -342,9 +342,12 @@ def functionalize(
         output_fn: Chooses the output tensor where the module returns more, e.g. ``lambda out: out.logits``.
 
     Returns:
-        ``model_fn(params, X) -> output`` and ``params``, ``{name: tensor}`` with the module's trainable parameters,
-        detached and sharing memory with the module's. Parameters with ``requires_grad=False`` stay fixed and are not
-        in ``params``.
+        ``model_fn(params, X) -> output [N, ...]`` (a `ModelFunction`) and ``params``, ``{name: tensor [*shape]}`` with the
+        module's trainable parameters, detached and sharing memory with the module's. Parameters with ``requires_grad=False``
+        stay fixed and are not in ``params``.
+
+    Raises:
+        TypeError: For what is no module. A plain function of ``(params, X)`` needs no conversion.
 
     Example:
         >>> model_fn, params = functionalize(nn.Linear(2, 3))

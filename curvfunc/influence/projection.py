@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 from curvfunc.quantities.call import compute
 from curvfunc.quantities.laws import Joined
 from curvfunc.quantities.quantity import Quantity
+from curvfunc.tensors.docstrings import documented
 from curvfunc.tensors.inputs import check_generator
 from curvfunc.uses.projections import Sketch
 
@@ -61,6 +62,7 @@ class BatchProjection(Quantity):
         return parts[0][0]
 
 
+@documented()
 def batch_projection(
     model_fn: Callable[[Any, Any], Tensor],
     params: Any,
@@ -79,17 +81,11 @@ def batch_projection(
     rank is left as it is, and a parameter with one axis or none is projected from one side, to at most r_o * r_i entries.
 
     Args:
-        model_fn: ``(params, X) -> output [N, ...]``.
-        params: Pytree of tensors.
-        X: Input.
-        y: Targets.
-        rank: Rows of P and of Q, or one number for both.
-        loss_fn: ``(output, y) -> scalar`` that sums or averages over samples.
-        subsampling: Indices of samples.
+        rank: Rows r_o of P and r_i of Q, or one number for both.
         generator: Source of the seed. Results of different seeds cannot be compared: see `BatchProjection`.
 
     Returns:
-        [N, r_o * r_i] per parameter.
+        A pytree like ``params``, [N, r_o * r_i] per parameter.
 
     References:
         Choe et al. 2024, "What is your data worth to GPT? LLM-scale data valuation with influence functions", sec. 3 (LoGra).

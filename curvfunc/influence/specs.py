@@ -15,7 +15,11 @@ __all__ = ["Influence", "Queries", "SelfInfluence"]
 
 @dataclass(frozen=True, eq=False)
 class SelfInfluence(MeasuredQuantity):
-    """gₙᵀ (B + δ)⁻¹ gₙ, [N] per parameter: the part of its block; a bias that is joined to its weight has zeros."""
+    """gₙᵀ (B + δ)⁻¹ gₙ, [N] per parameter: the part of its block; a bias that is joined to its weight has zeros.
+
+    Attributes:
+        inverse: (B + δ)⁻¹, from `curvfunc.kronecker.inverse`.
+    """
 
     contractions = ("metric_norms",)
     laws = (Joined(2),)
@@ -23,7 +27,11 @@ class SelfInfluence(MeasuredQuantity):
 
 @dataclass(frozen=True, eq=False)
 class Queries(MeasuredQuantity):
-    """Gradients in the eigenbasis, as what they are sums of outer products of: g [M, s, r] and x [M, s, c] per parameter."""
+    """Gradients in the eigenbasis, as what they are sums of outer products of: g [M, s, r] and x [M, s, c] per parameter.
+
+    Attributes:
+        inverse: (B + δ)⁻¹, from `curvfunc.kronecker.inverse`.
+    """
 
     contractions = ("measured",)
     laws = (Refused("they are the gradients of a few samples, which fit into one. Pass all of them to influence.queries"),)
@@ -36,9 +44,14 @@ class Queries(MeasuredQuantity):
 
 @dataclass(frozen=True, eq=False)
 class Influence(MeasuredQuantity):
-    """gₙᵀ (B + δ)⁻¹ qₘ with the gradients qₘ of a query, [N, M] per parameter, as `SelfInfluence`."""
+    """gₙᵀ (B + δ)⁻¹ qₘ with the gradients qₘ of a query, [N, M] per parameter, as `SelfInfluence`.
 
-    queries: Any = field(kw_only=True)
+    Attributes:
+        inverse: (B + δ)⁻¹, from `curvfunc.kronecker.inverse`.
+        queries: From `queries`, with the same inverse: (g [M, s, r], x [M, s, c]) per parameter.
+    """
+
+    queries: Any = field(kw_only=True, repr=False)
 
     contractions = ("metric_products",)
     laws = (Joined(1),)

@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from curvfunc.kronecker.decomposition import Block, Decomposition, hidden
+from curvfunc.tensors.docstrings import ARGUMENTS, documented, entries
 from curvfunc.tensors.inputs import check_generator
 
 __all__ = ["dense", "diagonal", "inverse", "logdet", "matmul", "power", "sample", "solve", "trace"]
@@ -17,7 +18,20 @@ __all__ = ["dense", "diagonal", "inverse", "logdet", "matmul", "power", "sample"
 # Eigenvalues that are inverted must be known to this relative error, so that residuals are below 1e-3.
 TRUSTED = 5e-4
 
+_SHARED = ARGUMENTS | entries(
+    """
+    decomposition: K, from `decompose`, `correct`, `of_diagonal` or, but for "pi", `power`: per block, bases (U_B [o, o],
+        U_A [k, k]) and eigenvalues Λ [o, k].
+    vectors: A tree like the parameters, [*shape] or with leading axes [..., *shape].
+    damping: δ, a number or a tensor without axes.
+    split: "exact", where eigenvalues are λ_B λ_A + δ; or "pi", where δ goes into the factors, (B + π √δ) ⊗ (A + √δ / π).
+    """
+)
+_told = documented(_SHARED, {})
+_damped = documented(_SHARED, entries("TypeError: If the damping is no number."))
 
+
+@_damped
 def power(
     decomposition: Decomposition, exponent: float, *, damping: float | Tensor = 0.0, split: str = "exact"
 ) -> Decomposition:
@@ -28,13 +42,10 @@ def power(
       that the inverse is a Kronecker product, too. Exact blocks have K + δ.
 
     Args:
-        decomposition: From `decompose`.
         exponent: p. Where it is no integer, eigenvalues that are negative by rounding count as zero.
-        damping: δ, a number or a tensor without axes.
-        split: "exact" or "pi".
 
     Returns:
-        A `Decomposition` with other eigenvalues.
+        A `Decomposition` with other eigenvalues, of the same shapes.
 
     Raises:
         ValueError: If the damping is negative or not finite; if p is negative, and K + δ is singular or so close to it
@@ -44,6 +55,14 @@ def power(
 
     References:
         Martens and Grosse 2015, sec. 6.3 (π); appendix B (the inverse by eigenvalues).
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> K = kronecker.decompose(kfac(model_fn, params, X, y), kronecker.structure(model_fn, params, X))
+        >>> whitened = kronecker.matmul(kronecker.power(K, -0.5, damping=0.1), params)
+        >>> whitened["weight"].shape
+        torch.Size([3, 4])
     """
     damping = _damping(decomposition, damping)
     blocks = zip(decomposition.blocks, decomposition.values, _spectra(decomposition, split), strict=True)
@@ -59,11 +78,32 @@ def power(
     return Decomposition(d.bases, tuple(values), (), d.structure, d.blocks)
 
 
+@_damped
 def inverse(decomposition: Decomposition, *, damping: float | Tensor = 0.0, split: str = "exact") -> Decomposition:
-    """Damped inverses, (K + δ)⁻¹: `power` with -1."""
+    """Damped inverses, (K + δ)⁻¹: `power` with -1.
+
+    Returns:
+        A `Decomposition` with other eigenvalues, of the same shapes.
+
+    Raises:
+        ValueError: If the damping is negative or not finite; if K + δ is singular, or so close to it that rounding could spoil
+            the result. The message names the parameter and the damping that would do.
+
+    References:
+        Martens and Grosse 2015, sec. 6.3 (π); appendix B (the inverse by eigenvalues).
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> K = kronecker.decompose(kfac(model_fn, params, X, y), kronecker.structure(model_fn, params, X))
+        >>> step = kronecker.matmul(kronecker.inverse(K, damping=0.1), params)
+        >>> step["bias"].shape
+        torch.Size([3])
+    """
     return power(decomposition, -1, damping=damping, split=split)
 
 
+@_told
 def matmul(decomposition: Decomposition, vectors: Any) -> Any:
     """Products K v, as U (Λ ∘ (Uᵀ v)); with a vector as a matrix V, U_B (Λ ∘ (U_Bᵀ V U_A)) U_Aᵀ.
 
@@ -72,7 +112,7 @@ def matmul(decomposition: Decomposition, vectors: Any) -> Any:
         vectors: A tree like the parameters, [*shape] or with leading axes [..., *shape].
 
     Returns:
-        A tree like ``vectors``, in its types.
+        A tree like ``vectors``, [*shape] or [..., *shape], in its types.
 
     Raises:
         ValueError: If the vectors are of other parameters, or of other shapes.
@@ -105,30 +145,83 @@ def matmul(decomposition: Decomposition, vectors: Any) -> Any:
     return structure.unflatten([results[name].to(given[name].dtype) for name in structure.names])
 
 
+@_damped
 def solve(decomposition: Decomposition, vectors: Any, *, damping: float | Tensor = 0.0, split: str = "exact") -> Any:
-    """(K + δ)⁻¹ v: `matmul` with the `inverse`."""
+    """(K + δ)⁻¹ v: `matmul` with the `inverse`.
+
+    Returns:
+        A tree like ``vectors``, [*shape] or [..., *shape], in its types.
+
+    Raises:
+        ValueError: If the damping is negative or not finite, or K + δ too close to singular, as for `inverse`; if the vectors
+            are of other parameters, or of other shapes.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> grad, factors = compute(model_fn, params, X, y, (Grad(), KFAC()))
+        >>> K = kronecker.decompose(factors, kronecker.structure(model_fn, params, X))
+        >>> kronecker.solve(K, grad, damping=0.1)["weight"].shape
+        torch.Size([3, 4])
+    """
     return matmul(inverse(decomposition, damping=damping, split=split), vectors)
 
 
+@_told
 def trace(decomposition: Decomposition) -> dict[tuple[str, ...], Tensor]:
-    """Traces Σ Λ, a scalar for each block, by the names of its parameters."""
+    """Traces tr K = Σ Λ.
+
+    Returns:
+        A scalar for each block, ``{names of its parameters: tensor}``.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> K = kronecker.decompose(kflr(model_fn, params, X, y), kronecker.structure(model_fn, params, X))
+        >>> torch.allclose(kronecker.trace(K)[("bias",)].float(), diag_ggn(model_fn, params, X, y)["bias"].sum())
+        True
+    """
     return {b.names: values.sum() for b, values in zip(decomposition.blocks, decomposition.values, strict=True)}
 
 
+@_damped
 def logdet(
     decomposition: Decomposition, *, damping: float | Tensor = 0.0, split: str = "exact"
 ) -> dict[tuple[str, ...], Tensor]:
-    """Log-determinants log det (K + δ) = Σ log (Λ + δ), a scalar for each block, by the names of its parameters.
+    """Log-determinants log det (K + δ) = Σ log (Λ + δ).
+
+    Returns:
+        A scalar for each block, ``{names of its parameters: tensor}``.
 
     Raises:
-        ValueError: As `power` with a negative exponent.
+        ValueError: If the damping is negative or not finite; if K + δ is singular, or so close to it that rounding could spoil
+            the result. The message names the parameter and the damping that would do.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> K = kronecker.decompose(kfac(model_fn, params, X, y), kronecker.structure(model_fn, params, X))
+        >>> kronecker.logdet(K, damping=0.1)[("bias",)].shape
+        torch.Size([])
     """
     d = inverse(decomposition, damping=damping, split=split)
     return {b.names: -values.log().sum() for b, values in zip(d.blocks, d.values, strict=True)}
 
 
+@_told
 def diagonal(decomposition: Decomposition) -> Any:
-    """Diagonals, diag K = (U ∘ U) Λ: [*shape] per parameter."""
+    """Diagonals, diag K = (U ∘ U) Λ.
+
+    Returns:
+        A tree like the parameters, [*shape] per parameter.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> K = kronecker.decompose(kflr(model_fn, params, X, y), kronecker.structure(model_fn, params, X))
+        >>> torch.allclose(kronecker.diagonal(K)["bias"], diag_ggn(model_fn, params, X, y)["bias"])
+        True
+    """
     results: dict[str, Tensor] = {}
     for block, bases, values in zip(decomposition.blocks, decomposition.bases, decomposition.values, strict=True):
         squared = tuple([U.square() for U in bases])
@@ -136,10 +229,21 @@ def diagonal(decomposition: Decomposition) -> Any:
     return _typed(decomposition, results)
 
 
+@_told
 def dense(decomposition: Decomposition) -> dict[tuple[str, ...], Tensor]:
-    """The matrices themselves, [P, P] for each block, by the names of its parameters.
+    """The matrices themselves.
 
     Rows and columns are the entries of ``p.flatten()``; of a weight and its bias, those of the weight first.
+
+    Returns:
+        [P, P] for each block with P entries in all its parameters, ``{names of its parameters: tensor}``.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> K = kronecker.decompose(kfac(model_fn, params, X, y, joined=True), kronecker.structure(model_fn, params, X))
+        >>> kronecker.dense(K)[("weight", "bias")].shape
+        torch.Size([15, 15])
     """
     results = {}
     for block, bases, values in zip(decomposition.blocks, decomposition.bases, decomposition.values, strict=True):
@@ -153,6 +257,7 @@ def dense(decomposition: Decomposition) -> dict[tuple[str, ...], Tensor]:
     return results
 
 
+@_damped
 def sample(
     decomposition: Decomposition,
     num: int = 1,
@@ -164,20 +269,24 @@ def sample(
     """Draws from N(0, (K + δ)⁻¹), as U (Λ + δ)^(-1/2) ε with ε ~ N(0, I).
 
     Args:
-        decomposition: From `decompose`.
         num: Number of draws.
-        damping: As in `power`; the prior precision of a Laplace approximation.
-        split: As in `power`.
-        generator: Source of the draws; the default generator if None. Cannot be used inside ``torch.compile``.
 
     Returns:
-        [num, *shape] per parameter.
+        A tree like the parameters, [num, *shape] per parameter.
 
     Raises:
-        ValueError: As `power` with a negative exponent.
+        ValueError: If the damping is negative or not finite; if K + δ is singular, or so close to it that rounding could spoil
+            the result. The message names the parameter and the damping that would do.
 
     References:
         Ritter, Botev, Barber 2018, "A scalable Laplace approximation for neural networks", sec. 3.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> K = kronecker.decompose(kfac(model_fn, params, X, y), kronecker.structure(model_fn, params, X))
+        >>> kronecker.sample(K, 5, damping=0.1)["weight"].shape
+        torch.Size([5, 3, 4])
     """
     check_generator(generator)
     d = power(decomposition, -0.5, damping=damping, split=split)

@@ -18,12 +18,12 @@ def interpolate(old: Any, new: Any, weight: float | Tensor) -> Any:
     is what K-FAC takes.
 
     Args:
-        old: Factors, or `ekfac`'s moments: any tree of tensors.
+        old: Factors, or `ekfac`'s moments: any tree of tensors [*shape].
         new: A tree with the same structure and shapes.
-        weight: w, from 0 (all old) to 1 (all new).
+        weight: w, a number or a tensor without axes, from 0 (all old) to 1 (all new).
 
     Returns:
-        A tree like ``old``.
+        A tree like ``old``, of the same shapes.
 
     Raises:
         ValueError: If the trees or shapes differ, the weight is not between 0 and 1, or ``new`` is not finite.

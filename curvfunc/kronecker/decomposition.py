@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from curvfunc.kronecker.structure import Layout, Structure
+from curvfunc.kronecker.structure import Layout, Structure, listed
 from curvfunc.tensors.inputs import is_traced
 
 __all__ = ["Block", "Decomposition", "blocks_of", "check_of", "decompose", "hidden", "key_of", "of_diagonal", "of_key"]
@@ -30,6 +30,9 @@ class Block:
 
     weight: Layout
     bias: Layout | None = None
+
+    def __repr__(self) -> str:
+        return f"Block({', '.join([f'{layout.name} {list(layout.shape)}' for layout in self.layouts])})"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -83,6 +86,14 @@ class Decomposition:
     structure: Structure
     blocks: tuple[Block, ...]
 
+    def __repr__(self) -> str:
+        kinds = ("diagonal", "exact", "Kronecker")
+        parts = []
+        for block, bases, values in zip(self.blocks, self.bases, self.values, strict=True):
+            sizes = getattr(values, "shape", "?")  # whatever a tree_map has made of it
+            parts.append(f"{' + '.join(block.names)}: {kinds[len(bases)]} {' x '.join(map(str, sizes))}")
+        return f"Decomposition({listed(parts)})"
+
 
 def _flatten(d: Decomposition) -> tuple[list[Any], Any]:
     return [d.bases, d.values, d.spectra], (d.structure, d.blocks)
@@ -116,15 +127,17 @@ def decompose(factors: Any, structure: Structure, *, dtype: torch.dtype = torch.
     Eigenvalues that are negative by rounding are kept, so that all that follows is of the matrices that were given.
 
     Args:
-        factors: What `curvfunc.kfac`, `curvfunc.kflr` or `curvfunc.kfra` returned, or averages of it.
+        factors: What `curvfunc.kfac`, `curvfunc.kflr` or `curvfunc.kfra` returned, or averages of it: a tree like the
+            parameters of tuples (B [o, o], A [k, k]), (A, B), or (B [numel, numel],).
         structure: From `structure`, for the same model and parameters.
         dtype: In which to decompose, and to compute with the result. In single precision, a decomposition that fails is
             done again in double precision.
 
     Returns:
-        A `Decomposition`.
+        A `Decomposition`: per block, bases (U_B [o, o], U_A [k, k]) and eigenvalues Λ [o, k].
 
     Raises:
+        TypeError: If the structure is none, or what the tree of factors holds.
         ValueError: If the factors are of other parameters, not finite, not symmetric or not positive semi-definite. In
             compiled code and under vmap, where values cannot be looked at, such factors give NaN.
 

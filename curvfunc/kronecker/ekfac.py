@@ -13,6 +13,7 @@ from curvfunc.kronecker.decomposition import Block, Decomposition, check_of, hid
 from curvfunc.quantities.call import compute
 from curvfunc.quantities.laws import Law, Summed
 from curvfunc.quantities.quantity import GaussNewton
+from curvfunc.tensors.docstrings import documented
 from curvfunc.uses.rotations import Rotation
 
 __all__ = ["EKFAC", "correct", "ekfac"]
@@ -20,7 +21,13 @@ __all__ = ["EKFAC", "correct", "ekfac"]
 
 @dataclass(frozen=True, eq=False)
 class EKFAC(GaussNewton):
-    """Second moments in the eigenbasis of a `Decomposition`, [rows, columns] or [numel] per parameter; see `ekfac`."""
+    """Second moments in the eigenbasis of a `Decomposition`, [rows, columns] or [numel] per parameter; see `ekfac`.
+
+    Attributes:
+        mc_samples: 0 for the exact loss Hessian, else the number of Monte-Carlo draws per sample.
+        empirical: Whether the loss gradient takes the place of the loss Hessian's root.
+        decomposition: From `decompose`, mostly of an earlier batch.
+    """
 
     mc_samples: int = 1
     empirical: bool = False
@@ -69,6 +76,7 @@ def _rotation(block: Block, bases: tuple[Tensor, ...]) -> Rotation:
     return Rotation(bases, block.bias is not None, matrix, block.weight.name)
 
 
+@documented()
 def ekfac(
     model_fn: Callable[[Any, Any], Tensor],
     params: Any,
@@ -91,21 +99,16 @@ def ekfac(
     where there is one position, and a few samples' at a time elsewhere.
 
     Args:
-        model_fn: ``(params, X) -> output [N, ...]``.
-        params: Pytree of tensors.
-        X: Input.
-        y: Targets.
-        decomposition: From `decompose`, mostly of an earlier batch.
-        loss_fn: ``(output, y) -> scalar``.
-        mc_samples: 0 for the exact loss Hessian, else the number of draws per sample.
+        decomposition: From `decompose`, mostly of an earlier batch: bases (U_B [o, o], U_A [k, k]) per block.
         empirical: Whether the loss gradient takes the place of the loss Hessian's root: the empirical Fisher.
-        subsampling: Indices of samples.
-        generator: Source of the draws.
-        chunk_size: Number of vectors that are backpropagated together.
 
     Returns:
-        [rows, columns] for each weight, with its bias as the last column where it is joined (the bias itself then has
-        [0]); [numel] for each exact block. `correct` puts them into the decomposition, `interpolate` averages them.
+        A tree like ``params``, [rows, columns] for each weight, with its bias as the last column where it is joined (the bias
+        itself then has [0]); [numel] for each exact block. `correct` puts them into the decomposition, `interpolate` averages
+        them.
+
+    Raises:
+        ValueError: If the decomposition is of other parameters, or that of a diagonal.
 
     References:
         George, Laurent, Bouthillier, Ballas, Vincent 2018, "Fast approximate natural gradient descent in a Kronecker-factored
@@ -128,14 +131,21 @@ def correct(decomposition: Decomposition, moments: Any) -> Decomposition:
     """The same bases with `ekfac`'s eigenvalues.
 
     Args:
-        decomposition: From `decompose`.
-        moments: From `ekfac` or `EKFAC` with this decomposition, or averages of them over batches.
+        decomposition: From `decompose`, with eigenvalues [rows, columns] or [numel] per block.
+        moments: From `ekfac` or `EKFAC` with this decomposition, or averages of them over batches: [rows, columns] or [numel].
 
     Returns:
-        A `Decomposition`; it can be damped by ``split="exact"`` only.
+        A `Decomposition` with these eigenvalues; it can be damped by ``split="exact"`` only.
 
     Raises:
         ValueError: If the moments are of other parameters or bases, negative or not finite.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> K = kronecker.decompose(kfac(model_fn, params, X, y), kronecker.structure(model_fn, params, X))
+        >>> kronecker.correct(K, kronecker.ekfac(model_fn, params, X, y, K))
+        Decomposition(weight: Kronecker 3 x 4, bias: exact 3)
     """
     structure = decomposition.structure
     given = dict(zip(structure.names, structure.flatten("moments", moments), strict=True))

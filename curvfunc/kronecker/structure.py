@@ -11,11 +11,21 @@ from torch import Tensor
 
 from curvfunc.engine.sites import Trace, biases
 from curvfunc.quantities import run
+from curvfunc.tensors.docstrings import documented
 from curvfunc.tensors.inputs import flatten_params
 from curvfunc.tensors.precision import wide
 from curvfunc.uses.forms import Form, Outer
 
 __all__ = ["Layout", "Structure", "structure"]
+
+
+SHOWN = 6  # parameters or blocks, in what is shown of them
+
+
+def listed(parts: Sequence[str]) -> str:
+    """What is shown of many: the first ones, and how many more."""
+    more = [f"... {len(parts) - SHOWN} more"] if len(parts) > SHOWN else []
+    return ", ".join([*parts[:SHOWN], *more])
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,9 @@ class Structure:
     layouts: tuple[Layout, ...]
     tree: Any = None
 
+    def __repr__(self) -> str:
+        return f"Structure({listed([f'{layout.name} {list(layout.shape)}' for layout in self.layouts])})"
+
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the parameters."""
@@ -115,6 +128,7 @@ class Structure:
         return self.tree.unflatten(values)
 
 
+@documented()
 def structure(model_fn: Callable[[Any, Any], Tensor], params: Any, X: Any) -> Structure:
     """How the factors of `curvfunc.kfac` and its like belong to the axes of the parameters, from one forward pass.
 
@@ -123,12 +137,14 @@ def structure(model_fn: Callable[[Any, Any], Tensor], params: Any, X: Any) -> St
     the columns i · kernel, which the factors alone do not tell. Nor do they tell which bias stands beside which weight.
 
     Args:
-        model_fn: ``(params, X) -> output [N, ...]``.
-        params: Pytree of tensors, usually ``{name: tensor}``.
-        X: Any input; a single sample will do.
+        X: Any input, a tensor [N, ...] or a pytree of tensors with leading sample axis N; a single sample will do.
 
     Returns:
         A `Structure`, for `decompose`. It holds for all values of the parameters and all inputs.
+
+    Raises:
+        NotImplementedError: If the entries of a parameter have an order that is none of parts of its axes, by the ``arrange``
+            of a rule of one's own.
 
     Example:
         >>> model_fn, params = functionalize(nn.ConvTranspose2d(2, 3, 5))

@@ -17,8 +17,23 @@ from curvfunc.kronecker import Decomposition
 from curvfunc.kronecker.decomposition import hidden
 from curvfunc.quantities.quantity import Quantity
 from curvfunc.quantities.specs import KFAC, KFLR, DiagGGN, EmpiricalKFAC, Loss
+from curvfunc.tensors.docstrings import documented, entries
 
 __all__ = ["Posterior", "check_precision", "covariance", "fit", "sample"]
+
+SHARED = entries(
+    """
+    posterior: From `fit`: its mean [*shape] per parameter, and its curvature.
+    prior_precision: δ, positive, a number or a tensor without axes.
+    """
+)
+RAISED = entries(
+    """
+    TypeError: If the prior precision is no number.
+    ValueError: If it is not positive and finite; if δ is so small that rounding could spoil (K + δ)⁻¹.
+    """
+)
+_documented = documented(SHARED, RAISED)
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,11 @@ class Posterior:
     loss: Tensor
     samples: int
 
+    def __repr__(self) -> str:
+        return f"Posterior(of {self.samples} samples, curvature={self.curvature!r})"
 
+
+@documented()
 def fit(
     model_fn: Callable[[Any, Any], Tensor],
     params: Any,
@@ -55,30 +74,37 @@ def fit(
     """Log-likelihood and curvature of all samples, whether the loss is their sum or their mean.
 
     Args:
-        model_fn: ``(params, X) -> output [N, ...]``.
-        params: Pytree of tensors, at a minimum of the loss.
-        data: Iterable of batches, as for `curvfunc.accumulate`. The first one is looked at beforehand, for the structure of the
-            model, so that an iterator, which gives it but once, will not do.
+        params: Pytree of real floating-point tensors [*shape], usually ``{name: tensor}``, at a minimum of the loss.
+        data: Iterable of batches, each a pair (X [N, ...], y [N, ...]) or a mapping, as for `curvfunc.accumulate`. The first
+            one is looked at beforehand, for the structure of the model, so that an iterator, which gives it but once, will not
+            do.
         curvature: A spec of Kronecker factors or of the GGN's diagonal; or a decomposition of what these gave for the
             same data, with the same loss (`curvfunc.kronecker.decompose`, `correct`, `of_diagonal`).
         samples: The number of samples that a given decomposition is of.
-        loss_fn: ``(output, y) -> scalar``, the negative log-likelihood up to constants, summed or averaged.
+        loss_fn: ``(output, y) -> scalar``, the negative log-likelihood up to constants, summed or averaged. By default
+            cross-entropy.
         reduction: For losses of one's own: "sum" or "mean", as for `curvfunc.accumulation`.
         scale: What the loss is to be multiplied by to be the negative log-likelihood: 1 / (2 σ²) for squared errors with noise
             of variance σ².
-        generator: Source of Monte-Carlo draws.
         split: ``batch -> (X, y)`` for batches of another kind.
         device: Where batches are copied to.
 
     Returns:
-        A `Posterior`.
+        A `Posterior`: its mean [*shape] per parameter, and its curvature.
 
     Raises:
+        TypeError: If the data is an iterator, or the curvature neither a spec nor a decomposition.
         ValueError: If the decomposition is of other parameters, or of another number of samples than the data has.
 
     References:
         MacKay 1992, "A practical Bayesian framework for backpropagation networks"; Ritter, Botev, Barber 2018, "A scalable
         Laplace approximation for neural networks"; Daxberger et al. 2021, "Laplace redux".
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> batches = [(torch.randn(n, 4), torch.arange(n) % 3) for n in (8, 8, 5)]
+        >>> laplace.fit(model_fn, params, batches)
+        Posterior(of 21 samples, curvature=Decomposition(weight + bias: Kronecker 3 x 5))
     """
     if isinstance(data, Iterator) or not isinstance(data, Iterable) or isinstance(data, Tensor):
         raise TypeError(f"data is a {type(data).__name__}; a list of batches or a DataLoader is needed.")
@@ -149,31 +175,40 @@ def check_precision(prior_precision: float | Tensor) -> None:
         )
 
 
+@_documented
 def covariance(posterior: Posterior, prior_precision: float | Tensor) -> Decomposition:
     """(K + δ)⁻¹, for `curvfunc.kronecker` and the scores of `curvfunc.influence`.
 
-    Args:
-        posterior: From `fit`.
-        prior_precision: δ, positive.
-
     Returns:
         A `Decomposition`.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> posterior = laplace.fit(model_fn, params, [(torch.randn(8, 4), torch.arange(8) % 3)])
+        >>> kronecker.diagonal(laplace.covariance(posterior, 1.0))["weight"].shape
+        torch.Size([3, 4])
     """
     check_precision(prior_precision)
     return kronecker.inverse(posterior.curvature, damping=prior_precision)
 
 
+@_documented
 def sample(posterior: Posterior, num: int, prior_precision: float | Tensor, *, generator: Generator | None = None) -> Any:
     """Draws from N(θ, (K + δ)⁻¹), for ``vmap`` over the first axis.
 
     Args:
-        posterior: From `fit`.
         num: Number of draws.
-        prior_precision: δ, positive.
         generator: Source of the draws; the default generator if None.
 
     Returns:
-        [num, *shape] per parameter.
+        A tree like the parameters, [num, *shape] per parameter.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> posterior = laplace.fit(model_fn, params, [(torch.randn(8, 4), torch.arange(8) % 3)])
+        >>> draws = laplace.sample(posterior, 5, prior_precision=1.0)
+        >>> torch.vmap(model_fn, (0, None))(draws, torch.randn(2, 4)).shape
+        torch.Size([5, 2, 3])
     """
     check_precision(prior_precision)
     deviations = kronecker.sample(posterior.curvature, num, damping=prior_precision, generator=generator)

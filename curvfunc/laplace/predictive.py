@@ -10,9 +10,10 @@ from torch import Tensor
 from curvfunc import losses
 from curvfunc.engine.cotangents import OutputEntries
 from curvfunc.kronecker.metrics import MeasuredQuantity
-from curvfunc.laplace.posterior import Posterior, covariance
+from curvfunc.laplace.posterior import RAISED, SHARED, Posterior, covariance
 from curvfunc.quantities.call import compute
 from curvfunc.quantities.laws import Joined
+from curvfunc.tensors.docstrings import documented
 from curvfunc.uses.metrics import Measured, products
 
 __all__ = ["FunctionalVariance", "functional_variance"]
@@ -20,7 +21,11 @@ __all__ = ["FunctionalVariance", "functional_variance"]
 
 @dataclass(frozen=True, eq=False)
 class FunctionalVariance(MeasuredQuantity):
-    """Jₙ (K + δ)⁻¹ Jₙᵀ, [N, C, C] per parameter for C output entries: the part of its block; a joined bias has zeros."""
+    """Jₙ (K + δ)⁻¹ Jₙᵀ, [N, C, C] per parameter for C output entries: the part of its block; a joined bias has zeros.
+
+    Attributes:
+        inverse: (K + δ)⁻¹, from `covariance`.
+    """
 
     contractions = ("measured",)
     laws = (Joined(0),)
@@ -31,6 +36,7 @@ class FunctionalVariance(MeasuredQuantity):
         return products(parts[0])
 
 
+@documented(SHARED, RAISED)
 def functional_variance(
     model_fn: Callable[[Any, Any], Tensor],
     X: Any,
@@ -46,19 +52,23 @@ def functional_variance(
 
     Args:
         model_fn: ``(params, X) -> output [N, *out]``, that of the posterior.
-        X: Input.
-        posterior: From `curvfunc.laplace.fit`.
-        prior_precision: δ, positive.
+        X: Input, a tensor [N, ...] or a pytree of tensors with leading sample axis N.
         chunk_size: Number of entries that are backpropagated together; by default chosen by memory.
 
     Returns:
         [N, C, C] for C entries of one sample's output, in the order of its flattened axes.
 
     Raises:
-        ValueError: If the prior precision is not positive.
+        ValueError: If the posterior is of another model.
 
     References:
         Immer, Korzepa, Bauer 2021, "Improving predictions of Bayesian neural nets via local linearization".
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> posterior = laplace.fit(model_fn, params, [(torch.randn(8, 4), torch.arange(8) % 3)])
+        >>> laplace.functional_variance(model_fn, torch.randn(2, 4), posterior, prior_precision=1.0).shape
+        torch.Size([2, 3, 3])
     """
     spec = FunctionalVariance(inverse=covariance(posterior, prior_precision))
     found = compute(model_fn, posterior.mean, X, X, spec, loss_fn=losses.no_loss, chunk_size=chunk_size)

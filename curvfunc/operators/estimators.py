@@ -16,31 +16,55 @@ from torch import Generator, Tensor
 
 from curvfunc.operators.matrices import as_scipy, scipy_linalg, watched
 from curvfunc.operators.matrices import size_of as _size
+from curvfunc.tensors.docstrings import documented, entries
 from curvfunc.tensors.inputs import check_generator
 
 __all__ = ["Spectrum", "eigsh", "hutchinson_diag", "hutchinson_trace", "hutchpp_trace", "spectral_density", "xdiag"]
 
+_documented = documented(
+    entries(
+        """
+        operator: Symmetric matrix [P, P]: a `LinearOperator`, a dense tensor, or any object with ``shape``, ``dtype``,
+            ``device`` and ``@`` on matrices [P, K].
+        generator: Source of random vectors, on the operator's device; torch's default generator if None.
+        progress: Whether to show a bar of the products, where there are a terminal and tqdm.
+        """
+    ),
+    entries(
+        """
+        TypeError: If the operator is no matrix with ``dtype`` and ``device``, or the generator is none.
+        ValueError: If the operator is not square.
+        """
+    ),
+)
 
+
+@_documented
 def hutchinson_trace(operator: Any, num_products: int, *, generator: Generator | None = None, progress: bool = False) -> Tensor:
     """Trace of the matrix, (1/K) Σ_k zₖᵀ A zₖ with random signs z. Unbiased, with an error of order 1/√K.
 
     Args:
-        operator: Symmetric, [P, P].
         num_products: Number K of products.
-        generator: Source of randomness.
-        progress: Whether to show a bar of the products, where there are a terminal and tqdm.
 
     Returns:
-        Scalar.
+        A scalar.
+
+    Raises:
+        ValueError: If the number of products is not positive.
 
     References:
         Girard 1989; Hutchinson 1989.
+
+    Example:
+        >>> hutchinson_trace(torch.diag(torch.tensor([1.0, 2.0, 4.0])), 1)  # exact for a diagonal matrix
+        tensor(7.)
     """
     z = _signs(operator, _positive("hutchinson_trace", num_products), generator)
     with watched("hutchinson_trace", operator, 1, progress) as operator:
         return (z * _times(operator, z)).sum() / num_products
 
 
+@_documented
 def hutchpp_trace(operator: Any, num_products: int, *, generator: Generator | None = None, progress: bool = False) -> Tensor:
     """Trace of the matrix by Hutch++: exact on a random subspace Q, by random signs G on its complement.
 
@@ -50,17 +74,22 @@ def hutchpp_trace(operator: Any, num_products: int, *, generator: Generator | No
     of order 1/K, and it is small where few eigenvalues dominate.
 
     Args:
-        operator: Symmetric, [P, P].
         num_products: Number of products, at least 3; rounded down to a multiple of 3. Exact if
             the rank is at most a third of it (and the random vectors are in general position).
-        generator: Source of randomness.
-        progress: Whether to show a bar of the products, where there are a terminal and tqdm.
 
     Returns:
-        Scalar.
+        A scalar.
+
+    Raises:
+        ValueError: If there are less than 3 products.
 
     References:
         Meyer, Musco, Musco, Woodruff 2021, "Hutch++: optimal stochastic trace estimation", algorithm 1.
+
+    Example:
+        >>> u = torch.ones(9, 1, dtype=torch.float64)
+        >>> torch.allclose(hutchpp_trace(u @ u.mT, 3), torch.tensor(9.0, dtype=torch.float64))  # rank 1
+        True
     """
     if num_products < 3:
         raise ValueError(f"hutchpp_trace: num_products must be at least 3, got {num_products}.")
@@ -74,28 +103,34 @@ def hutchpp_trace(operator: Any, num_products: int, *, generator: Generator | No
     return traces[: Q.shape[1]].sum() + traces[Q.shape[1] :].sum() / count
 
 
+@_documented
 def hutchinson_diag(operator: Any, num_products: int, *, generator: Generator | None = None, progress: bool = False) -> Tensor:
     """Diagonal of the matrix, (1/K) Σ_k zₖ ⊙ A zₖ with random signs z. Unbiased.
 
     The variance of entry i is Σ_{j≠i} A_ij² / K.
 
     Args:
-        operator: Symmetric, [P, P].
         num_products: Number K of products.
-        generator: Source of randomness.
-        progress: Whether to show a bar of the products, where there are a terminal and tqdm.
 
     Returns:
         [P]; a `LinearOperator`'s ``unflatten`` gives it the shape of the parameters.
 
+    Raises:
+        ValueError: If the number of products is not positive.
+
     References:
         Bekas, Kokiopoulou, Saad 2007, "An estimator for the diagonal of a matrix".
+
+    Example:
+        >>> hutchinson_diag(torch.diag(torch.tensor([1.0, 2.0, 4.0])), 1)
+        tensor([1., 2., 4.])
     """
     z = _signs(operator, _positive("hutchinson_diag", num_products), generator)
     with watched("hutchinson_diag", operator, 1, progress) as operator:
         return (z * _times(operator, z)).mean(1)
 
 
+@_documented
 def xdiag(operator: Any, num_products: int, *, generator: Generator | None = None, progress: bool = False) -> Tensor:
     """Diagonal of the matrix by XDiag: a low-rank approximation, and random signs for the rest, each used for both.
 
@@ -106,16 +141,21 @@ def xdiag(operator: Any, num_products: int, *, generator: Generator | None = Non
     Unbiased, and far more precise than `hutchinson_diag` where few eigenvalues dominate; exact below rank K.
 
     Args:
-        operator: Symmetric, [P, P].
         num_products: Number 2 K of products, at least 4 and at most 2 P; rounded down to an even number.
-        generator: Source of randomness.
-        progress: Whether to show a bar of the products, where there are a terminal and tqdm.
 
     Returns:
         [P]; a `LinearOperator`'s ``unflatten`` gives it the shape of the parameters.
 
+    Raises:
+        ValueError: If the number of products is less than 4 or more than 2 P.
+
     References:
         Epperly, Tropp, Webber 2024, "XTrace: making the most of every sample in stochastic trace estimation".
+
+    Example:
+        >>> u = torch.arange(5, dtype=torch.float64)[:, None]
+        >>> torch.allclose(xdiag(u @ u.mT, 4), u.flatten() ** 2)  # rank 1
+        True
     """
     size = _size(operator)
     if not 4 <= num_products <= 2 * size:
@@ -149,7 +189,7 @@ class Spectrum:
     """A spectral density as a quadrature: point masses at ``nodes`` with ``weights`` that add up to 1.
 
     Attributes:
-        nodes: [K, T], Ritz values of T Lanczos steps from each of K random vectors.
+        nodes: Ritz values [K, T] of T Lanczos steps from each of K random vectors.
         weights: [K, T].
         size: Number P of eigenvalues.
     """
@@ -157,6 +197,9 @@ class Spectrum:
     nodes: Tensor
     weights: Tensor
     size: int
+
+    def __repr__(self) -> str:
+        return f"Spectrum(nodes {list(self.nodes.shape)}, of {self.size} eigenvalues)"
 
     def density(self, x: Tensor, width: float) -> Tensor:
         """The density at points x [...], each mass spread out by a Gaussian of standard deviation ``width``: [...]."""
@@ -169,6 +212,7 @@ class Spectrum:
         return self.size * (self.weights * function(self.nodes)).sum() / len(self.nodes)
 
 
+@_documented
 def spectral_density(
     operator: Any,
     *,
@@ -184,14 +228,14 @@ def spectral_density(
     numbers) and orthogonalized against each other's own predecessors in full.
 
     Args:
-        operator: Symmetric, [P, P].
         num_steps: Number T of Lanczos steps; at most P count.
         num_vectors: Number K of random vectors. The cost is T products with K vectors.
-        generator: Source of randomness.
-        progress: Whether to show a bar of the products, where there are a terminal and tqdm.
 
     Returns:
-        The density as a `Spectrum`.
+        The density as a `Spectrum`, with nodes and weights [K, T].
+
+    Raises:
+        ValueError: If a number of steps or vectors is not positive.
 
     References:
         Lin, Saad, Yang 2016, "Approximating spectral densities of large matrices"; Ghorbani, Krishnan, Xiao
@@ -235,6 +279,7 @@ def _lanczos(operator: Any, q: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     return torch.stack(alphas, dim=1), torch.stack(betas, dim=1) if betas else q.new_zeros(q.shape[1], 0)
 
 
+@_documented
 def eigsh(
     operator: Any,
     k: int = 6,
@@ -247,12 +292,9 @@ def eigsh(
     """Extremal eigenvalues and their eigenvectors, by scipy's ``eigsh`` (implicitly restarted Lanczos, ARPACK).
 
     Args:
-        operator: Symmetric, [P, P].
         k: Number of eigenvalues, less than P.
         which: "LM" largest magnitude, "LA" largest, "SA" smallest, "BE" half from each end.
         tol: Relative precision of the eigenvalues; 0 is machine precision.
-        generator: Source of the start vector.
-        progress: Whether to show a bar of the products, where there are a terminal and tqdm.
 
     Returns:
         Eigenvalues [k] in ascending order and eigenvectors [P, k], of the operator's dtype and device.
@@ -263,6 +305,11 @@ def eigsh(
 
     References:
         Lehoucq, Sorensen, Yang 1998, "ARPACK Users' Guide".
+
+    Example:
+        >>> values, vectors = eigsh(torch.diag(torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)), k=1)
+        >>> round(values.item(), 6), vectors.shape
+        (4.0, torch.Size([3, 1]))
     """
     size = _size(operator)
     if not 0 < k < size:

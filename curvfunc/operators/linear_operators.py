@@ -73,6 +73,10 @@ class LinearOperator:
         first = space.like[0]
         return cls(space.names, (space.size, space.size), first.dtype, first.device, space, source)
 
+    def __repr__(self) -> str:
+        size, names = self.shape[0], len(self.names)
+        return f"LinearOperator({size} x {size}, {self.dtype}, {self.device}, of {names} parameter{'s' * (names != 1)})"
+
     # -- products
 
     def __matmul__(self, v: Any) -> Any:

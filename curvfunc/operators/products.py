@@ -8,21 +8,6 @@ Two kinds of functions:
 - `hessian_vp`, `ggn_vp`, `fisher_vp`, `jvp`, `vjp` are pure functions of everything, for use under ``torch.func.vmap``,
   ``torch.func.grad`` and ``torch.compile``.
 
-Shared by all functions below:
-
-Args:
-    model_fn: ``(params, X) -> output [N, ...]``, from `curvfunc.functionalize` or any function.
-    params: Pytree of real floating-point tensors, usually ``{name: tensor}``; what is not in it stays fixed.
-    X: Input, a tensor or a pytree of tensors with leading sample axis N.
-    y: Targets, likewise.
-    loss_fn: ``(output, y) -> scalar`` that sums or averages over samples, L = R Σₙ ℓ(fₙ, yₙ). Results follow its scale.
-    subsampling: Indices I of samples (a sequence or a tensor, repeats allowed): the matrix becomes the part R Σ_{n∈I}
-        of these samples, R stays that of the whole batch, and the cost is that of the subset. A sample that is listed
-        twice has the same Monte-Carlo draws both times.
-    mc_samples: 0 for the exact loss Hessian, else the number of Monte-Carlo draws per sample.
-    generator: Source of the draws; the default generator if None. Cannot be used inside ``torch.compile``.
-    chunk_size: Number of vectors that are multiplied together; by default chosen by memory.
-
 Attention runs by its mathematical definition (``SDPBackend.MATH``), since the fused kernels have no second derivative.
 """
 
@@ -53,6 +38,7 @@ from curvfunc.operators.linearization import (
     read_vector,
 )
 from curvfunc.operators.positive_curvature import PositiveCurvature
+from curvfunc.tensors.docstrings import ARGUMENTS, documented, entries
 from curvfunc.tensors.inputs import check_generator, explain_limits, flatten_params, read_batch
 from curvfunc.tensors.ownership import apart, own
 from curvfunc.tensors.samples import check_crosses
@@ -64,10 +50,23 @@ Model = Callable[[Any, Any], Tensor]
 LossFunction = Callable[[Tensor, Any], Tensor]
 Indices = Sequence[int] | Tensor
 
+SHARED = ARGUMENTS | entries(
+    """
+    v: Vector, a pytree like ``params``, [*shape] per parameter, of its dtypes and devices.
+    empirical: Whether it is the empirical Fisher.
+    subsampling: Indices [M] of samples (a sequence or a tensor, repeats allowed): the matrix becomes the part R Σ_{n∈I} of
+        these samples, R stays that of the whole batch, and the cost is that of the subset. A sample that is listed twice has
+        the same Monte-Carlo draws both times.
+    chunk_size: Number of vectors that are multiplied together; by default chosen by memory.
+    """
+)
+_documented = documented(SHARED)
+
 
 # -- diagonal blocks, linearized once
 
 
+@_documented
 def hmp(
     model_fn: Model,
     params: Any,
@@ -85,10 +84,11 @@ def hmp(
     place.
 
     Returns:
-        One function per parameter, which maps [V, *shape] to [V, *shape]. Arguments: see `curvfunc.operators.products`.
+        A pytree like ``params`` with one function per parameter, which maps [V, *shape] to [V, *shape].
 
     Raises:
-        TypeError, ValueError: For input that has no answer, here or when a function gets the wrong shape or dtype.
+        ValueError: Also when a function gets the wrong shape or dtype.
+        RuntimeError: When a function is called after a tensor that its graph needs was changed in place.
         NotImplementedError: Inside ``torch.func`` transforms and ``torch.compile``, which no function can leave.
 
     References:
@@ -104,6 +104,7 @@ def hmp(
     return blocks("hmp", Hessian(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
 
 
+@_documented
 def ggnmp(
     model_fn: Model,
     params: Any,
@@ -118,22 +119,33 @@ def ggnmp(
 ) -> Any:
     """Products with the diagonal blocks of the generalized Gauss-Newton matrix, v ↦ R Σₙ Jₙᵀ ∇²ℓₙ Jₙ v per parameter.
 
-    Draws are made once, here. A loss need not be convex. Memory and lifetime: see `hmp`.
+    Jₙ is the Jacobian of sample n's output, ∇²ℓₙ the Hessian of its loss with respect to the output. Draws are made once, here.
+    A loss need not be convex. The functions hold on to the graph of the model, as those of `hmp` do.
 
     Returns:
-        One function per parameter, which maps [V, *shape] to [V, *shape]. Arguments: see `curvfunc.operators.products`.
+        A pytree like ``params`` with one function per parameter, which maps [V, *shape] to [V, *shape].
 
     Raises:
-        TypeError, ValueError, NotImplementedError: As `hmp`.
+        ValueError: Also when a function gets the wrong shape or dtype.
+        RuntimeError: When a function is called after a tensor that its graph needs was changed in place.
+        NotImplementedError: Inside ``torch.func`` transforms and ``torch.compile``, which no function can leave.
 
     References:
         Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent". BackPACK's
         ``GGNMP``.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> block = ggnmp(model_fn, params, X, y)["bias"](torch.eye(3))
+        >>> torch.allclose(block.diagonal(), diag_ggn(model_fn, params, X, y)["bias"])
+        True
     """
     matrix = GaussNewton(check_draws("ggnmp", mc_samples))
     return blocks("ggnmp", matrix, model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
 
 
+@_documented
 def pchmp(
     model_fn: Model,
     params: Any,
@@ -156,17 +168,28 @@ def pchmp(
     Skip connections and other branches are covered. Every elementwise operation that autograd records counts on its
     own.
 
+    Args:
+        modify: "clip" or "abs", what takes the place of r_m.
+
     Returns:
-        One function per parameter, which maps [V, *shape] to [V, *shape]. Arguments: see `curvfunc.operators.products`.
+        A pytree like ``params`` with one function per parameter, which maps [V, *shape] to [V, *shape].
 
     Raises:
-        ValueError: If the loss is not convex, besides the common errors.
+        ValueError: If the loss is not convex; also when a function gets the wrong shape or dtype.
+        RuntimeError: When a function is called after a tensor that its graph needs was changed in place.
         NotImplementedError: If the graph has another non-linear operation (softmax, a norm, a product of activations)
-            or a parameter enters twice, so that the blocks have terms of no definite sign; the message names it.
+            or a parameter enters twice, so that the blocks have terms of no definite sign; the message names it. Inside
+            ``torch.func`` transforms and ``torch.compile``.
 
     References:
         Chen, Chou, Chang 2018, "BDA-PCH", arXiv:1802.06502. BackPACK's ``PCHMP``; release 1.7.1
         multiplies r_m by δ_m once more, so that its values agree where r_m = 0 only.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Sequential(nn.Linear(4, 5), nn.Sigmoid(), nn.Linear(5, 3)))
+        >>> products = pchmp(model_fn, params, torch.randn(8, 4), torch.arange(8) % 3)
+        >>> bool((torch.linalg.eigvalsh(products["0.bias"](torch.eye(5))) > -1e-5).all())
+        True
     """
     if modify not in ("clip", "abs"):
         raise ValueError(f'pchmp: modify must be "clip" or "abs", got {modify!r}.')
@@ -218,6 +241,7 @@ def block(
 # -- pure functions
 
 
+@_documented
 def hessian_vp(
     model_fn: Model,
     params: Any,
@@ -230,17 +254,25 @@ def hessian_vp(
 ) -> Any:
     """Product of the Hessian with a vector, ∇²L v. For many products at the same point use `hessian_operator`.
 
-    ``v`` is a pytree like ``params``. Other arguments: see `curvfunc.operators.products`.
-
     Returns:
-        Pytree like ``params``.
+        A pytree like ``params``, [*shape] per parameter.
+
+    Raises:
+        RuntimeError: If an operation has no second derivative in PyTorch.
 
     References:
         Pearlmutter 1994, "Fast exact multiplication by the Hessian".
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> hessian_vp(model_fn, params, X, y, v=params)["weight"].shape
+        torch.Size([3, 4])
     """
     return _product(Hessian(), model_fn, params, X, y, v, loss_fn, subsampling, None)
 
 
+@_documented
 def ggn_vp(
     model_fn: Model,
     params: Any,
@@ -255,19 +287,27 @@ def ggn_vp(
 ) -> Any:
     """Product of the generalized Gauss-Newton matrix with a vector, R Σₙ Jₙᵀ ∇²ℓₙ Jₙ v.
 
-    ``v`` is a pytree like ``params``. With ``mc_samples`` each call draws anew, while `ggn_operator` draws once. Other
-    arguments: see `curvfunc.operators.products`.
+    Jₙ is the Jacobian of sample n's output, ∇²ℓₙ the Hessian of its loss with respect to the output. With ``mc_samples`` each
+    call draws anew, while `ggn_operator` draws once.
 
     Returns:
-        Pytree like ``params``.
+        A pytree like ``params``, [*shape] per parameter.
 
     References:
         Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent".
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> G, H = (f(model_fn, params, X, y, v=params) for f in (ggn_vp, hessian_vp))
+        >>> torch.allclose(G["weight"], H["weight"], atol=1e-6)  # for a model that is linear in its parameters
+        True
     """
     matrix = GaussNewton(check_draws("ggn_vp", mc_samples))
     return _product(matrix, model_fn, params, X, y, v, loss_fn, subsampling, generator)
 
 
+@_documented
 def fisher_vp(
     model_fn: Model,
     params: Any,
@@ -284,46 +324,66 @@ def fisher_vp(
     """Product of the Fisher information with a vector.
 
     - Fisher, of the likelihood that cross-entropy, squared error or BCE with logits implies: R Σₙ E[∇ℓ(fₙ, ŷ) ∇ℓ(fₙ,
-      ŷ)ᵀ] with ŷ from the model; equal to the GGN. With ``mc_samples`` the mean over that many draws is the
+      ŷ)ᵀ] v with ŷ from the model; equal to the GGN. With ``mc_samples`` the mean over that many draws is the
       expectation.
-    - empirical Fisher, of the targets themselves: Σₙ gₙ gₙᵀ with gₙ = R ∇ℓₙ as in `curvfunc.batch_grad`. Its diagonal
-      is `curvfunc.sum_grad_squared`. For a mean over N samples, N times this is (1/N) Σₙ ∇ℓₙ ∇ℓₙᵀ.
-
-    ``v`` is a pytree like ``params``. Other arguments: see `curvfunc.operators.products`.
+    - empirical Fisher, of the targets themselves: Σₙ gₙ gₙᵀ v with gₙ = R ∇ℓₙ as in `curvfunc.batch_grad`. Its diagonal
+      is `curvfunc.sum_grad_squared`. For a mean over N samples, N times this is (1/N) Σₙ ∇ℓₙ ∇ℓₙᵀ v.
 
     Returns:
-        Pytree like ``params``.
+        A pytree like ``params``, [*shape] per parameter.
 
     Raises:
+        ValueError: If ``mc_samples`` is given for the empirical Fisher, which has no draws.
         NotImplementedError: If a custom loss implies no likelihood.
 
     References:
         Martens 2020, "New insights and perspectives on the natural gradient method".
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> Fv = fisher_vp(model_fn, params, X, y, params, empirical=True)["bias"]
+        >>> Fv.shape
+        torch.Size([3])
     """
     matrix = fisher_matrix("fisher_vp", loss_fn, empirical, mc_samples)
     return _product(matrix, model_fn, params, X, y, v, loss_fn, subsampling, generator)
 
 
+@_documented
 def jvp(model_fn: Model, params: Any, X: Any, v: Any, *, subsampling: Indices | None = None) -> Tensor:
     """Jacobian-vector product of the model by its parameters, J v: the output's directional derivative.
 
-    ``v`` is a pytree like ``params``. Other arguments: see `curvfunc.operators.products`.
+    Args:
+        subsampling: Indices [M] of samples, repeats allowed: the rows of J are those of these samples, M in place of N.
 
     Returns:
         [N, ...] like the output.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> jvp(model_fn, params, torch.randn(8, 4), v=params).shape
+        torch.Size([8, 3])
     """
     result: Tensor = _product(Jacobian(), model_fn, params, X, None, v, None, subsampling, None)
     return result
 
 
+@_documented
 def vjp(model_fn: Model, params: Any, X: Any, u: Tensor, *, subsampling: Indices | None = None) -> Any:
     """Vector-Jacobian product of the model by its parameters, Jᵀ u.
 
-    ``u`` is [N, ...] like the output (with ``subsampling``, that of the subset). Other arguments: see
-    `curvfunc.operators.products`.
+    Args:
+        u: Vector [N, ...] like the output; with ``subsampling``, [M, ...] like that of the subset.
+        subsampling: Indices [M] of samples, repeats allowed: the rows of J are those of these samples, M in place of N.
 
     Returns:
-        Pytree like ``params``.
+        A pytree like ``params``, [*shape] per parameter.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> vjp(model_fn, params, torch.randn(8, 4), torch.randn(8, 3))["weight"].shape
+        torch.Size([3, 4])
     """
     return _product("transposed jacobian", model_fn, params, X, None, u, None, subsampling, None)
 

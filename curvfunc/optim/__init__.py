@@ -1,8 +1,7 @@
 """From quantities to steps: preconditioned gradients as pure transformations, and as optimizers of `torch.optim`.
 
 A transformation is a pair of pure functions, ``init(params) -> state`` and ``update(grads, state, params, curvature) ->
-(updates,
-state)``, which says besides what curvature it needs at a step. `step` asks for that together with loss and gradient:
+(updates, state)``, which says besides what curvature it needs at a step. `step` asks for that together with loss and gradient:
 
 >>> model_fn, params = functionalize(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)))
 >>> X, y = torch.randn(8, 4), torch.arange(8) % 3

@@ -6,7 +6,17 @@ import optree
 import torch
 from torch import Tensor
 
-from curvfunc.optim.transformation import Transformation, check_state, check_tree, count, is_hidden, number, ticks, zeros
+from curvfunc.optim.transformation import (
+    Transformation,
+    check_state,
+    check_tree,
+    count,
+    is_hidden,
+    labelled,
+    number,
+    ticks,
+    zeros,
+)
 from curvfunc.quantities.quantity import Quantity
 
 __all__ = ["scale_by_diagonal"]
@@ -35,9 +45,8 @@ def scale_by_diagonal(
     - diagonal Gauss-Newton: ``scale_by_diagonal(DiagGGN(mc_samples=1), damping=1e-3)``.
     - AdaHessian, m / (D̄ᵏ + ε) with Hessian power k: ``squares=True, exponent=k, decay=0.999, damping=1e-8``, of Hutchinson's
       estimates of the Hessian's diagonal. (Averages over the entries of a kernel are left to whoever passes D.)
-    - Sophia, clip(m / max(γ D̄, ε), ±1): ``floor=ε/γ, clip=γ, every=10, bias_correction=False``, with the learning rate
-      divided by
-      γ. For Sophia-G, ``DiagGGN(mc_samples=1)``.
+    - Sophia, clip(m / max(γ D̄, ε), ±1): ``floor=ε/γ, clip=γ, every=10, bias_correction=False``, with the learning rate divided
+      by γ. For Sophia-G, ``DiagGGN(mc_samples=1)``.
     - RMSprop or Adam with the second moment of per-sample gradients in place of that of their mean: ``SumGradSquared()`` with
       ``exponent=1/2``. Its scale is the loss's: for a mean over N samples, N times it is the empirical Fisher's diagonal.
 
@@ -57,6 +66,7 @@ def scale_by_diagonal(
         A `Transformation` with the state ``{"count", "mass", "diagonal"}``.
 
     Raises:
+        TypeError: If ``spec`` is no quantity, or a number none.
         ValueError: For numbers out of range, gradients, diagonals or states of other parameters; with neither damping nor
             floor, if D̄ has entries that are not positive.
 
@@ -125,7 +135,8 @@ def scale_by_diagonal(
         new = {"count": state["count"] + 1, "mass": mass, "diagonal": average}
         return optree.tree_map(divided, grads, average), new
 
-    return Transformation(init, update, due, needs)
+    label = labelled(me, spec, damping=damping, exponent=exponent, decay=decay)
+    return Transformation(init, update, due, needs, label)
 
 
 def _check_positive(average: Any) -> None:

@@ -6,7 +6,7 @@ import optree
 import torch
 from torch import Tensor
 
-from curvfunc.optim.transformation import Local, Locally, Transformation, check_state, check_tree, number
+from curvfunc.optim.transformation import Local, Locally, Transformation, check_state, check_tree, labelled, number
 
 __all__ = ["scale_exactly"]
 
@@ -31,6 +31,7 @@ def scale_exactly(inner: Transformation, *, damping: float = 1.0, adapt: float =
         a `Local`.
 
     Raises:
+        TypeError: If ``inner`` is no transformation, or a number none.
         ValueError: For numbers out of range, and for gradients or states of other parameters.
 
     References:
@@ -85,7 +86,7 @@ def scale_exactly(inner: Transformation, *, damping: float = 1.0, adapt: float =
         step = optree.tree_map(lambda t: torch.where(good, t, torch.zeros_like(t)), step)
         return step, {"damping": (size * factor.to(size)).clamp(min=1e-10), "inner": kept, "last": step}
 
-    return Transformation(init, update, due, needs)
+    return Transformation(init, update, due, needs, labelled("scale_exactly", inner, damping=damping, adapt=adapt))
 
 
 def _flat(tree: Any) -> Tensor:

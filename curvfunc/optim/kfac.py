@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvfunc import kronecker
 from curvfunc.kronecker.decomposition import blocks_of
-from curvfunc.optim.transformation import Transformation, check_state, check_tree, count, is_hidden, number, ticks
+from curvfunc.optim.transformation import Transformation, check_state, check_tree, count, is_hidden, labelled, number, ticks
 from curvfunc.quantities.specs import KFAC, KFLR, KFRA, EmpiricalKFAC
 
 __all__ = ["scale_by_ekfac", "scale_by_kfac"]
@@ -41,28 +41,25 @@ def scale_by_kfac(
     Args:
         structure: From `curvfunc.kronecker.structure`, for the same parameters.
         spec: Which factors: `curvfunc.KFAC`, `KFLR`, `KFRA`, or `EmpiricalKFAC`; ``KFAC(joined=True)`` if None, which has
-            weight and
-            bias of a layer as one block.
+            weight and bias of a layer as one block.
         damping: δ.
         split: "pi", where δ goes into the factors (B + π√δ) ⊗ (A + √δ/π), and a step takes two products with matrices per
             block; or "exact", by eigenvalues (λ_B λ_A + δ), which takes four. See `curvfunc.kronecker.power`.
         decay: β, from 0 to less than 1.
-        kl_clip: κ: u is scaled by min(1, √(κ / uᵀg)), and uᵀg = uᵀ(K + δ)u is twice the KL divergence that the step is
-            expected to cause, so that a step α u causes at most α² κ / 2. Where others take κ for the step with learning
-            rate α,
-            pass κ/α².
+        kl_clip: κ: u is scaled by min(1, √(κ / uᵀg)), and uᵀg = uᵀ(K + δ)u is twice the KL divergence that the step is expected
+            to cause, so that a step α u causes at most α² κ / 2. Where others take κ for the step with learning rate α, pass
+            κ/α².
         factors_every: Steps from one renewal of the factors to the next.
         inverses_every: Steps from one renewal of the inverses to the next.
-        dtype: In which factors are decomposed; see `curvfunc.kronecker.decompose`. Inverses are kept in the parameters'
-            type, or
-            single precision if that is more.
+        dtype: In which factors are decomposed; see `curvfunc.kronecker.decompose`. Inverses are kept in the parameters' type,
+            or single precision if that is more.
 
     Returns:
         A `Transformation` with the state ``{"count", "averages", "factors", "inverses"}``; factors and inverses are empty
-        before
-        the first update.
+        before the first update.
 
     Raises:
+        TypeError: If the structure, ``spec`` or a number is none.
         ValueError: For numbers out of range; gradients, factors, or states of other parameters; if the damped factors are
             singular, with the damping that would do.
 
@@ -116,7 +113,8 @@ def scale_by_kfac(
         updates = (_by_factors if split == "pi" else _by_eigenbasis)(structure, new, grads)
         return _clipped(updates, grads, kl_clip, structure), new
 
-    return Transformation(init, update, due, needs)
+    label = labelled(me, spec, damping=damping, split=split, decay=decay)
+    return Transformation(init, update, due, needs, label)
 
 
 def scale_by_ekfac(
@@ -140,8 +138,8 @@ def scale_by_ekfac(
         structure: From `curvfunc.kronecker.structure`, for the same parameters.
         spec: Which factors, as in `scale_by_kfac`; moments are of the same kind.
         damping: δ.
-        decay: β, of factors and moments.
-        kl_clip: As in `scale_by_kfac`.
+        decay: β, of factors and moments, from 0 to less than 1.
+        kl_clip: κ: u is scaled by min(1, √(κ / uᵀg)), or None.
         factors_every: Steps from one renewal of the factors to the next.
         bases_every: Steps from one renewal of the bases to the next.
         moments_every: Steps from one batch that enters the moments to the next; about as dear as a gradient.
@@ -151,11 +149,24 @@ def scale_by_ekfac(
         A `Transformation` with the state ``{"count", "averages", "factors", "inverses", "moments"}``.
 
     Raises:
-        ValueError: As `scale_by_kfac`.
+        TypeError: If the structure, ``spec`` or a number is none.
+        ValueError: For numbers out of range; gradients, factors, or states of other parameters; if the damped moments are
+            singular, with the damping that would do.
 
     References:
         George, Laurent, Bouthillier, Ballas, Vincent 2018, "Fast approximate natural gradient descent in a Kronecker-factored
         eigenbasis", algorithm 1.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> structure = kronecker.structure(model_fn, params, X)
+        >>> method = optim.chain(optim.scale_by_ekfac(structure, damping=0.01, bases_every=10), optim.scale(-0.3))
+        >>> state = method.init(params)
+        >>> before, params, state = optim.step(model_fn, method, params, state, X, y)
+        >>> after, params, state = optim.step(model_fn, method, params, state, X, y)
+        >>> bool(after < before)
+        True
     """
     me = "scale_by_ekfac"
     spec = _checked(me, structure, spec, damping, decay, kl_clip, factors_every, bases_every)
@@ -203,7 +214,7 @@ def scale_by_ekfac(
         _check_inverses(me, structure, new)
         return _clipped(_by_eigenbasis(structure, new, grads), grads, kl_clip, structure), new
 
-    return Transformation(init, update, due, needs)
+    return Transformation(init, update, due, needs, labelled(me, spec, damping=damping, decay=decay))
 
 
 def _checked(

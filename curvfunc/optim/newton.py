@@ -16,6 +16,7 @@ from curvfunc.optim.transformation import (
     check_tree,
     count,
     is_hidden,
+    labelled,
     number,
 )
 
@@ -37,15 +38,14 @@ def newton_cg(
 ) -> Transformation:
     """Hessian-free optimization: u solves (A + λ) u = g by conjugate gradients, with A the GGN or the Hessian of the batch.
 
-    CG minimizes q(u) = ½ uᵀ(A + λ)u − gᵀu, starting at ρ times the u of the step before. It stops after i iterations if q
-    has fallen by less than k · ε · |q| in the last k = max(10, i/10) of them, if the residual is at the level of rounding,
-    or at a direction
-    of curvature that is not positive (which the Hessian may have). If it has then found nothing better than zero, u is g.
+    CG minimizes q(u) = ½ uᵀ(A + λ)u − gᵀu, starting at ρ times the u of the step before. It stops after i iterations if q has
+    fallen by less than k · ε · |q| in the last k = max(10, i/10) of them, if the residual is at the level of rounding, or at a
+    direction of curvature that is not positive (which the Hessian may have). If it has then found nothing better than zero, u
+    is g.
 
-    Damping follows Levenberg and Marquardt: with the reduction ratio r = (L(θ) − L(θ − u)) / (gᵀu − ½ uᵀ(A + λ)u) on the
-    same batch,
-    λ becomes λ · c if r < 1/4, and λ / c if r > 3/4. A step at which the loss would rise, or not be finite, is not taken: u is
-    zero, and λ grows.
+    Damping follows Levenberg and Marquardt: with the reduction ratio r = (L(θ) − L(θ − u)) / (gᵀu − ½ uᵀ(A + λ)u) on the same
+    batch, λ becomes λ · c if r < 1/4, and λ / c if r > 3/4. A step at which the loss would rise, or not be finite, is not
+    taken: u is zero, and λ grows.
 
     So u is a whole step: chain it with ``scale(-1.0)``.
 
@@ -62,9 +62,9 @@ def newton_cg(
         A `Transformation` with the state ``{"damping", "solution"}``. Its curvature is a `Local`.
 
     Raises:
+        TypeError: If a number is none, or the curvature that ``update`` is given is no `Local`.
         ValueError: For numbers out of range; for gradients or states of other parameters; if the GGN has negative curvature,
-            since the loss is
-            not convex in the model's output. (In compiled code, CG stops there.)
+            since the loss is not convex in the model's output. (In compiled code, CG stops there.)
 
     References:
         Martens 2010, "Deep learning via Hessian-free optimization", sec. 4.1 (damping), 4.4 (when to stop), 4.5 (start).
@@ -117,7 +117,8 @@ def newton_cg(
         u = optree.tree_map(lambda t: torch.where(good, t, torch.zeros_like(t)), u)
         return u, {"damping": size * factor.to(size), "solution": u}
 
-    return Transformation(init, update, needs=needs)
+    label = labelled(me, matrix, damping=damping, iterations=iterations)
+    return Transformation(init, update, needs=needs, label=label)
 
 
 def _dot(a: Tree, b: Tree) -> Tensor:

@@ -22,6 +22,7 @@ from curvfunc.optim.transformation import Transformation
 from curvfunc.quantities.explain import explain
 from curvfunc.quantities.quantity import Quantity
 from curvfunc.quantities.specs import DiagGGN
+from curvfunc.tensors.docstrings import documented, told
 
 __all__ = ["EKFAC", "KFAC", "Diagonal", "NewtonCG", "Preconditioned"]
 
@@ -38,9 +39,9 @@ class Preconditioned(torch.optim.SGD):
 
     - ``step(X, y)`` computes loss, gradient and curvature from one forward pass, and returns the loss.
     - ``step(closure)`` takes the gradients that the closure left in ``param.grad``. When curvature is due, it looks on as the
-      closure calls the model, and, on its output, `F.cross_entropy`, `F.mse_loss` or `F.binary_cross_entropy_with_logits`
-      (or the modules of
-      these); curvature then takes a forward pass of its own. What else the closure adds to the loss is in the gradient alone.
+      closure calls the model, and, on its output, `F.cross_entropy`, `F.mse_loss` or `F.binary_cross_entropy_with_logits` (or
+      the modules of these); curvature then takes a forward pass of its own. What else the closure adds to the loss is in the
+      gradient alone.
 
     Afterwards ``param.grad`` has the preconditioned gradient. ``precondition`` does only that, for other optimizers of
     torch.optim:
@@ -271,6 +272,7 @@ class KFAC(Preconditioned):
         ...     scheduler.step()
     """
 
+    @documented(told(Preconditioned.__init__) | told(scale_by_kfac), {})
     def __init__(
         self,
         model: nn.Module,
@@ -288,7 +290,11 @@ class KFAC(Preconditioned):
         dtype: torch.dtype = torch.float64,
         **options: Any,
     ) -> None:
-        """Arguments as of `scale_by_kfac`, and as options those of `Preconditioned`."""
+        """Take the parameters of a module.
+
+        Args:
+            options: weight_decay, loss_fn, output_fn, generator, chunk_size and others of `Preconditioned`.
+        """
         make: Any = partial(scale_by_kfac, spec=spec, damping=damping, split=split, decay=decay, kl_clip=kl_clip, dtype=dtype)
         make = partial(make, factors_every=factors_every, inverses_every=inverses_every)
         super().__init__(model, _of_structure(make), params, lr=lr, momentum=momentum, **options)
@@ -297,6 +303,7 @@ class KFAC(Preconditioned):
 class EKFAC(Preconditioned):
     """E-KFAC; see `scale_by_ekfac` and `Preconditioned`."""
 
+    @documented(told(Preconditioned.__init__) | told(scale_by_ekfac), {})
     def __init__(
         self,
         model: nn.Module,
@@ -314,7 +321,11 @@ class EKFAC(Preconditioned):
         dtype: torch.dtype = torch.float64,
         **options: Any,
     ) -> None:
-        """Arguments as of `scale_by_ekfac`, and as options those of `Preconditioned`."""
+        """Take the parameters of a module.
+
+        Args:
+            options: weight_decay, loss_fn, output_fn, generator, chunk_size and others of `Preconditioned`.
+        """
         make: Any = partial(scale_by_ekfac, spec=spec, damping=damping, decay=decay, kl_clip=kl_clip, dtype=dtype)
         make = partial(make, factors_every=factors_every, bases_every=bases_every, moments_every=moments_every)
         super().__init__(model, _of_structure(make), params, lr=lr, momentum=momentum, **options)
@@ -323,6 +334,7 @@ class EKFAC(Preconditioned):
 class Diagonal(Preconditioned):
     """Preconditioning by a diagonal; see `scale_by_diagonal` and `Preconditioned`."""
 
+    @documented(told(Preconditioned.__init__) | told(scale_by_diagonal), {})
     def __init__(
         self,
         model: nn.Module,
@@ -341,7 +353,12 @@ class Diagonal(Preconditioned):
         every: int = 1,
         **options: Any,
     ) -> None:
-        """Arguments as of `scale_by_diagonal`, with ``DiagGGN(mc_samples=1)`` as spec; as options those of `Preconditioned`."""
+        """Take the parameters of a module.
+
+        Args:
+            spec: A quantity whose result has the parameter's shape; ``DiagGGN(mc_samples=1)`` if None.
+            options: weight_decay, loss_fn, output_fn, generator, chunk_size and others of `Preconditioned`.
+        """
         spec = DiagGGN(mc_samples=1) if spec is None else spec
         given: dict[str, Any] = {"damping": damping, "exponent": exponent, "decay": decay, "squares": squares}
         more: dict[str, Any] = {"bias_correction": bias_correction, "floor": floor, "clip": clip, "every": every}
@@ -351,6 +368,7 @@ class Diagonal(Preconditioned):
 class NewtonCG(Preconditioned):
     """Hessian-free optimization; see `newton_cg` and `Preconditioned`. A learning rate of 1 takes whole steps."""
 
+    @documented(told(Preconditioned.__init__) | told(newton_cg), {})
     def __init__(
         self,
         model: nn.Module,
@@ -366,7 +384,11 @@ class NewtonCG(Preconditioned):
         mc_samples: int = 0,
         **options: Any,
     ) -> None:
-        """Arguments as of `newton_cg`, and as options those of `Preconditioned`."""
+        """Take the parameters of a module.
+
+        Args:
+            options: weight_decay, loss_fn, output_fn, generator, chunk_size and others of `Preconditioned`.
+        """
         given: dict[str, Any] = {"damping": damping, "iterations": iterations, "tolerance": tolerance, "mc_samples": mc_samples}
         super().__init__(model, newton_cg(matrix, warm_start=warm_start, adapt=adapt, **given), params, lr=lr, **options)
 

@@ -14,10 +14,12 @@ from curvfunc.operators.products import ggn_vp, hessian_vp
 from curvfunc.optim.transformation import Local, Locally, Transformation, apply_updates
 from curvfunc.quantities.quantity import Quantity
 from curvfunc.quantities.specs import Grad, Loss
+from curvfunc.tensors.docstrings import documented
 
 __all__ = ["measure", "step"]
 
 
+@documented()
 def step(
     model_fn: Callable[[Any, Any], Tensor],
     transformation: Transformation,
@@ -34,26 +36,24 @@ def step(
 ) -> tuple[Tensor, Any, Any]:
     """One step: loss, gradient and the curvature that is due in one call, the update, and new parameters.
 
-    Nothing is changed in place. Inside ``torch.compile`` pass ``due=transformation.due(state)``, from outside of it; then
-    the step compiles
-    with ``fullgraph=True``, once for each answer.
+    Nothing is changed in place. Inside ``torch.compile`` pass ``due=transformation.due(state)``, from outside of it; then the
+    step compiles with ``fullgraph=True``, once for each answer.
 
     Args:
-        model_fn: ``(params, X) -> output [N, ...]``.
         transformation: Mostly a `chain` that ends with ``scale(-lr)``.
-        params: Pytree of tensors.
-        state: From ``transformation.init(params)``, or from the step before.
-        X: Input.
-        y: Targets.
-        loss_fn: ``(output, y) -> scalar``.
-        due: What is to be renewed; what ``transformation.due(state)`` says if None.
-        generator: Source of Monte-Carlo draws.
-        chunk_size: Number of vectors that are backpropagated together.
+        state: From ``transformation.init(params)``, or from the step before: a tree of tensors of its own shapes.
+        due: What is to be renewed; what ``transformation.due(state)`` says, nested tuples of strings, if None.
         group: A process group of `torch.distributed`, each of whose processes passes its part of the batch. All of them get
             what one process would get for all parts; Monte-Carlo draws are their own.
 
     Returns:
-        The loss before the step, the new parameters, the new state.
+        The loss before the step (a scalar), the new parameters [*shape], the new state.
+
+    Raises:
+        ValueError: If the state is that of another transformation or of other parameters.
+        RuntimeError: If another process of the group has failed or is gone.
+        NotImplementedError: In compiled code, for products with a Monte-Carlo GGN (`newton_cg`), which would draw anew for
+            each.
 
     Example:
         >>> model_fn, params = functionalize(nn.Linear(4, 3))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import optree
@@ -22,6 +22,7 @@ __all__ = [
     "check_tree",
     "count",
     "is_hidden",
+    "labelled",
     "momentum",
     "number",
     "scale",
@@ -58,12 +59,17 @@ class Transformation:
             ``needs``, and ``due`` that of the state if None.
         due: ``state -> `` what is to be renewed at this step: nested tuples of strings.
         needs: ``(state, due) -> `` a pytree of specs for `curvfunc.compute`, and of `Locally`; ``()`` for none.
+        label: What is shown of it.
     """
 
     init: Callable[[Any], Any]
     update: Callable[..., tuple[Any, Any]]
     due: Callable[[Any], Any] = _nothing
     needs: Callable[[Any, Any], Any] = _nothing
+    label: str = field(default="Transformation(...)", compare=False)
+
+    def __repr__(self) -> str:
+        return self.label
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,16 @@ def chain(*transformations: Transformation) -> Transformation:
     """One transformation after the other: the updates of each are the gradients of the next.
 
     States, what is due, and curvature are tuples with an entry per transformation.
+
+    Args:
+        transformations: In the order in which they are applied.
+
+    Returns:
+        A `Transformation`.
+
+    Raises:
+        TypeError: If one of them is no `Transformation`.
+        ValueError: When it is called with a state, or curvature, of another chain.
 
     Example:
         >>> both = optim.chain(optim.scale_by_diagonal(DiagGGN(), damping=0.1), optim.momentum(0.9), optim.scale(-0.01))
@@ -137,21 +153,33 @@ def chain(*transformations: Transformation) -> Transformation:
             news.append(new)
         return grads, tuple(news)
 
-    return Transformation(init, update, due, needs)
+    return Transformation(init, update, due, needs, labelled("chain", *transformations))
 
 
 def scale(factor: float) -> Transformation:
     """Updates times a number: minus the learning rate, at the end of a chain.
 
+    Args:
+        factor: The number.
+
+    Returns:
+        A `Transformation` with the state ``()``.
+
     Raises:
+        TypeError: If it is no number.
         ValueError: If it is not finite.
+
+    Example:
+        >>> down = optim.scale(-0.5)
+        >>> down.update({"w": torch.ones(2)}, down.init(None), None)
+        ({'w': tensor([-0.5000, -0.5000])}, ())
     """
     number("scale", "factor", factor, least=-math.inf)
 
     def update(grads: Any, state: Any, params: Any, curvature: Any = (), due: Any = None) -> tuple[Any, Any]:
         return optree.tree_map(lambda g: factor * g, grads), state
 
-    return Transformation(_nothing, update)
+    return Transformation(_nothing, update, label=labelled("scale", factor))
 
 
 def momentum(decay: float, *, average: bool = False) -> Transformation:
@@ -161,8 +189,23 @@ def momentum(decay: float, *, average: bool = False) -> Transformation:
         decay: β, from 0 to less than 1.
         average: Whether it is an average with bias correction, as Adam's first moment.
 
+    Returns:
+        A `Transformation` with the state ``{"mass": a scalar, "momentum": [*shape] per parameter}``.
+
+    Raises:
+        TypeError: If β is no number.
+        ValueError: If it is not from 0 to less than 1; for gradients or states of other parameters.
+
     References:
         Kingma and Ba 2015, "Adam", sec. 3 (bias correction).
+
+    Example:
+        >>> params, heavy = {"w": torch.zeros(2)}, optim.momentum(0.9)
+        >>> state = heavy.init(params)
+        >>> for _ in range(2):
+        ...     updates, state = heavy.update({"w": torch.ones(2)}, state, params)
+        >>> updates
+        {'w': tensor([1.9000, 1.9000])}
     """
     number("momentum", "decay", decay, below=1.0)
     share = 1 - decay if average else 1.0
@@ -179,21 +222,34 @@ def momentum(decay: float, *, average: bool = False) -> Transformation:
         updates = optree.tree_map(lambda m: m / mass.to(m), new) if average else new
         return updates, {"mass": mass, "momentum": new}
 
-    return Transformation(init, update)
+    return Transformation(init, update, label=labelled("momentum", decay, average=average))
 
 
 def apply_updates(params: Any, updates: Any) -> Any:
     """New parameters, p + u.
 
     Args:
-        params: Pytree of tensors.
-        updates: A tree like it; with the sign that goes downhill, so mostly from a chain that ends with ``scale(-lr)``.
+        params: Pytree of tensors [*shape].
+        updates: A tree like it, [*shape] per parameter; with the sign that goes downhill, so mostly from a chain that ends with
+            ``scale(-lr)``.
+
+    Returns:
+        A tree like ``params``, [*shape] per parameter, in its types.
 
     Raises:
         ValueError: If they are of other parameters.
+
+    Example:
+        >>> optim.apply_updates({"w": torch.ones(2)}, {"w": torch.tensor([-0.5, 0.5])})
+        {'w': tensor([0.5000, 1.5000])}
     """
     check_tree("updates", updates, params)
     return optree.tree_map(lambda p, u: p + u.to(p.dtype), params, updates)
+
+
+def labelled(name: str, *arguments: Any, **options: Any) -> str:
+    """A call as it is shown."""
+    return f"{name}({', '.join([*map(repr, arguments), *[f'{key}={value!r}' for key, value in options.items()]])})"
 
 
 def zeros(params: Any) -> Any:

@@ -25,7 +25,7 @@ def poisson_batches(
         secure: Whether the choice comes from the operating system, which nobody can repeat.
 
     Returns:
-        An iterator over integer tensors in increasing order.
+        An iterator over integer tensors [B] in increasing order, B other in each batch.
 
     Raises:
         TypeError, ValueError: For what is no number of samples or steps, or no rate.

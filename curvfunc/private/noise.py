@@ -24,14 +24,14 @@ def add_noise(tree: Any, std: float, *, generator: Generator | None = None, secu
     these up.
 
     Args:
-        tree: Pytree of tensors.
+        tree: Pytree of tensors [*shape].
         std: Standard deviation, which may be 0.
         generator: Source of the noise; the default generators if None. Who has enough of these numbers can predict the others.
         secure: Whether the noise comes from the operating system, as keys do: then nobody can repeat it. Each number is the sum
             of four normal ones in float64, divided by two, against attacks on the grid of floating-point numbers.
 
     Returns:
-        A tree like the one that was given.
+        A tree like the one that was given, of the same shapes.
 
     Raises:
         TypeError, ValueError: For a negative ``std``, or a generator beside ``secure``.

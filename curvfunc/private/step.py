@@ -11,11 +11,13 @@ from curvfunc import losses
 from curvfunc.private.noise import add_noise, check_chance, check_positive
 from curvfunc.quantities.call import compute
 from curvfunc.quantities.specs import ClippedGrad
+from curvfunc.tensors.docstrings import documented
 from curvfunc.tensors.inputs import flatten_params, read_batch
 
 __all__ = ["noisy_grad"]
 
 
+@documented()
 @torch.no_grad()
 def noisy_grad(
     model_fn: Callable[[Any, Any], Tensor],
@@ -36,25 +38,22 @@ def noisy_grad(
     A batch without samples gives noise alone.
 
     Args:
-        model_fn: ``(params, X) -> output [N, ...]``.
-        params: Pytree of real floating-point tensors.
-        X: Input with leading sample axis N, of which there may be none.
-        y: Targets, likewise.
+        X: Input, a tensor [N, ...] or a pytree of tensors with leading sample axis N, of which there may be none.
         max_norm: C, the largest norm that a sample's gradient keeps, or one for each layer; see `curvfunc.clipped_grad`.
         noise_multiplier: σ, the standard deviation of the noise over what one sample can add: C, or for bounds by name the norm
             of these.
         denominator: D, the same for all batches: the expected number of samples, which is the rate times that of the data.
         per_layer: Whether each layer is clipped by itself.
-        loss_fn: ``(output, y) -> scalar`` that sums over samples; by default cross-entropy. A mean is refused.
+        loss_fn: ``(output, y) -> scalar`` that sums over samples; by default cross-entropy, summed. A mean is refused.
         generator: Source of the noise; the default generators if None.
         secure: Whether the noise comes from the operating system instead; see `add_noise`.
 
     Returns:
-        A tree like ``params``, without graph.
+        A tree like ``params``, [*shape] per parameter, without graph.
 
     Raises:
-        TypeError, ValueError: For numbers that are not positive, losses that are no sum, and models in which samples depend on
-            each other.
+        ValueError: For numbers that are not positive, losses that are no sum, models in which samples depend on each other, and
+            a generator beside ``secure``.
 
     References:
         Abadi et al. 2016, "Deep learning with differential privacy", algorithm 1.

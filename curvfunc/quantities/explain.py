@@ -1,5 +1,6 @@
 """Which path and rule each parameter takes, and why."""
 
+import html
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from curvfunc.engine.sites import Trace
 from curvfunc.quantities.run import trace
+from curvfunc.tensors.docstrings import documented
 from curvfunc.uses.forms import Through
 
 __all__ = ["Explanation", "Row", "explain"]
@@ -46,15 +48,41 @@ class Row(NamedTuple):
     why: str
 
 
+# Of cells in notebooks, whose own styles align numbers; colours are those of the page, dark or light.
+CELL = "text-align: left; vertical-align: top; padding: 0.2em 0.8em; border-bottom: 1px solid rgba(128, 128, 128, 0.35)"
+PLAIN = "background: none; color: inherit"
+
+
+HEAD = Row("parameter", "path", "rule", "why")
+
+
 @dataclass(frozen=True)
 class Explanation:
-    """A row per parameter; prints as a table."""
+    """A row per parameter; a table when printed or shown, in notebooks as HTML.
+
+    Attributes:
+        rows: In the order of the parameters.
+    """
 
     rows: tuple[Row, ...]
 
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        """The table for notebooks."""
+
+        def line(tag: str, cells: Sequence[str], style: str = CELL) -> str:
+            return "".join([f'<{tag} style="{style}; {PLAIN}">{cell}</{tag}>' for cell in cells])
+
+        head = line("th", HEAD)
+        rows = [(f"<code style='{PLAIN}'>{html.escape(row.name)}</code>", *map(html.escape, row[1:])) for row in self.rows]
+        body = "".join([f'<tr style="{PLAIN}">{line("td", row)}</tr>' for row in rows])
+        return f'<table style="border-collapse: collapse; {PLAIN}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
     def __str__(self) -> str:
         """The rows as a table; long reasons take several lines."""
-        table = [Row("parameter", "path", "rule", "why"), *self.rows]
+        table = [HEAD, *self.rows]
         widths = [max(len(row[i]) for row in table) for i in range(3)]
         before = sum(widths) + 2 * len(widths)
         lines = []
@@ -65,16 +93,18 @@ class Explanation:
         return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
+@documented()
 def explain(model_fn: Callable[[Any, Any], Tensor], params: Any, X: Any) -> Explanation:
     """How each parameter of a model is treated: its path, the rules of the operations that use it, and why.
 
     Args:
-        model_fn: ``(params, X) -> output``.
-        params: Pytree of parameters.
-        X: Input with leading sample axis.
+        X: Input, a tensor [N, ...] or a pytree of tensors with leading sample axis N.
 
     Returns:
         An `Explanation`: ``.rows``, and a table when printed.
+
+    Raises:
+        ValueError: For a model in which gradients flow between samples, which has no path.
 
     Example:
         >>> model_fn, params = functionalize(nn.Sequential(nn.Linear(2, 3), nn.Tanh()))

@@ -4,34 +4,7 @@ A spec names what is backpropagated (``cotangent``), what each layer makes of it
 become the result (``finish``), and how results of several batches merge (``laws``). Each public function asks
 `curvfunc.compute` for one spec.
 
-What a sample's gradient is: with f the outputs of the whole batch, gₙ = R ∂ℓₙ(fₙ)/∂θ, everything else held as it is. Other
-samples may enter fₙ as data, or detached; where the gradient of fₙ would flow to other samples (normalization over the
-batch), the model is refused. Of a batch whose samples need the others as data, a subset costs as much as the whole.
-
-Shared by all functions below:
-
-Args:
-    model_fn: ``(params, X) -> output [N, ...]``, from `curvfunc.functionalize` or any function.
-    params: Pytree of real floating-point tensors, usually ``{name: tensor}``; what is not in it stays fixed.
-    X: Input, a tensor or a pytree of tensors with leading sample axis N.
-    y: Targets, likewise.
-    loss_fn: ``(output, y) -> scalar`` that sums or averages over samples: L = R Σₙ ℓ(fₙ, yₙ), R = 1/N for a mean, 1 for
-        a sum. Results follow it. Default: cross-entropy, averaged.
-    subsampling: Indices of samples (a sequence or a tensor, repeats allowed). Per-sample results are those of the listed
-        samples, sums run over them, and R stays that of the whole batch. The cost is that of the subset. A sample that is
-        listed twice has the same Monte-Carlo draws both times.
-    chunk_size: Number of vectors that are backpropagated together; by default chosen by memory. It changes results by
-        rounding only.
-    out: Of functions with large results, that of an earlier call (or tensors like it), in whose memory this one is formed, and
-        which is returned; see `curvfunc.compute`.
-    mc_samples: 0 for the exact loss Hessian, else the number of Monte-Carlo draws per sample.
-    generator: Source of the draws; the default generator if None. Cannot be used inside ``torch.compile``.
-
-Returns:
-    A pytree like ``params``. A parameter that the output does not depend on gets zeros.
-
-Raises:
-    TypeError, ValueError: For input that has no answer; the message names the argument, the shapes and the remedy.
+What they have in common in their docstrings, arguments above all, is pasted into each (`curvfunc.tensors.docstrings`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -60,6 +33,7 @@ from curvfunc.quantities.specs import (
     SumGradSquared,
     Variance,
 )
+from curvfunc.tensors.docstrings import ARGUMENTS, documented, entries
 
 __all__ = [
     "batch_diag_ggn",
@@ -83,7 +57,21 @@ Model = Callable[[Any, Any], Tensor]
 LossFunction = Callable[[Tensor, Any], Tensor]
 Indices = Sequence[int] | Tensor
 
+_documented = documented(
+    ARGUMENTS
+    | entries(
+        """
+        kfac_approx: How S positions s of a parameter's use make its factors: "expand" sums over products, B = Σ_vns g gᵀ and
+            A = 1/(N S) Σ_ns x xᵀ; "reduce" takes products of sums, B = Σ_vn (Σ_s g)(Σ_s g)ᵀ and A = 1/N Σₙ (1/S Σ_s x)(1/S Σ_s
+            x)ᵀ. None: BackPACK's convention for convolutions, B of "reduce" and A = 1/N Σ_ns x xᵀ, "expand" for all else.
+        joined: Whether the inputs of layers with a bias have a one appended, so that the weight's factors are (B [o, o],
+            Ā [k + 1, k + 1]), those of [weight | bias]; the bias keeps its (B,).
+        """
+    )
+)
 
+
+@_documented
 def batch_grad(
     model_fn: Model,
     params: Any,
@@ -97,15 +85,27 @@ def batch_grad(
 ) -> Any:
     """Per-sample gradients, gₙ = R ∇ℓ(fₙ, yₙ).
 
+    What a sample's gradient is: with f the outputs of the whole batch, gₙ = R ∂ℓₙ(fₙ)/∂θ, everything else held as it is. Other
+    samples may enter fₙ as data, or detached; where the gradient of fₙ would flow to other samples (normalization over the
+    batch), the model is refused. The gₙ add up to the gradient of L.
+
     Returns:
-        [N, *shape] per parameter; they add up to the gradient. Arguments: see `curvfunc.quantities`.
+        A pytree like ``params``, [N, *shape] per parameter; zeros for one that the output does not depend on.
 
     References:
         BackPACK's ``BatchGrad`` (``p.grad_batch``).
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> g = batch_grad(model_fn, params, X, y)
+        >>> g["weight"].shape, g["bias"].shape
+        (torch.Size([8, 3, 4]), torch.Size([8, 3]))
     """
     return _one(BatchGrad(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size, out)
 
 
+@_documented
 def batch_jac(
     model_fn: Model,
     params: Any,
@@ -123,20 +123,18 @@ def batch_jac(
     and loss_fn.
 
     Args:
-        model_fn: ``(params, X) -> output [N, *out]``.
-        params: Pytree of real floating-point tensors.
-        X: Input with leading sample axis N, of which there may be none.
-        subsampling: Indices of samples, repeats allowed.
+        model_fn: ``(params, X) -> output [N, *out]``, from `curvfunc.functionalize` or any function; a module itself is none.
+        X: Input, a tensor [N, ...] or a pytree of tensors with leading sample axis N, of which there may be none.
         chunk_size: Number of entries that are backpropagated together; by default chosen by memory.
         out: The result of an earlier call, in whose memory this one is formed. Other tensors of its shapes will do, but the
             result is copied into these if they have another layout, such as contiguous ones.
 
     Returns:
-        [N, *out, *shape] per parameter, in memory with the samples after the output's axes; zeros for one of
-        several that the output does not depend on.
+        A pytree like ``params``, [N, *out, *shape] per parameter, in memory with the samples after the output's axes; zeros for
+        one that the output does not depend on.
 
     Raises:
-        TypeError, ValueError: For input that has no answer, as `curvfunc.quantities`: a complex output, for instance.
+        TypeError: For a complex output.
 
     References:
         Daxberger et al. 2021, "Laplace Redux – effortless Bayesian deep learning", for what it is needed for.
@@ -151,6 +149,7 @@ def batch_jac(
     return compute(model_fn, params, X, X, BatchJac(), loss_fn=losses.no_loss, **given)
 
 
+@_documented
 def batch_l2(
     model_fn: Model,
     params: Any,
@@ -164,14 +163,22 @@ def batch_l2(
     """Squared Euclidean norms of the per-sample gradients, ‖gₙ‖², without forming them where that is cheaper.
 
     Returns:
-        [N] per parameter. Arguments: see `curvfunc.quantities`.
+        A pytree like ``params``, [N] per parameter; zeros for one that the output does not depend on.
 
     References:
         BackPACK's ``BatchL2Grad`` (``p.batch_l2``); Goodfellow 2015, "Efficient per-example gradient computations", sec. 4.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> norms = batch_l2(model_fn, params, X, y)
+        >>> torch.allclose(norms["bias"], batch_grad(model_fn, params, X, y)["bias"].square().sum(1))
+        True
     """
     return _one(BatchL2(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
 
 
+@_documented
 def clipped_grad(
     model_fn: Model,
     params: Any,
@@ -195,22 +202,16 @@ def clipped_grad(
     flows: then each sample adds a vector of at most norm C. See `curvfunc.private` for noise and batches.
 
     Args:
-        model_fn: ``(params, X) -> output [N, ...]``.
-        params: Pytree of real floating-point tensors.
-        X: Input with leading sample axis N.
-        y: Targets, likewise.
         max_norm: C; or the bound of each layer or parameter by name, of which the longest that fits counts.
         per_layer: Whether each layer is clipped by itself.
-        loss_fn: ``(output, y) -> scalar`` that sums over samples; by default cross-entropy.
-        subsampling: Indices of samples, repeats allowed.
+        loss_fn: ``(output, y) -> scalar`` that sums over samples; by default cross-entropy, summed. A mean is refused.
         chunk_size: No effect, as there is one column.
 
     Returns:
-        [*shape] per parameter.
+        A pytree like ``params``, [*shape] per parameter; zeros for one that the output does not depend on.
 
     Raises:
-        TypeError, ValueError: As all quantities; for bounds that are not positive, a loss that is no sum, and a model in which
-            samples depend on each other.
+        ValueError: For bounds that are not positive, a loss that is no sum, and a model in which samples depend on each other.
 
     References:
         Abadi et al. 2016, "Deep learning with differential privacy", algorithm 1; Lee and Kifer 2021, "Scaling up
@@ -226,6 +227,7 @@ def clipped_grad(
     return _one(ClippedGrad(max_norm, per_layer), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
 
 
+@_documented
 def sum_grad_squared(
     model_fn: Model,
     params: Any,
@@ -239,14 +241,22 @@ def sum_grad_squared(
     """Sum of the squared per-sample gradients, Σₙ gₙ² (N² times the uncentered second moment for a mean loss).
 
     Returns:
-        [*shape] per parameter. Arguments: see `curvfunc.quantities`.
+        A pytree like ``params``, [*shape] per parameter; zeros for one that the output does not depend on.
 
     References:
         BackPACK's ``SumGradSquared`` (``p.sum_grad_squared``); Dangel, Kunstner, Hennig 2020, "BackPACK", appendix A.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> squares = sum_grad_squared(model_fn, params, X, y)
+        >>> torch.allclose(squares["weight"], batch_grad(model_fn, params, X, y)["weight"].square().sum(0))
+        True
     """
     return _one(SumGradSquared(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
 
 
+@_documented
 def variance(
     model_fn: Model,
     params: Any,
@@ -260,14 +270,22 @@ def variance(
     """Variance of the per-sample gradients, (1/N) Σₙ gₙ² − ((1/N) Σₙ gₙ)², with gₙ as in `batch_grad`.
 
     Returns:
-        [*shape] per parameter. Arguments: see `curvfunc.quantities`.
+        A pytree like ``params``, [*shape] per parameter; zeros for one that the output does not depend on.
 
     References:
         BackPACK's ``Variance`` (``p.variance``).
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> g = batch_grad(model_fn, params, X, y)["weight"]
+        >>> torch.allclose(variance(model_fn, params, X, y)["weight"], g.var(0, correction=0))
+        True
     """
     return _one(Variance(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
 
 
+@_documented
 def diag_ggn(
     model_fn: Model,
     params: Any,
@@ -282,22 +300,31 @@ def diag_ggn(
 ) -> Any:
     """Diagonal of the generalized Gauss-Newton matrix, diag(R Σₙ Jₙᵀ ∇²ℓₙ Jₙ).
 
-    With ``mc_samples`` the loss Hessian is replaced by draws from the likelihood that the loss implies; for
+    Jₙ is the Jacobian of sample n's output with respect to the parameters, ∇²ℓₙ the Hessian of its loss with respect to the
+    output. With ``mc_samples`` the loss Hessian is replaced by draws from the likelihood that the loss implies; for
     cross-entropy, squared error and BCE with logits the matrix is the Fisher information, so this is an unbiased estimate.
 
     Returns:
-        [*shape] per parameter. Arguments: see `curvfunc.quantities`.
+        A pytree like ``params``, [*shape] per parameter; zeros for one that the output does not depend on.
 
     Raises:
-        ValueError: Besides the common errors, if a custom loss has an indefinite Hessian.
+        ValueError: If a custom loss has an indefinite Hessian.
 
     References:
         BackPACK's ``DiagGGNExact``, ``DiagGGNMC``; Schraudolph 2002; Martens 2020, "New insights and perspectives on
         the natural gradient method", secs. 8 and 9.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> exact, estimate = (diag_ggn(model_fn, params, X, y, mc_samples=m) for m in (0, 1))
+        >>> exact["weight"].shape, estimate["bias"].shape
+        (torch.Size([3, 4]), torch.Size([3]))
     """
     return _one(DiagGGN(mc_samples), model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
 
 
+@_documented
 def batch_diag_ggn(
     model_fn: Model,
     params: Any,
@@ -314,17 +341,25 @@ def batch_diag_ggn(
     """Each sample's part of the GGN's diagonal, diag(R Jₙᵀ ∇²ℓₙ Jₙ); over n they add up to `diag_ggn`.
 
     Returns:
-        [N, *shape] per parameter. Arguments: see `curvfunc.quantities`.
+        A pytree like ``params``, [N, *shape] per parameter; zeros for one that the output does not depend on.
 
     Raises:
-        ValueError: As `diag_ggn`.
+        ValueError: If a custom loss has an indefinite Hessian.
 
     References:
         BackPACK's ``BatchDiagGGNExact``, ``BatchDiagGGNMC``.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> parts = batch_diag_ggn(model_fn, params, X, y)["weight"]
+        >>> parts.shape, torch.allclose(parts.sum(0), diag_ggn(model_fn, params, X, y)["weight"])
+        (torch.Size([8, 3, 4]), True)
     """
     return _one(BatchDiagGGN(mc_samples), model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size, out)
 
 
+@_documented
 def diag_hessian(
     model_fn: Model,
     params: Any,
@@ -349,7 +384,7 @@ def diag_hessian(
     parameters that are used again on what they produced (recurrent layers, tied embeddings) one for each entry of theirs.
 
     Returns:
-        [*shape] per parameter. Arguments: see `curvfunc.quantities`.
+        A pytree like ``params``, [*shape] per parameter; zeros for one that the output does not depend on.
 
     Raises:
         RuntimeError: If an operation has no second derivative in PyTorch, for instance cuDNN's recurrent layers.
@@ -357,10 +392,19 @@ def diag_hessian(
     References:
         BackPACK's ``DiagHessian``; Dangel, Harmeling, Hennig 2020, "Modular block-diagonal curvature approximations for
         feedforward architectures", eq. 4.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double())
+        >>> X, y = torch.randn(8, 4).double(), torch.arange(8) % 3
+        >>> diagonal = diag_hessian(model_fn, params, X, y)
+        >>> H = hessian_operator(model_fn, params, X, y)
+        >>> torch.allclose(H.flatten(diagonal), H.dense().diagonal())
+        True
     """
     return _one(DiagHessian(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
 
 
+@_documented
 def batch_diag_hessian(
     model_fn: Model,
     params: Any,
@@ -375,17 +419,23 @@ def batch_diag_hessian(
     """Each sample's part of the Hessian's diagonal, diag(R ∇²ℓₙ); over n they add up to `diag_hessian`.
 
     Returns:
-        [N, *shape] per parameter. Arguments: see `curvfunc.quantities`.
+        A pytree like ``params``, [N, *shape] per parameter; zeros for one that the output does not depend on.
 
     Raises:
-        RuntimeError: As `diag_hessian`.
+        RuntimeError: If an operation has no second derivative in PyTorch, for instance cuDNN's recurrent layers.
 
     References:
         BackPACK's ``BatchDiagHessian``.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> batch_diag_hessian(model_fn, params, torch.randn(8, 4), torch.arange(8) % 3)["bias"].shape
+        torch.Size([8, 3])
     """
     return _one(BatchDiagHessian(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size, out)
 
 
+@_documented
 def sqrt_ggn(
     model_fn: Model,
     params: Any,
@@ -401,19 +451,30 @@ def sqrt_ggn(
 ) -> Any:
     """A root of the generalized Gauss-Newton matrix: G = Σ_vn s[v,n] s[v,n]ᵀ, s[v,n] = √R Jₙᵀ Sₙ[:, v], Sₙ Sₙᵀ = ∇²ℓₙ.
 
+    Jₙ is the Jacobian of sample n's output with respect to the parameters, ∇²ℓₙ the Hessian of its loss with respect to the
+    output.
+
     Returns:
-        [V, N, *shape] per parameter; V is the number of outputs of one sample, or ``mc_samples``. Arguments: see
-        `curvfunc.quantities`.
+        A pytree like ``params``, [V, N, *shape] per parameter; V is the number of outputs of one sample, or ``mc_samples``.
+        Zeros for a parameter that the output does not depend on.
 
     Raises:
-        ValueError: As `diag_ggn`.
+        ValueError: If a custom loss has an indefinite Hessian.
 
     References:
         BackPACK's ``SqrtGGNExact``, ``SqrtGGNMC``.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> root = sqrt_ggn(model_fn, params, X, y)["weight"]
+        >>> root.shape, torch.allclose(root.square().sum((0, 1)), diag_ggn(model_fn, params, X, y)["weight"])
+        (torch.Size([3, 8, 3, 4]), True)
     """
     return _one(SqrtGGN(mc_samples), model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size, out)
 
 
+@_documented
 def kfac(
     model_fn: Model,
     params: Any,
@@ -447,20 +508,28 @@ def kfac(
     and the weight's result is (B [o, o], Ā [k + 1, k + 1]). The bias keeps its (B,).
 
     Returns:
-        A tuple per parameter: (B [o, o], A [k, k]) for weights, (B [numel, numel],) for others. Arguments: see
-        `curvfunc.quantities`.
+        A pytree like ``params`` with a tuple per parameter: (B [o, o], A [k, k]) for a weight with o outputs and k inputs (of a
+        convolution, k = inputs times kernel size), (A, B) where its axes are those of the inputs first; (B [o, o],) for a bias,
+        and in general (B [numel, numel],) for a parameter without input factor.
 
     Raises:
-        ValueError: As `diag_ggn`.
+        ValueError: If a custom loss has an indefinite Hessian; if there are no samples.
         NotImplementedError: If a large parameter has no Kronecker structure.
 
     References:
         Martens and Grosse 2015, eq. 1 ff.; Grosse and Martens 2016, eq. 32; Eschenhagen et al. 2023, eq. 22 (expand).
         BackPACK's ``KFAC`` (``p.kfac``).
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Sequential(nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(20, 3)))
+        >>> factors = kfac(model_fn, params, torch.randn(8, 2, 4, 4), torch.arange(8) % 3)
+        >>> {name: [tuple(factor.shape) for factor in own] for name, own in factors.items()}
+        {'0.weight': [(5, 5), (18, 18)], '0.bias': [(5, 5)], '3.weight': [(3, 3), (20, 20)], '3.bias': [(3, 3)]}
     """
     return _one(KFAC(mc_samples, kfac_approx, joined), model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
 
 
+@_documented
 def kfac_empirical(
     model_fn: Model,
     params: Any,
@@ -489,22 +558,19 @@ def kfac_empirical(
     Unlike the Fisher information, the empirical one is no curvature away from a good fit.
 
     Args:
-        model_fn: ``(params, X) -> output [N, ...]``.
-        params: Pytree of real floating-point tensors.
-        X: Input with leading sample axis N.
-        y: Targets.
-        loss_fn: ``(output, y) -> scalar`` that sums or averages over samples. It need not be convex.
-        kfac_approx: "expand", "reduce" or None, as in `kfac`.
-        joined: Whether weights that have a bias beside them share one block with it, as in `kfac`.
-        subsampling: Indices of samples: B sums and A averages over them, R stays that of the whole batch.
+        loss_fn: ``(output, y) -> scalar`` that sums or averages over samples. It need not be convex. By default cross-entropy,
+            averaged.
+        subsampling: Indices [M] of samples, repeats allowed: B sums and A averages over them, R stays that of the whole batch.
         chunk_size: No effect, since there is one vector.
 
     Returns:
-        A tuple per parameter, as `kfac`: (B [o, o], A [k, k]) for weights, (B [numel, numel],) for others.
+        A pytree like ``params`` with a tuple per parameter: (B [o, o], A [k, k]) for a weight with o outputs and k inputs (of a
+        convolution, k = inputs times kernel size), (A, B) where its axes are those of the inputs first; (B [o, o],) for a bias,
+        and in general (B [numel, numel],) for a parameter without input factor.
 
     Raises:
         ValueError: If a loss of one's own is neither a sum nor a mean of one term per sample; if there are no samples.
-        NotImplementedError: As `kfac`.
+        NotImplementedError: If a large parameter has no Kronecker structure.
 
     References:
         Kunstner, Balles, Hennig 2019, "Limitations of the empirical Fisher approximation for natural gradient descent", for
@@ -523,6 +589,7 @@ def kfac_empirical(
     return _one(EmpiricalKFAC(kfac_approx, joined), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
 
 
+@_documented
 def kflr(
     model_fn: Model,
     params: Any,
@@ -535,20 +602,33 @@ def kflr(
     subsampling: Indices | None = None,
     chunk_size: int | None = None,
 ) -> Any:
-    """Kronecker factors as `kfac`, with the exact loss Hessian in place of draws.
+    """Kronecker factors whose product approximates each parameter's GGN block, GGN ≈ B ⊗ A, from the exact loss Hessian.
+
+    As `kfac`, with a column v of the root of the loss Hessian for each output in place of draws. With their cotangents g and
+    layer inputs x, B = Σ_vn g gᵀ and A = 1/N Σₙ x xᵀ; of a parameter that is used at several positions, see ``kfac_approx``.
 
     Returns:
-        A tuple per parameter, as `kfac`. Arguments: see `curvfunc.quantities`.
+        A pytree like ``params`` with a tuple per parameter: (B [o, o], A [k, k]) for a weight with o outputs and k inputs (of a
+        convolution, k = inputs times kernel size), (A, B) where its axes are those of the inputs first; (B [o, o],) for a bias,
+        and in general (B [numel, numel],) for a parameter without input factor.
 
     Raises:
-        ValueError, NotImplementedError: As `kfac`.
+        ValueError: If a custom loss has an indefinite Hessian; if there are no samples.
+        NotImplementedError: If a large parameter has no Kronecker structure.
 
     References:
         Botev, Ritter, Barber 2017, sec. 3.3. BackPACK's ``KFLR`` (``p.kflr``).
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> B, A = kflr(model_fn, params, torch.randn(1, 4), torch.tensor([0]))["weight"]
+        >>> B.shape, A.shape  # for one sample and one position, B ⊗ A is the GGN's block
+        (torch.Size([3, 3]), torch.Size([4, 4]))
     """
     return _one(KFLR(kfac_approx, joined), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
 
 
+@_documented
 def kfra(
     model_fn: Model,
     params: Any,
@@ -576,16 +656,26 @@ def kfra(
     linear as a whole. G has as many rows as one sample's activation has entries, at each operation after the first layer
     with parameters; two such matrices are held at once, for max pooling a third one. ``chunk_size`` has no effect.
 
+    Args:
+        chunk_size: No effect, as there is one matrix.
+
     Returns:
-        A tuple per parameter, as `kfac`. Arguments: see `curvfunc.quantities`.
+        A pytree like ``params`` with a tuple per parameter: (B [o, o], A [k, k]) for a weight with o outputs and k inputs (of a
+        convolution, k = inputs times kernel size), (B [o, o],) for a bias.
 
     Raises:
-        ValueError: As `diag_ggn`.
+        ValueError: If a custom loss has an indefinite Hessian; if there are no samples.
         NotImplementedError: If the graph branches otherwise, or for an operation without a rule; the message names it.
 
     References:
         Botev, Ritter, Barber 2017, "Practical Gauss-Newton optimisation for deep learning", sec. 3.2, eqs. 19 ff.; Grosse and
         Martens 2016, eq. 32, for convolutions. BackPACK's ``KFRA`` (``p.kfra``).
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)))
+        >>> factors = kfra(model_fn, params, torch.randn(8, 4), torch.arange(8) % 3)
+        >>> [tuple(factor.shape) for factor in factors["0.weight"]]
+        [(5, 5), (4, 4)]
     """
     return _one(KFRA(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
 

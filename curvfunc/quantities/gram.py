@@ -2,7 +2,7 @@
 
 With these vectors as the rows of a matrix, these are its Gram matrices. They are small where the parameters
 are many, and they have the non-zero eigenvalues of the matrices that are large: `ggn_gram` those of the GGN,
-`batch_dot` those of the empirical Fisher Σₙ gₙ gₙᵀ, `ntk` those of Σₙ Jₙᵀ Jₙ. Arguments are those of `curvfunc.quantities`.
+`batch_dot` those of the empirical Fisher Σₙ gₙ gₙᵀ, `ntk` those of Σₙ Jₙᵀ Jₙ.
 
 A layer's gradients are sums of outer products, ⟨Σ_s g_s x_sᵀ, Σ_t h_t y_tᵀ⟩ = Σ_st ⟨g_s, h_t⟩ ⟨x_s, y_t⟩, so they need
 not be formed; where forming them takes fewer operations, it happens for a part of the parameter at a time.
@@ -28,6 +28,7 @@ from curvfunc.quantities.functions import batch_jac
 from curvfunc.quantities.laws import Refused
 from curvfunc.quantities.quantity import GaussNewton, Quantity
 from curvfunc.quantities.run import trace
+from curvfunc.tensors.docstrings import ARGUMENTS, documented, entries
 from curvfunc.tensors.inputs import read_batch
 from curvfunc.tensors.samples import flatten
 from curvfunc.uses import second_moments
@@ -41,6 +42,19 @@ CONTRACTIONS["use"] = (lambda b: b, "join")
 Model = Callable[[Any, Any], Tensor]
 LossFunction = Callable[[Tensor, Any], Tensor]
 Indices = Sequence[int] | Tensor
+
+_documented = documented(
+    ARGUMENTS
+    | entries(
+        """
+        model_fn: ``(params, X) -> output [N, *out]``; C entries c of one sample's output, in the order of its flattened axes.
+        X2: Input of M other samples, a tensor [M, ...] or pytree, of the same structure, shapes and dtypes as X but for M; X
+            itself if None.
+        subsampling: Indices [K] of samples of X, repeats allowed: those of n, K in place of N, and without X2 of m.
+        chunk_size: Number of entries that are backpropagated together; by default chosen by memory.
+        """
+    )
+)
 
 _PAIRS = Refused(
     "it holds inner products of samples with each other, of which those between two batches are in neither. Use BatchGrad or "
@@ -62,7 +76,11 @@ class BatchDot(Quantity):
 
 @dataclass(frozen=True)
 class GGNGram(GaussNewton):
-    """Inner products of the columns of the GGN's root, [V, N, V, N]."""
+    """Inner products of the columns of the GGN's root, [V, N, V, N].
+
+    Attributes:
+        mc_samples: 0 for the exact loss Hessian, else the number of Monte-Carlo draws per sample.
+    """
 
     contractions = ("gram",)
     laws = (_PAIRS,)
@@ -103,6 +121,7 @@ class _NTKBetween(Quantity):
         return second_moments.cross_gram(use, self.first).permute(1, 0, 3, 2)
 
 
+@documented()
 def batch_dot(
     model_fn: Model,
     params: Any,
@@ -118,11 +137,19 @@ def batch_dot(
     The diagonal is `curvfunc.batch_l2`. Over all parameters: `batch_dot_total`.
 
     Returns:
-        [N, N] per parameter. Arguments: see `curvfunc.quantities`.
+        A pytree like ``params``, [N, N] per parameter; zeros for one that the output does not depend on.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> dots = batch_dot(model_fn, params, X, y)["weight"]
+        >>> dots.shape, torch.allclose(dots.diagonal(), batch_l2(model_fn, params, X, y)["weight"])
+        (torch.Size([8, 8]), True)
     """
     return compute(model_fn, params, X, y, BatchDot(), loss_fn=loss_fn, subsampling=subsampling, chunk_size=chunk_size)
 
 
+@documented()
 def batch_dot_total(
     model_fn: Model,
     params: Any,
@@ -136,11 +163,17 @@ def batch_dot_total(
     """Inner products of the per-sample gradients with respect to all parameters together: the sum of `batch_dot`.
 
     Returns:
-        [N, N]. Arguments: see `curvfunc.quantities`.
+        [N, N].
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> batch_dot_total(model_fn, params, torch.randn(8, 4), torch.arange(8) % 3).shape
+        torch.Size([8, 8])
     """
     return _sum(batch_dot(model_fn, params, X, y, loss_fn=loss_fn, subsampling=subsampling, chunk_size=chunk_size))
 
 
+@documented()
 def ggn_gram(
     model_fn: Model,
     params: Any,
@@ -159,15 +192,19 @@ def ggn_gram(
     use `ggn_gram_total`. The outputs' cotangents of all V columns are held at once; ``chunk_size`` bounds what else is.
 
     Returns:
-        [V, N, V, N] per parameter; V is the number of outputs of one sample, or ``mc_samples``. Arguments: see
-        `curvfunc.quantities`.
+        A pytree like ``params``, [V, N, V, N] per parameter; V is the number of outputs of one sample, or ``mc_samples``.
 
     Raises:
-        ValueError: As `curvfunc.diag_ggn`.
+        ValueError: If a custom loss has an indefinite Hessian.
 
     References:
         Dangel, Tatzel, Hennig 2022, "ViViT: Curvature access through the generalized Gauss-Newton's low-rank
         structure".
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> ggn_gram(model_fn, params, torch.randn(8, 4), torch.arange(8) % 3)["weight"].shape
+        torch.Size([3, 8, 3, 8])
     """
     return compute(
         model_fn,
@@ -182,6 +219,7 @@ def ggn_gram(
     )
 
 
+@documented()
 def ggn_gram_total(
     model_fn: Model,
     params: Any,
@@ -197,10 +235,18 @@ def ggn_gram_total(
     """Gram matrix of the root of the whole GGN: the sum of `ggn_gram`, with the non-zero eigenvalues of the GGN.
 
     Returns:
-        [V, N, V, N]. Arguments: see `curvfunc.quantities`.
+        [V, N, V, N]; V is the number of outputs of one sample, or ``mc_samples``.
 
     Raises:
-        ValueError: As `curvfunc.diag_ggn`.
+        ValueError: If a custom loss has an indefinite Hessian.
+
+    Example:
+        >>> model_fn, params = functionalize(nn.Linear(4, 3))
+        >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> gram = ggn_gram_total(model_fn, params, X, y)
+        >>> top = torch.linalg.eigvalsh(gram.reshape(24, 24))[-1]  # as of the GGN, which is 15 x 15
+        >>> torch.allclose(top, torch.linalg.eigvalsh(ggn_operator(model_fn, params, X, y).dense())[-1], atol=1e-5)
+        True
     """
     return _sum(
         ggn_gram(
@@ -217,6 +263,7 @@ def ggn_gram_total(
     )
 
 
+@_documented
 def ntk(
     model_fn: Model,
     params: Any,
@@ -236,19 +283,11 @@ def ntk(
     ``chunk_size`` bounds what else is. For the whole kernel use `ntk_total`; in `compute`, what `NTK` gives does not
     depend on y and loss_fn.
 
-    Args:
-        model_fn: ``(params, X) -> output [N, *out]``; C entries c of one sample's output, in the order of its flattened axes.
-        params: Pytree of real floating-point tensors.
-        X: Input with leading sample axis N.
-        X2: Input of M other samples, of the same structure, shapes and dtypes as X but for M; X itself if None.
-        subsampling: Indices of samples of X, repeats allowed: those of n, and without X2 of m.
-        chunk_size: Number of entries that are backpropagated together; by default chosen by memory.
-
     Returns:
-        [N, C, N, C], or [N, C, M, C] with X2, per parameter.
+        A pytree like ``params``, [N, C, N, C] per parameter, or [N, C, M, C] with X2.
 
     Raises:
-        TypeError, ValueError: For input that has no answer, as `curvfunc.quantities`; if X2 is no input like X.
+        ValueError: If X2 is no input like X.
 
     References:
         Jacot, Gabriel, Hongler 2018, "Neural tangent kernel"; Novak, Sohl-Dickstein, Schoenholz 2022, "Fast finite width
@@ -270,6 +309,7 @@ def ntk(
     return compute(model_fn, params, X, X, spec, loss_fn=losses.no_loss, subsampling=subsampling, chunk_size=chunk_size)
 
 
+@_documented
 def ntk_total(
     model_fn: Model,
     params: Any,
@@ -282,10 +322,10 @@ def ntk_total(
     """Empirical neural tangent kernel of all parameters together: the sum of `ntk`.
 
     Returns:
-        [N, C, N, C], or [N, C, M, C] with X2. Arguments: see `ntk`.
+        [N, C, N, C], or [N, C, M, C] with X2.
 
     Raises:
-        TypeError, ValueError: As `ntk`.
+        ValueError: If X2 is no input like X.
 
     Example:
         >>> model_fn, params = functionalize(nn.Linear(4, 1))

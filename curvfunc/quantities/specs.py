@@ -102,7 +102,12 @@ class BatchL2(Quantity):
 
 @dataclass(frozen=True)
 class ClippedGrad(Quantity):
-    """Σₙ min(1, C / ‖gₙ‖) gₙ of a loss that is a sum, [*shape]; see `clipped_grad`."""
+    """Σₙ min(1, C / ‖gₙ‖) gₙ of a loss that is a sum, [*shape]; see `clipped_grad`.
+
+    Attributes:
+        max_norm: C; or the bound of each layer or parameter by name.
+        per_layer: Whether each layer is clipped by itself.
+    """
 
     max_norm: float | Mapping[str, float] | tuple[tuple[str, float], ...]
     per_layer: bool = False
@@ -166,7 +171,11 @@ class Variance(Quantity):
 
 @dataclass(frozen=True)
 class DiagGGN(GaussNewton):
-    """Diagonal of the generalized Gauss-Newton matrix, [*shape]."""
+    """Diagonal of the generalized Gauss-Newton matrix, [*shape].
+
+    Attributes:
+        mc_samples: 0 for the exact loss Hessian, else the number of Monte-Carlo draws per sample.
+    """
 
     contractions = ("squares",)
     laws = (Summed(1),)
@@ -174,7 +183,11 @@ class DiagGGN(GaussNewton):
 
 @dataclass(frozen=True)
 class BatchDiagGGN(GaussNewton):
-    """Each sample's part of the diagonal of the generalized Gauss-Newton matrix, [N, *shape]."""
+    """Each sample's part of the diagonal of the generalized Gauss-Newton matrix, [N, *shape].
+
+    Attributes:
+        mc_samples: 0 for the exact loss Hessian, else the number of Monte-Carlo draws per sample.
+    """
 
     contractions = ("sample_squares",)
     laws = (Joined(1),)
@@ -204,7 +217,11 @@ class BatchDiagHessian(Quantity):
 
 @dataclass(frozen=True)
 class SqrtGGN(GaussNewton):
-    """Root of the generalized Gauss-Newton matrix, [V, N, *shape]."""
+    """Root of the generalized Gauss-Newton matrix, [V, N, *shape]; V is the number of outputs of one sample, or ``mc_samples``.
+
+    Attributes:
+        mc_samples: 0 for the exact loss Hessian, else the number of Monte-Carlo draws per sample.
+    """
 
     contractions = ("per_sample",)
     laws = (Joined(1 / 2, axis=1),)
@@ -221,7 +238,13 @@ class SqrtGGN(GaussNewton):
 
 @dataclass(frozen=True)
 class KFAC(GaussNewton):
-    """Kronecker factors of each parameter's GGN block, a tuple; see `kfac`."""
+    """Kronecker factors of each parameter's GGN block, (B [o, o], A [k, k]) or (B [numel, numel],); see `kfac`.
+
+    Attributes:
+        mc_samples: 0 for the exact loss Hessian, else the number of Monte-Carlo draws per sample.
+        kfac_approx: "expand", "reduce" or None, for parameters with several positions.
+        joined: Whether the factors of a weight with a bias beside it are those of both, Ā [k + 1, k + 1].
+    """
 
     mc_samples: int = 1
     kfac_approx: str | None = None
@@ -249,7 +272,12 @@ class KFAC(GaussNewton):
 
 @dataclass(frozen=True)
 class KFLR(Quantity):
-    """Kronecker factors as `KFAC`, from the exact loss Hessian."""
+    """Kronecker factors as `KFAC`, from the exact loss Hessian: (B [o, o], A [k, k]) or (B [numel, numel],).
+
+    Attributes:
+        kfac_approx: "expand", "reduce" or None, for parameters with several positions.
+        joined: Whether the factors of a weight with a bias beside it are those of both, Ā [k + 1, k + 1].
+    """
 
     kfac_approx: str | None = None
     joined: bool = False
@@ -266,7 +294,12 @@ class KFLR(Quantity):
 
 @dataclass(frozen=True)
 class EmpiricalKFAC(Quantity):
-    """Kronecker factors as `KFAC` of the empirical Fisher: with the targets in the place of draws; see `kfac_empirical`."""
+    """Kronecker factors as `KFAC` of the empirical Fisher, with the targets in the place of draws; see `kfac_empirical`.
+
+    Attributes:
+        kfac_approx: "expand", "reduce" or None, for parameters with several positions.
+        joined: Whether the factors of a weight with a bias beside it are those of both, Ā [k + 1, k + 1].
+    """
 
     kfac_approx: str | None = None
     joined: bool = False
@@ -283,7 +316,7 @@ class EmpiricalKFAC(Quantity):
 
 @dataclass(frozen=True)
 class KFRA(Quantity):
-    """Kronecker factors from the loss Hessian, averaged over samples at each step back, a tuple; see `kfra`."""
+    """Kronecker factors from the loss Hessian, averaged at each step back, (B [o, o], A [k, k]) or (B,); see `kfra`."""
 
     contractions = ("factors",)
     laws = (

@@ -97,6 +97,13 @@ def rule(
         samples_first: Whether inputs and outputs have the samples as their first axis, each output depending on its own
             sample only. Then the rule sees inputs [n, ...] and cotangents [v, n, ...] in the same way on every path.
 
+    Returns:
+        A decorator, which returns the ``function`` that it is given.
+
+    Raises:
+        TypeError, ValueError: For a function whose calls cannot be seen, or that has a rule already; if the rule's arguments
+            are not the operation's.
+
     Example:
         An operation of one's own, z[n] = tanh(x[n]) * w, in ten lines:
 
@@ -112,10 +119,6 @@ def rule(
         torch.Size([4, 3])
         >>> print(check_rule(gate, X, params["w"]))
         gate: w by Direct, right on the plain and the vmap path
-
-    Raises:
-        TypeError, ValueError: For a function whose calls cannot be seen, or that has a rule already; if the rule's arguments
-            are not the operation's.
     """
 
     def register(forms: Callable[..., Any]) -> Callable[..., Any]:
@@ -159,7 +162,14 @@ def operation(function: Callable[..., Any]) -> Callable[..., Any]:
         function: Any function of tensors.
 
     Returns:
-        The same function, to be called in models in its place.
+        The same function, with the same arguments and results of any shapes, to be called in models in its place.
+
+    Example:
+        >>> @operation
+        ... def swish(x, beta):
+        ...     return x * torch.sigmoid(beta * x)
+        >>> swish(torch.zeros(3), torch.ones(3))
+        tensor([0., 0., 0.])
     """
 
     @functools.wraps(function)

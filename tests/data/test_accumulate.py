@@ -368,6 +368,23 @@ class Changes:
             assert str(error) == "stop"  # noqa: PT017
 
 
+def test_a_quantity_in_another_basis_is_another_run(tmp_path: Path) -> None:
+    """What is shown of it is the same."""
+    model_fn, params = curvfunc.functionalize(mlp())
+    batches = uneven(classes, 6)
+    structure = curvfunc.kronecker.structure(model_fn, params, batches[0][0])
+    bases = [curvfunc.kronecker.decompose(curvfunc.kflr(model_fn, params, *batch), structure) for batch in batches[:2]]
+    specs = [curvfunc.kronecker.EKFAC(decomposition=K) for K in bases]
+    assert repr(specs[0]) == repr(specs[1])
+    given = {"checkpoint": tmp_path / "state", "every": 2}
+    with pytest.raises(RuntimeError, match="stop"):
+        accumulate(model_fn, params, stopping(batches, 4), specs[0], **given)
+    with pytest.raises(ValueError, match="is of another run: specs differ"):
+        accumulate(model_fn, params, batches, specs[1], **given)
+    torch.manual_seed(0)
+    assert accumulate(model_fn, params, batches, specs[0], **given).keys() == params.keys()
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Changes:
     return Changes(tmp_path)
