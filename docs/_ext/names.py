@@ -1,0 +1,112 @@
+"""Names: docstrings as reStructuredText, names in backticks as links, and the check that every public name has its page."""
+
+import importlib
+import inspect
+import re
+from typing import Any
+
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util import logging
+from sphinx.util.nodes import make_refnode
+
+import curvfunc
+
+logger = logging.getLogger(__name__)
+ESCAPED = re.compile(r"(``.+?``|`[^`]+`|\*\*\w.*?\w\*\*|(?<!\w)\*\w(?:[^*\n]*\w)?\*(?!\w))|([*|])|(\w)_(?![\w`])")
+# On these pages a bare class name is BackPACK's or another's
+OF_OTHERS = ("backpack", "architecture", "laplace", "quantities/")
+
+
+def public() -> dict[str, Any]:
+    """Every public name with its module, and what it is."""
+    found = {f"curvfunc.{name}": getattr(curvfunc, name) for name in curvfunc.__all__}
+    for name, value in list(found.items()):
+        if inspect.ismodule(value):
+            found |= {f"{name}.{part}": getattr(value, part) for part in value.__all__}
+    return found
+
+
+PUBLIC = public()
+
+
+def escape(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Formulas keep their stars, bars and underscores: docstrings are for ``help`` first. What is code stays as it is."""
+    verbatim = False
+    for i, line in enumerate(lines):
+        verbatim = line.lstrip().startswith(">>>") or (verbatim and bool(line.strip()))
+        if not verbatim:
+            lines[i] = ESCAPED.sub(lambda m: m[1] or (f"\\{m[2]}" if m[2] else rf"{m[3]}\_"), line)
+
+
+def value_of(target: str, module: str | None) -> Any:
+    """The object of a dotted name, as seen from a module; None if there is none."""
+    for full in (target, f"{module}.{target}", f"curvfunc.{target}"):
+        parts = full.split(".")
+        for end in range(len(parts), 0, -1):
+            try:
+                value: Any = importlib.import_module(".".join(parts[:end]))
+                for part in parts[end:]:
+                    value = getattr(value, part)
+            except (ImportError, AttributeError, ValueError):
+                continue
+            return value
+    return None
+
+
+def resolve(app: Sphinx, env: BuildEnvironment, node: addnodes.pending_xref, contnode: nodes.Node) -> nodes.Node | None:
+    """Inner names of public objects lead to these; inner objects have no page; what does not exist is left to the warning."""
+    if node.get("refdomain") != "py":
+        return None
+    target = node["reftarget"]
+    value = value_of(target, node.get("py:module"))
+    if value is None:
+        return None if target.startswith("curvfunc") else contnode
+    documented = env.get_domain("py").objects  # type: ignore[attr-defined]
+    for name, entry in documented.items():
+        if PUBLIC.get(name) is value and not inspect.ismodule(value):
+            return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contnode, name)
+    return contnode
+
+
+def link(app: Sphinx, tree: nodes.document) -> None:
+    """Code that is a public name becomes a link, in pages that are Markdown."""
+    page = app.env.docname
+    for literal in list(tree.findall(nodes.literal)):
+        text = literal.astext().removesuffix("()")
+        if literal.get("classes") or any(isinstance(up, nodes.reference | nodes.title | addnodes.pending_xref) for up in up_from(literal)):
+            continue
+        others = page.startswith(OF_OTHERS) and text[:1].isupper()
+        full = next((name for name in (text, f"curvfunc.{text}") if name in PUBLIC and not (others and name != text)), None)
+        if full is None or inspect.ismodule(PUBLIC[full]):
+            continue
+        xref = addnodes.pending_xref("", refdomain="py", reftype="obj", reftarget=full, refexplicit=True, refdoc=page, refwarn=True)
+        literal.replace_self(xref)
+        xref += literal
+
+
+def up_from(node: nodes.Node) -> list[nodes.Node]:
+    """All that a node is part of."""
+    found = []
+    while node.parent is not None:
+        node = node.parent
+        found.append(node)
+    return found
+
+
+def every_name_has_a_page(app: Sphinx, env: BuildEnvironment) -> None:
+    """A public name without a page is a warning, and so an error."""
+    documented = env.get_domain("py").objects  # type: ignore[attr-defined]
+    for name in sorted(PUBLIC.keys() - documented.keys()):
+        logger.warning("the public name %s has no page: put it into docs/api or docs/quantities.toml", name)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Docstrings are escaped before napoleon reads them."""
+    app.connect("autodoc-process-docstring", escape, priority=100)
+    app.connect("missing-reference", resolve)
+    app.connect("doctree-read", link)
+    app.connect("env-check-consistency", every_name_has_a_page)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
