@@ -10,12 +10,13 @@ from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import make_refnode
 
 import curvfunc
 
 logger = logging.getLogger(__name__)
-ESCAPED = re.compile(r"(``.+?``|`[^`]+`|\*\*\w.*?\w\*\*|(?<!\w)\*\w(?:[^*\n]*\w)?\*(?!\w))|([*|])|(\w)_(?![\w`])")
+ESCAPED = re.compile(r"(``(?s:.+?)``|`[^`]+`|\*\*\w.*?\w\*\*|(?<!\w)\*\w(?:[^*\n]*\w)?\*(?!\w))|([*|])|(\w)_(?![\w`])")
 # On these pages a bare class name is BackPACK's or another's
 OF_OTHERS = ("backpack", "architecture", "laplace", "quantities/")
 
@@ -33,12 +34,17 @@ PUBLIC = public()
 
 
 def escape(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Formulas keep their stars, bars and underscores: docstrings are for ``help`` first. What is code stays as it is."""
-    verbatim = False
-    for i, line in enumerate(lines):
-        verbatim = line.lstrip().startswith(">>>") or (verbatim and bool(line.strip()))
-        if not verbatim:
-            lines[i] = ESCAPED.sub(lambda m: m[1] or (f"\\{m[2]}" if m[2] else rf"{m[3]}\_"), line)
+    """Formulas keep their stars, bars and underscores: docstrings are for ``help`` first. Code and tables stay as they are."""
+    made: list[str] = []
+    for block in re.split(r"\n(?:[ ]*\n)+", "\n".join(lines)):
+        first = block.lstrip()
+        if first.startswith("==="):
+            made.append("::\n\n" + "\n".join(f"    {line}" for line in block.splitlines()))
+        elif first.startswith(">>>"):
+            made.append(block)
+        else:
+            made.append(ESCAPED.sub(lambda m: m[1] or (f"\\{m[2]}" if m[2] else rf"{m[3]}\_"), block))
+    lines[:] = [*"\n\n".join(made).splitlines(), ""]
 
 
 def value_of(target: str, module: str | None) -> Any:
@@ -103,9 +109,41 @@ def every_name_has_a_page(app: Sphinx, env: BuildEnvironment) -> None:
         logger.warning("the public name %s has no page: put it into docs/api or docs/quantities.toml", name)
 
 
+def outside(app: Sphinx, page: str, text: list[str]) -> None:
+    """What stands beside ``docs`` in the repository has a page here."""
+    text[0] = text[0].replace("](../CONTRIBUTING.md)", "](contributing.md)")
+
+
+def included(app: Sphinx, path: Any, page: str, text: list[str]) -> None:
+    """And its links are from there."""
+    text[0] = text[0].replace("](docs/", "](")
+
+
+class EveryName(SphinxDirective):
+    """All public names, module by module, each leading to its page."""
+
+    def run(self) -> list[nodes.Node]:
+        """A paragraph for each module."""
+        made: list[nodes.Node] = []
+        modules = {"curvfunc": ""} | {name: name.removeprefix("curvfunc.") for name in PUBLIC if inspect.ismodule(PUBLIC[name])}
+        for module in modules:
+            names = [n for n, value in PUBLIC.items() if n.rpartition(".")[0] == module and not inspect.ismodule(value)]
+            line = nodes.paragraph("", "", nodes.strong("", module), nodes.Text(": "))
+            for i, name in enumerate(sorted(names, key=str.lower)):
+                xref = addnodes.pending_xref("", refdomain="py", reftype="obj", reftarget=name, refexplicit=True, refwarn=True)
+                xref["refdoc"] = self.env.docname
+                xref += nodes.literal("", name.removeprefix(f"{module}."))
+                line += [nodes.Text(", "), xref] if i else [xref]
+            made.append(line)
+        return made
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Docstrings are escaped before napoleon reads them."""
+    app.add_directive("every_name", EveryName)
     app.connect("autodoc-process-docstring", escape, priority=100)
+    app.connect("source-read", outside)
+    app.connect("include-read", included)
     app.connect("missing-reference", resolve)
     app.connect("doctree-read", link)
     app.connect("env-check-consistency", every_name_has_a_page)

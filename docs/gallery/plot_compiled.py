@@ -29,9 +29,8 @@ model_fn, params = curvfunc.functionalize(nn.Sequential(nn.Linear(64, 32), nn.Re
 asked = {
     "gradient": (),
     "norms": (BatchL2(),),
-    "variance": (Variance(),),
     "GGN's diagonal": (DiagGGN(),),
-    "all three": (BatchL2(), Variance(), DiagGGN()),
+    "all of these, and variance": (BatchL2(), Variance(), DiagGGN()),
 }
 
 

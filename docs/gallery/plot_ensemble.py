@@ -51,4 +51,4 @@ shade = (sharpness - sharpness.min()) / (sharpness.max() - sharpness.min())
 for values, at in zip(outputs, shade, strict=True):
     right.plot(grid, values, color=plt.get_cmap("viridis")(float(at)), linewidth=0.8, alpha=0.8)
 right.plot(X, y, "o", color="black", markersize=4)
-right.set(title="What each says; brighter: more curved", ylim=(-4, 4), xlabel="input")
+right.set(title="What each says; brighter: more curved", ylim=(-2.5, 2.5), xlabel="input")

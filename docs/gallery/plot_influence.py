@@ -27,7 +27,7 @@ y[wrong] = (y[wrong] + torch.randint(1, 10, wrong.shape)) % 10
 net = nn.Sequential(nn.Conv2d(1, 12, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(108, 48), nn.ReLU(), nn.Linear(48, 10))
 model_fn, params = curvfunc.functionalize(net)
 adam = torch.optim.Adam(params.values(), lr=5e-3)
-for _ in range(250):
+for _ in range(900):
     batch = torch.randperm(len(X))[:128]
     for name, grad in curvfunc.compute(model_fn, params, X[batch], y[batch], curvfunc.Grad()).items():
         params[name].grad = grad

@@ -82,7 +82,7 @@ for i, (moment, found) in enumerate(moments.items()):
     left.barh([row + 0.4 * i for row in range(len(layers))], sums, height=0.38, label=moment)
 left.set_yticks([row + 0.2 for row in range(len(layers))], layers, fontsize=8)
 left.invert_yaxis()
-left.set(xscale="log", title="Trace of the GGN, per layer")
+left.set(xscale="log", xlim=(None, 2e3), title="Trace of the GGN, per layer")
 left.legend(loc="lower right")
 found = moments["after training"]["blocks.1.qkv.weight"]
 right.imshow(found.clamp(min=1e-7).log10(), aspect="auto", interpolation="nearest")
