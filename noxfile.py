@@ -68,3 +68,10 @@ def demo(session: nox.Session) -> None:
     session.install(*CONSTRAINTS, "-e", ".[examples]")
     session.run("python", "examples/digits.py", *session.posargs)
     session.run("python", "examples/distributed.py")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The site, its gallery run, into docs/_build/html; a warning is an error."""
+    session.install(*CONSTRAINTS, "-e", ".[docs]")
+    session.run("sphinx-build", "-q", "-W", "--keep-going", "docs", "docs/_build/html", *session.posargs)

@@ -78,8 +78,8 @@ html_css_files = ["curvfunc.css"]
 html_show_sphinx = False
 html_copy_source = False
 html_theme_options = {
-    "light_css_variables": {"color-brand-primary": "#0b5c8a", "color-brand-content": "#0b5c8a", "color-brand-visited": "#5b4a8a"},
-    "dark_css_variables": {"color-brand-primary": "#7cc4ec", "color-brand-content": "#7cc4ec", "color-brand-visited": "#b9a6ea"},
+    "light_css_variables": dict.fromkeys(("color-brand-primary", "color-brand-content"), "#0b5c8a"),
+    "dark_css_variables": dict.fromkeys(("color-brand-primary", "color-brand-content"), "#7cc4ec"),
 }
 pygments_style = "friendly"
 pygments_dark_style = "nord"

@@ -28,10 +28,10 @@ LOOK = {
     "image.cmap": "magma",
 }
 # The order in which a reader meets them
-ORDER = (
-    "glance signal subsampling jacobians ntk diag_ggn_step kfac_adam curvature_training spectrum transformer pinn laplace "
-    "influence private ensemble compiled"
-).split()
+ORDER = [
+    *("glance", "signal", "subsampling", "jacobians", "ntk", "diag_ggn_step", "kfac_adam", "curvature_training", "spectrum"),
+    *("transformer", "pinn", "laplace", "influence", "private", "ensemble", "compiled"),
+]
 
 
 class InOrder:
@@ -41,6 +41,7 @@ class InOrder:
         pass
 
     def __call__(self, filename: str) -> tuple[int, str]:
+        """The key of a file."""
         name = Path(filename).stem.removeprefix("plot_")
         return (ORDER.index(name) if name in ORDER else len(ORDER), name)
 

@@ -33,6 +33,13 @@ def public() -> dict[str, Any]:
 PUBLIC = public()
 
 
+def escaped(found: re.Match[str]) -> str:
+    """A literal without blanks at its end, which would not end it; or a character that is to be itself."""
+    if found[1]:
+        return f"{found[1][:-2].rstrip()}``" if found[1].endswith("``") else found[1]
+    return f"\\{found[2]}" if found[2] else rf"{found[3]}\_"
+
+
 def escape(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Formulas keep their stars, bars and underscores: docstrings are for ``help`` first. Code and tables stay as they are."""
     made: list[str] = []
@@ -43,7 +50,7 @@ def escape(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: lis
         elif first.startswith(">>>"):
             made.append(block)
         else:
-            made.append(ESCAPED.sub(lambda m: m[1] or (f"\\{m[2]}" if m[2] else rf"{m[3]}\_"), block))
+            made.append(ESCAPED.sub(escaped, block))
     lines[:] = [*"\n\n".join(made).splitlines(), ""]
 
 
@@ -82,13 +89,18 @@ def link(app: Sphinx, tree: nodes.document) -> None:
     page = app.env.docname
     for literal in list(tree.findall(nodes.literal)):
         text = literal.astext().removesuffix("()")
-        if literal.get("classes") or any(isinstance(up, nodes.reference | nodes.title | addnodes.pending_xref) for up in up_from(literal)):
+        around = up_from(literal)
+        linked = any(isinstance(up, nodes.reference | nodes.title | addnodes.pending_xref) for up in around)
+        if linked or literal.get("classes"):
+            continue
+        if any("elsewhere" in up.get("ids", ()) for up in around if isinstance(up, nodes.section)):
             continue
         others = page.startswith(OF_OTHERS) and text[:1].isupper()
         full = next((name for name in (text, f"curvfunc.{text}") if name in PUBLIC and not (others and name != text)), None)
         if full is None or inspect.ismodule(PUBLIC[full]):
             continue
-        xref = addnodes.pending_xref("", refdomain="py", reftype="obj", reftarget=full, refexplicit=True, refdoc=page, refwarn=True)
+        xref = addnodes.pending_xref("", refdomain="py", reftype="obj", reftarget=full, refexplicit=True, refwarn=True)
+        xref["refdoc"] = page
         literal.replace_self(xref)
         xref += literal
 

@@ -36,8 +36,8 @@ def costs(columns: list[str]) -> list[str]:
         "|---|" + "---|" * len(columns),
         *rows,
         "",
-        "Time together with the gradient, in gradients: eager / compiled, and in brackets how many times as fast as the fastest "
-        "other library; see [](../performance.md) for machine and command.",
+        "Time together with the gradient, in gradients: eager / compiled, and in brackets how many times as fast as the "
+        "fastest other library; see [](../performance.md) for machine and command.",
     ]
 
 
@@ -45,8 +45,9 @@ def page(name: str, entry: dict[str, Any]) -> str:
     """The Markdown of a page."""
     lines = [f"# {entry['title']}", "", entry["about"].strip(), "", "$$", entry["formula"].strip(), "$$", ""]
     lines += ["## Shapes", "", "| asked for by | result |", "|---|---|"]
-    lines += [f"| {' or '.join(f'`{part}`' for part in asked.split(' or '))} | {shape} |" for asked, shape in entry["shapes"].items()]
-    lines += ["", "N samples, a parameter of shape `*shape`, C entries of one sample's output; V is C, or `mc_samples`." , ""]
+    for asked, shape in entry["shapes"].items():
+        lines.append(f"| {' or '.join(f'`{part}`' for part in asked.split(' or '))} | {shape} |")
+    lines += ["", "N samples, a parameter of shape `*shape`, C entries of one sample's output; V is C, or `mc_samples`.", ""]
     lines += ["## Cost", "", entry["cost"].strip(), *costs(entry.get("measured", [])), ""]
     if "example" in entry:
         lines += ["## Example", "", "```python", entry["example"].strip(), "```", ""]
@@ -54,7 +55,7 @@ def page(name: str, entry: dict[str, Any]) -> str:
         lines += ["## In pictures", ""]
         for script, told in entry["pictures"].items():
             lines += [
-                f":::{{figure}} ../auto_gallery/images/sphx_glr_plot_{script}_001.png",
+                f":::{{figure}} ../auto_gallery/images/sphx_glr_plot_{script}_001_2_00x.png",
                 f":target: ../auto_gallery/plot_{script}.html",
                 "",
                 f"{told} [The script](../auto_gallery/plot_{script}.rst)",
@@ -63,7 +64,8 @@ def page(name: str, entry: dict[str, Any]) -> str:
             ]
     others = entry.get("elsewhere", {})
     lines += ["## Elsewhere", "", "| library | its name |", "|---|---|"]
-    lines += [f"| {library} | {others.get(library, '–')} |" for library in LIBRARIES if library != "others" or library in others]
+    listed = [library for library in LIBRARIES if library != "others" or library in others]
+    lines += [f"| {library} | {others.get(library, '–')} |" for library in listed]
     lines += ["", "## Reference", "", "```{eval-rst}", ".. currentmodule:: curvfunc", ""]
     for part in entry["names"]:
         kind = "class" if part[0].isupper() else "function"

@@ -2,8 +2,8 @@
 A compiled training step
 ========================
 
-A whole step, gradient, curvature and update, compiles to one graph. Small networks are bound by Python, and gain most. Where
-there is no C++ compiler, the picture shows eager code alone.
+A whole step, gradient, curvature and update, compiles to one graph. Small networks are bound by
+Python, and gain most. Where there is no C++ compiler, the picture shows eager code alone.
 """
 
 import shutil
@@ -20,8 +20,13 @@ import curvfunc
 from curvfunc import BatchL2, DiagGGN, Grad, Loss, Variance
 
 digits = load_digits()
-X, y = torch.tensor(digits.data / 16, dtype=torch.float32)[:128], torch.tensor(digits.target)[:128]
-model_fn, params = curvfunc.functionalize(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)))
+X, y = (
+    torch.tensor(digits.data / 16, dtype=torch.float32)[:128],
+    torch.tensor(digits.target)[:128],
+)
+model_fn, params = curvfunc.functionalize(
+    nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+)
 
 # %%
 # Steps that differ in what they ask for besides the gradient.
@@ -57,14 +62,19 @@ def milliseconds(step):
 times = {"eager": [milliseconds(step_with(specs)) for specs in asked.values()]}
 compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 if compiler and Path(sysconfig.get_path("include"), "Python.h").exists():
-    times["compiled"] = [milliseconds(torch.compile(step_with(specs), fullgraph=True)) for specs in asked.values()]
+    times["compiled"] = [
+        milliseconds(torch.compile(step_with(specs), fullgraph=True))
+        for specs in asked.values()
+    ]
 
 # %%
 # Milliseconds of one step, and of the same step compiled.
 
 figure, ax = plt.subplots(figsize=(8, 3.6))
 for i, (kind, values) in enumerate(times.items()):
-    bars = ax.barh([row + 0.38 * i for row in range(len(asked))], values, height=0.36, label=kind)
+    bars = ax.barh(
+        [row + 0.38 * i for row in range(len(asked))], values, height=0.36, label=kind
+    )
     ax.bar_label(bars, fmt="%.2f", padding=3, fontsize=9)
 ax.set_yticks([row + 0.19 * (len(times) - 1) for row in range(len(asked))], asked)
 ax.invert_yaxis()

@@ -2,8 +2,9 @@
 An ensemble by vmap
 ===================
 
-Everything is a function of the parameters, so `torch.vmap` runs it for many networks at once. Thirty networks that
-differ in their start alone, trained together with steps over their own curvature: where they agree, and where they do not.
+Everything is a function of the parameters, so `torch.vmap` runs it for many networks at once.
+Thirty networks that differ in their start alone, trained together with steps over their own
+curvature: where they agree, and where they do not.
 """
 
 import matplotlib.pyplot as plt
@@ -17,7 +18,10 @@ from curvfunc import DiagGGN, Grad, Loss
 
 X = torch.cat([torch.rand(25, 1) * 2.5 - 4, torch.rand(25, 1) * 2.5 + 1.5])
 y = torch.sin(1.5 * X) + 0.3 * X + 0.1 * torch.randn_like(X)
-members = [nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1)) for _ in range(30)]
+members = [
+    nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1))
+    for _ in range(30)
+]
 ensemble, _ = stack_module_state(members)
 ensemble = {name: p.detach() for name, p in ensemble.items()}
 model_fn, _ = curvfunc.functionalize(members[0])
@@ -28,8 +32,12 @@ model_fn, _ = curvfunc.functionalize(members[0])
 
 def step(params):
     """A gradient over the GGN's diagonal, damped."""
-    loss, grad, curvature = curvfunc.compute(model_fn, params, X, y, (Loss(), Grad(), DiagGGN()), loss_fn=F.mse_loss)
-    return {name: p - 0.03 * grad[name] / (curvature[name] + 0.02) for name, p in params.items()}, loss
+    loss, grad, curvature = curvfunc.compute(
+        model_fn, params, X, y, (Loss(), Grad(), DiagGGN()), loss_fn=F.mse_loss
+    )
+    return {
+        name: p - 0.03 * grad[name] / (curvature[name] + 0.02) for name, p in params.items()
+    }, loss
 
 
 losses = []
@@ -40,7 +48,15 @@ for _ in range(500):
 # %%
 # Curvature of each member by the same way: at the end of training, a number for each network.
 
-sharpness = vmap(lambda params: sum(d.sum() for d in curvfunc.diag_ggn(model_fn, params, X, y, loss_fn=F.mse_loss).values()))(ensemble)
+
+def trace(params):
+    """Of the Gauss-Newton matrix of one network."""
+    return sum(
+        d.sum() for d in curvfunc.diag_ggn(model_fn, params, X, y, loss_fn=F.mse_loss).values()
+    )
+
+
+sharpness = vmap(trace)(ensemble)
 grid = torch.linspace(-7, 7, 300)[:, None]
 outputs = vmap(lambda params: model_fn(params, grid))(ensemble)[..., 0]
 

@@ -2,9 +2,9 @@
 K-FAC against Adam
 ==================
 
-K-FAC divides by a curvature matrix that is a Kronecker product for each layer, `curvfunc.optim` makes an optimizer of it. It needs fewer
-steps than Adam, and each of its steps takes longer; both are drawn. With five seeds and searched learning rates:
-:doc:`/optimizers`.
+K-FAC divides by a curvature matrix that is a Kronecker product for each layer, `curvfunc.optim`
+makes an optimizer of it. It needs fewer steps than Adam, and each of its steps takes longer;
+both are drawn. With five seeds and searched learning rates: :doc:`/optimizers`.
 """
 
 import time
@@ -19,14 +19,23 @@ from curvfunc import optim
 
 digits = load_digits()
 order = torch.randperm(len(digits.target))
-X, y = torch.tensor(digits.images[:, None] / 8 - 1, dtype=torch.float32)[order], torch.tensor(digits.target)[order]
+X, y = (
+    torch.tensor(digits.images[:, None] / 8 - 1, dtype=torch.float32)[order],
+    torch.tensor(digits.target)[order],
+)
 X, y, X_held_out, y_held_out = X[500:], y[500:], X[:500], y[:500]
 
 
 def network():
     """Two convolutions and two linear layers, the same each time."""
     torch.manual_seed(1)
-    convolutions = nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(), nn.Flatten()
+    convolutions = (
+        nn.Conv2d(1, 16, 3),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+    )
     return nn.Sequential(*convolutions, nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
@@ -51,11 +60,23 @@ def run(make, steps):
             optimizer.step()
         seconds += time.perf_counter() - begin
         with torch.no_grad():
-            rows.append((seconds, float(loss), float((net(X_held_out).argmax(1) == y_held_out).float().mean())))
+            rows.append(
+                (
+                    seconds,
+                    float(loss),
+                    float((net(X_held_out).argmax(1) == y_held_out).float().mean()),
+                )
+            )
     return list(zip(*rows, strict=True))
 
 
-kfac = {"lr": 0.054, "momentum": 0.5, "damping": 1.3e-3, "kl_clip": 0.01 / 0.054**2, "inverses_every": 5}
+kfac = {
+    "lr": 0.054,
+    "momentum": 0.5,
+    "damping": 1.3e-3,
+    "kl_clip": 0.01 / 0.054**2,
+    "inverses_every": 5,
+}
 runs = {
     "K-FAC": run(lambda net: optim.KFAC(net, **kfac), 60),
     "Adam": run(lambda net: torch.optim.Adam(net.parameters(), lr=0.017), 60),

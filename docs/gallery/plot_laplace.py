@@ -2,9 +2,10 @@
 Laplace uncertainty
 ===================
 
-A posterior around trained parameters, from one pass over the data: where there was none, the network is unsure.
-`curvfunc.laplace.fit` takes Kronecker factors, the marginal likelihood chooses the prior precision by its own gradient, and
-`curvfunc.laplace.functional_variance` says what outputs are uncertain by.
+A posterior around trained parameters, from one pass over the data: where there was none, the
+network is unsure. `curvfunc.laplace.fit` takes Kronecker factors, the marginal likelihood
+chooses the prior precision by its own gradient, and `curvfunc.laplace.functional_variance` says
+what outputs are uncertain by.
 """
 
 import math
@@ -19,7 +20,8 @@ from curvfunc import laplace
 
 points, labels = make_moons(300, noise=0.15, random_state=0)
 X, y = torch.tensor(points, dtype=torch.float32), torch.tensor(labels)
-model_fn, params = curvfunc.functionalize(nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2)))
+net = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2))
+model_fn, params = curvfunc.functionalize(net)
 adam = torch.optim.Adam(params.values(), lr=1e-2, weight_decay=1e-3)
 for _ in range(300):
     for name, grad in curvfunc.compute(model_fn, params, X, y, curvfunc.Grad()).items():
@@ -48,15 +50,27 @@ side = 120
 grid = torch.cartesian_prod(torch.linspace(-3, 4, side), torch.linspace(-2.8, 3.2, side))
 with torch.no_grad():
     outputs = model_fn(params, grid)
-variance = laplace.functional_variance(model_fn, grid, posterior, precision).diagonal(dim1=1, dim2=2)
+variance = laplace.functional_variance(model_fn, grid, posterior, precision).diagonal(
+    dim1=1, dim2=2
+)
 confident = {
     "Plain network": outputs.softmax(1).max(1).values,
-    "With its posterior": (outputs / (1 + math.pi / 8 * variance).sqrt()).softmax(1).max(1).values,
+    "With its posterior": (outputs / (1 + math.pi / 8 * variance).sqrt())
+    .softmax(1)
+    .max(1)
+    .values,
 }
 
 figure, axes = plt.subplots(1, 3, figsize=(10.8, 3.5), width_ratios=(1, 1, 0.8))
 for ax, (title, values) in zip(axes, confident.items(), strict=False):
-    image = ax.imshow(values.reshape(side, side).T, origin="lower", extent=(-3, 4, -2.8, 3.2), vmin=0.5, vmax=1, cmap="viridis")
+    image = ax.imshow(
+        values.reshape(side, side).T,
+        origin="lower",
+        extent=(-3, 4, -2.8, 3.2),
+        vmin=0.5,
+        vmax=1,
+        cmap="viridis",
+    )
     for label, color in ((0, "#D55E00"), (1, "white")):
         ax.plot(*X[y == label].T, "o", color=color, markersize=2.5)
     ax.set(title=title, xticks=[], yticks=[])

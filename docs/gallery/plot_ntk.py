@@ -2,8 +2,9 @@
 The neural tangent kernel
 =========================
 
-`curvfunc.ntk_total` compares samples by the Jacobians of their outputs. While a network trains, its kernel learns what belongs
-together: blocks of digits come out. The alignment of the centred kernel with the labels says how much; a kernel machine with either is as good.
+`curvfunc.ntk_total` compares samples by the Jacobians of their outputs. While a network trains,
+its kernel learns what belongs together: blocks of digits come out. The alignment of the centred
+kernel with the labels says how much; a kernel machine with either is as good.
 """
 
 import matplotlib.pyplot as plt
@@ -15,17 +16,26 @@ import curvfunc
 
 digits = load_digits()
 order = torch.randperm(len(digits.target))
-X, y = torch.tensor(digits.data / 16, dtype=torch.float32)[order], torch.tensor(digits.target)[order]
+X, y = (
+    torch.tensor(digits.data / 16, dtype=torch.float32)[order],
+    torch.tensor(digits.target)[order],
+)
 X_train, y_train, X_test, y_test = X[:200], y[:200], X[200:500], y[200:500]
 by_label = y_train.argsort(stable=True)
 X_train, y_train = X_train[by_label], y_train[by_label]
 
-model_fn, params = curvfunc.functionalize(nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 10)))
+model_fn, params = curvfunc.functionalize(
+    nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 10))
+)
 
 
 def kernel(params, X1, X2=None):
     """The kernel, averaged over the outputs: [N1, N2]."""
-    whole = curvfunc.ntk_total(model_fn, params, X1) if X2 is None else curvfunc.ntk_total(model_fn, params, X1, X2)
+    whole = (
+        curvfunc.ntk_total(model_fn, params, X1)
+        if X2 is None
+        else curvfunc.ntk_total(model_fn, params, X1, X2)
+    )
     return whole.diagonal(dim1=1, dim2=3).mean(-1)
 
 
@@ -45,17 +55,23 @@ def accuracy(params):
     K = kernel(params, X_train)
     ridge = 1e-3 * K.diag().mean() * torch.eye(len(K))
     weights = torch.linalg.solve(K + ridge, nn.functional.one_hot(y_train, 10).float() - 0.1)
-    return float(((kernel(params, X_test, X_train) @ weights).argmax(1) == y_test).float().mean())
+    return float(
+        ((kernel(params, X_test, X_train) @ weights).argmax(1) == y_test).float().mean()
+    )
 
 
 # %%
 # The kernel at the start, and after training.
 
 moments = {"at the start": params}
-adam = torch.optim.Adam([p.requires_grad_() for p in map(torch.clone, params.values())], lr=5e-3)
+adam = torch.optim.Adam(
+    [p.requires_grad_() for p in map(torch.clone, params.values())], lr=5e-3
+)
 trained = dict(zip(params, adam.param_groups[0]["params"], strict=True))
 for _ in range(300):
-    for name, grad in curvfunc.compute(model_fn, trained, X_train, y_train, curvfunc.Grad()).items():
+    for name, grad in curvfunc.compute(
+        model_fn, trained, X_train, y_train, curvfunc.Grad()
+    ).items():
         trained[name].grad = grad
     adam.step()
 moments["after training"] = {name: p.detach() for name, p in trained.items()}

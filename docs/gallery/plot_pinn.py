@@ -2,9 +2,10 @@
 A physics-informed network
 ==========================
 
-Poisson's equation, -u'' = f with u(0) = u(1) = 0, solved by a network: the residual is a model like any other, with
-a mean square as its loss. Gauss-Newton steps (`curvfunc.optim.newton_cg`) reach what Adam does not. In two dimensions, with
-K-FAC and a budget of seconds: :doc:`/physics`.
+Poisson's equation, -u'' = f with u(0) = u(1) = 0, solved by a network: the residual is a model
+like any other, with a mean square as its loss. Gauss-Newton steps (`curvfunc.optim.newton_cg`)
+reach what Adam does not. In two dimensions, with K-FAC and a budget of seconds:
+:doc:`/physics`.
 """
 
 import math
@@ -14,7 +15,6 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 
-import curvfunc
 from curvfunc import optim
 
 WIDTH, POINTS = 32, 100
@@ -52,9 +52,16 @@ def residual(params, x):
     return -2 * value + 2 * (1 - 2 * x) * first + x * (1 - x) * second + source(x)
 
 
-start = {"w": 6 * torch.randn(WIDTH), "b": 3 * torch.randn(WIDTH), "v": torch.randn(WIDTH) / WIDTH**0.5}
+start = {
+    "w": 6 * torch.randn(WIDTH),
+    "b": 3 * torch.randn(WIDTH),
+    "v": torch.randn(WIDTH) / WIDTH**0.5,
+}
 start = {name: p.double() for name, p in start.items()}
-x, zero = torch.linspace(0, 1, POINTS, dtype=torch.float64), torch.zeros(POINTS, dtype=torch.float64)
+x, zero = (
+    torch.linspace(0, 1, POINTS, dtype=torch.float64),
+    torch.zeros(POINTS, dtype=torch.float64),
+)
 grid = torch.linspace(0, 1, 400, dtype=torch.float64)
 
 
@@ -64,7 +71,8 @@ def error(params):
 
 
 # %%
-# Adam, with a rate that falls to zero; and Gauss-Newton by conjugate gradients, whose damping follows what steps bring.
+# Adam, with a rate that falls to zero; and Gauss-Newton by conjugate gradients, whose damping
+# follows what steps bring.
 
 
 def adam(steps, lr):
@@ -88,7 +96,9 @@ def gauss_newton(steps):
     method = optim.chain(optim.newton_cg(damping=1.0, iterations=60), optim.scale(-1.0))
     state = method.init(params)
     for _ in range(steps):
-        _, params, state = optim.step(residual, method, params, state, x, zero, loss_fn=F.mse_loss)
+        _, params, state = optim.step(
+            residual, method, params, state, x, zero, loss_fn=F.mse_loss
+        )
         history.append((time.perf_counter() - begin, error(params)))
     return params, history
 
@@ -99,7 +109,12 @@ figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.6))
 for label, (params, history) in runs.items():
     axes[0].loglog([row[0] for row in history], [row[1] for row in history], label=label)
     axes[1].plot(grid, u(params, grid), label=label)
-    axes[2].semilogy(grid, (u(params, grid) - solution(grid)).abs().clamp(min=1e-10), linewidth=1.2, label=label)
+    axes[2].semilogy(
+        grid,
+        (u(params, grid) - solution(grid)).abs().clamp(min=1e-10),
+        linewidth=1.2,
+        label=label,
+    )
 axes[0].set(xlabel="seconds", title="Relative error")
 axes[0].legend()
 axes[1].plot(grid, solution(grid), color="black", linestyle=":", label="solution")

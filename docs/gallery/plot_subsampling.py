@@ -2,8 +2,9 @@
 Sub-sampling
 ============
 
-``subsampling=`` asks for some samples of a batch. Curvature of a few, beside the gradient of all, is what many second-order
-methods take: how few will do? And which samples agree: `curvfunc.batch_dot_total` has all inner products of their gradients.
+``subsampling=`` asks for some samples of a batch. Curvature of a few, beside the gradient of
+all, is what many second-order methods take: how few will do? And which samples agree:
+`curvfunc.batch_dot_total` has all inner products of their gradients.
 """
 
 import matplotlib.pyplot as plt
@@ -15,15 +16,18 @@ import curvfunc
 
 digits = load_digits()
 X, y = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
-model_fn, params = curvfunc.functionalize(nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10)))
+model_fn, params = curvfunc.functionalize(
+    nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+)
 for _ in range(40):
     grad = curvfunc.compute(model_fn, params, X, y, curvfunc.Grad())
     params = {name: p - 1.0 * grad[name] for name, p in params.items()}
 X, y = X[:1024], y[:1024]
 
 # %%
-# The diagonal of the GGN from n of 1024 samples. The scale stays that of the whole batch, so that a part is multiplied by
-# 1024 / n to stand for all. Exact columns beside one drawn label per sample.
+# The diagonal of the GGN from n of 1024 samples. The scale stays that of the whole batch, so
+# that a part is multiplied by 1024 / n to stand for all. Exact columns beside one drawn label
+# per sample.
 
 exact = curvfunc.diag_ggn(model_fn, params, X, y)["0.weight"]
 sizes, errors = (8, 16, 32, 64, 128, 256, 512), {"exact columns": [], "one drawn label": []}
@@ -32,7 +36,9 @@ for n in sizes:
         found = []
         for _ in range(8):
             some = torch.randperm(1024)[:n]
-            part = curvfunc.diag_ggn(model_fn, params, X, y, mc_samples=draws, subsampling=some)["0.weight"]
+            part = curvfunc.diag_ggn(
+                model_fn, params, X, y, mc_samples=draws, subsampling=some
+            )["0.weight"]
             found.append(float((part * 1024 / n - exact).norm() / exact.norm()))
         errors[kind].append(torch.tensor(found))
 
@@ -50,8 +56,19 @@ for kind, found in errors.items():
     (line,) = left.loglog(sizes, mean, "o-", label=kind)
     low, high = torch.stack(found).min(1).values, torch.stack(found).max(1).values
     left.fill_between(sizes, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-left.loglog(sizes, mean[0] * (sizes[0] / torch.tensor(sizes)) ** 0.5, color="0.5", linestyle=":", label="$1/\\sqrt{n}$")
-left.set(xlabel="samples, of 1024", title="Relative error of the GGN's diagonal", xticks=sizes, xticklabels=sizes)
+left.loglog(
+    sizes,
+    mean[0] * (sizes[0] / torch.tensor(sizes)) ** 0.5,
+    color="0.5",
+    linestyle=":",
+    label="$1/\\sqrt{n}$",
+)
+left.set(
+    xlabel="samples, of 1024",
+    title="Relative error of the GGN's diagonal",
+    xticks=sizes,
+    xticklabels=sizes,
+)
 left.minorticks_off()
 left.legend()
 image = right.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1)

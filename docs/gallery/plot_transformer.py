@@ -2,9 +2,9 @@
 A transformer's curvature, layer by layer
 =========================================
 
-A small language model with tied embeddings, and no layer of it wrapped or converted. The diagonal of the Gauss-Newton matrix
-says how much each parameter matters to the loss: sums per layer, before and after training, and the map of one attention's
-projection.
+A small language model with tied embeddings, and no layer of it wrapped or converted. The
+diagonal of the Gauss-Newton matrix says how much each parameter matters to the loss: sums per
+layer, before and after training, and the map of one attention's projection.
 """
 
 import matplotlib.pyplot as plt
@@ -14,7 +14,10 @@ from torch import nn
 
 import curvfunc
 
-text = "the cat sat on the mat and the dog sat on the log while the cow ran to the barn and the hen sat on an egg " * 8
+text = (
+    "the cat sat on the mat and the dog sat on the log while the cow ran to the barn and the hen sat on an egg "
+    * 8
+)
 letters = sorted(set(text))
 codes = torch.tensor([letters.index(letter) for letter in text])
 T, D = 24, 32
@@ -41,7 +44,10 @@ class Model(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.letters, self.places = nn.Embedding(len(letters), D), nn.Parameter(0.1 * torch.randn(T, D))
+        self.letters, self.places = (
+            nn.Embedding(len(letters), D),
+            nn.Parameter(0.1 * torch.randn(T, D)),
+        )
         self.blocks, self.norm = nn.Sequential(Block(), Block(), Block()), nn.LayerNorm(D)
 
     def forward(self, tokens):
@@ -59,14 +65,23 @@ y = torch.stack([codes[i + 1 : i + T + 1] for i in range(0, len(codes) - T - 1, 
 
 def diagonal(params):
     """Of 64 sequences; what is drawn is the same each time."""
-    return curvfunc.diag_ggn(model_fn, params, X[:64], y[:64], mc_samples=8, generator=torch.Generator().manual_seed(0))
+    return curvfunc.diag_ggn(
+        model_fn,
+        params,
+        X[:64],
+        y[:64],
+        mc_samples=8,
+        generator=torch.Generator().manual_seed(0),
+    )
 
 
 moments = {"at the start": diagonal(params)}
 adam = torch.optim.Adam(params.values(), lr=3e-3)
 for _ in range(120):
     batch = torch.randperm(len(X))[:32]
-    for name, grad in curvfunc.compute(model_fn, params, X[batch], y[batch], curvfunc.Grad()).items():
+    for name, grad in curvfunc.compute(
+        model_fn, params, X[batch], y[batch], curvfunc.Grad()
+    ).items():
         params[name].grad = grad
     adam.step()
 params = {name: p.detach() for name, p in params.items()}
@@ -75,10 +90,17 @@ moments["after training"] = diagonal(params)
 # %%
 # Sums of the diagonal per layer; and the second block's projection to queries, keys and values.
 
-layers = ["letters", "places", *[f"blocks.{i}.{part}" for i in range(3) for part in ("norm1", "qkv", "out", "norm2", "mlp")], "norm"]
+parts = ("norm1", "qkv", "out", "norm2", "mlp")
+layers = [
+    "letters",
+    "places",
+    *[f"blocks.{i}.{part}" for i in range(3) for part in parts],
+    "norm",
+]
 figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.8), width_ratios=(1.4, 1))
 for i, (moment, found) in enumerate(moments.items()):
-    sums = [float(sum(d.sum() for name, d in found.items() if name.split(".weight")[0].startswith(layer))) for layer in layers]
+    of = {layer: [d for name, d in found.items() if name.startswith(layer)] for layer in layers}
+    sums = [float(sum(d.sum() for d in of[layer])) for layer in layers]
     left.barh([row + 0.4 * i for row in range(len(layers))], sums, height=0.38, label=moment)
 left.set_yticks([row + 0.2 for row in range(len(layers))], layers, fontsize=8)
 left.invert_yaxis()
