@@ -61,6 +61,7 @@ sphinx_gallery_conf = {
     "reference_url": {"curvfunc": None},
     "abort_on_example_error": True,
     "plot_gallery": True,
+    "capture_repr": (),  # the picture is what a script ends in
     "download_all_examples": False,
     "remove_config_comments": True,
     "show_memory": False,

@@ -14,10 +14,8 @@ from torch import nn
 
 import curvfunc
 
-text = (
-    "the cat sat on the mat and the dog sat on the log while the cow ran to the barn and the hen sat on an egg "
-    * 8
-)
+text = "the cat sat on the mat and the dog sat on the log while the cow ran to the barn "
+text = (text + "and the hen sat on an egg ") * 8
 letters = sorted(set(text))
 codes = torch.tensor([letters.index(letter) for letter in text])
 T, D = 24, 32
