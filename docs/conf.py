@@ -68,7 +68,7 @@ sphinx_gallery_conf = {
     "show_signature": False,
     "image_srcset": ["2x"],
     "min_reported_time": 1,
-    "thumbnail_size": (480, 336),
+    "thumbnail_size": (600, 252),
 }
 
 # -- how it looks
@@ -78,9 +78,10 @@ html_static_path = ["_static"]
 html_css_files = ["curvfunc.css"]
 html_show_sphinx = False
 html_copy_source = False
+BRAND = ("color-brand-primary", "color-brand-content", "color-brand-visited")
 html_theme_options = {
-    "light_css_variables": dict.fromkeys(("color-brand-primary", "color-brand-content"), "#0b5c8a"),
-    "dark_css_variables": dict.fromkeys(("color-brand-primary", "color-brand-content"), "#7cc4ec"),
+    "light_css_variables": dict.fromkeys(BRAND, "#0b5c8a"),
+    "dark_css_variables": dict.fromkeys(BRAND, "#7cc4ec"),
 }
 pygments_style = "friendly"
 pygments_dark_style = "nord"

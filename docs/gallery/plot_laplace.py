@@ -50,30 +50,18 @@ side = 120
 grid = torch.cartesian_prod(torch.linspace(-3, 4, side), torch.linspace(-2.8, 3.2, side))
 with torch.no_grad():
     outputs = model_fn(params, grid)
-variance = laplace.functional_variance(model_fn, grid, posterior, precision).diagonal(
-    dim1=1, dim2=2
-)
-confident = {
-    "Plain network": outputs.softmax(1).max(1).values,
-    "With its posterior": (outputs / (1 + math.pi / 8 * variance).sqrt())
-    .softmax(1)
-    .max(1)
-    .values,
-}
+covariance = laplace.functional_variance(model_fn, grid, posterior, precision)
+moderated = outputs / (1 + math.pi / 8 * covariance.diagonal(dim1=1, dim2=2)).sqrt()
 
 figure, axes = plt.subplots(1, 3, figsize=(10.8, 3.5), width_ratios=(1, 1, 0.8))
-for ax, (title, values) in zip(axes, confident.items(), strict=False):
-    image = ax.imshow(
-        values.reshape(side, side).T,
-        origin="lower",
-        extent=(-3, 4, -2.8, 3.2),
-        vmin=0.5,
-        vmax=1,
-        cmap="viridis",
-    )
+shown = {"Plain network": outputs, "With its posterior": moderated}
+for ax, (title, values) in zip(axes, shown.items(), strict=False):
+    confidence = values.softmax(1).max(1).values.reshape(side, side).T
+    given = {"origin": "lower", "extent": (-3, 4, -2.8, 3.2), "cmap": "viridis"}
+    image = ax.imshow(confidence, vmin=0.5, vmax=1, **given)
     for label, color in ((0, "#D55E00"), (1, "white")):
         ax.plot(*X[y == label].T, "o", color=color, markersize=2.5)
     ax.set(title=title, xticks=[], yticks=[])
 figure.colorbar(image, ax=axes[1], shrink=0.9, label="confidence")
 axes[2].plot([p for p, _ in path], [e for _, e in path], "o-", markersize=3)
-axes[2].set(xscale="log", xlabel="prior precision", title="Log marginal likelihood")
+axes[2].set(xlabel="prior precision", title="Log marginal likelihood")
