@@ -56,8 +56,8 @@ order = scores.argsort(descending=True)
 hit = torch.isin(order, wrong)
 
 # %%
-# The sixteen highest, and how soon all wrong labels are found. A network as small as this has not
-# learned them by heart: the plain loss finds them as soon.
+# The sixteen highest, and how soon all wrong labels are found. A network as small as this has
+# not learned them by heart: the plain loss finds them as soon.
 
 figure = plt.figure(figsize=(10, 3.6))
 left, right = figure.subfigures(1, 2, width_ratios=(1.5, 1))
