@@ -128,7 +128,7 @@ def outside(app: Sphinx, page: str, text: list[str]) -> None:
 
 def included(app: Sphinx, path: Any, page: str, text: list[str]) -> None:
     """And its links are from there."""
-    text[0] = text[0].replace("](docs/", "](")
+    text[0] = re.sub(r"\]\((?!docs/|https?://|#)", "](../", text[0]).replace("](docs/", "](")
 
 
 class EveryName(SphinxDirective):
