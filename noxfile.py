@@ -35,6 +35,13 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """The site, its gallery run, into docs/_build/html; a warning is an error."""
+    session.install(*CONSTRAINTS, "-e", ".[docs]")
+    session.run("sphinx-build", "-q", "-W", "--keep-going", "docs", "docs/_build/html", *session.posargs)
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """All tests that need no peer."""
     session.install(*CONSTRAINTS, "-e", ".[test]")

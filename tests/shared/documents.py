@@ -27,6 +27,6 @@ def run(page: Path) -> dict[str, Any]:
 
 def dead_links(page: Path) -> list[str]:
     """Links into the repository that lead nowhere."""
-    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8"))
-    assert targets
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", text)
     return [target for target in targets if not (page.parent / target).exists()]
