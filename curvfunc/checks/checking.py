@@ -17,7 +17,7 @@ from torch.autograd.graph import Node
 from curvfunc import losses
 from curvfunc.checks.trials import Calls, gradient, inner, mixes, name_of, plain_kernels, relative_errors, same_draws, trial
 from curvfunc.engine.capture import capture
-from curvfunc.engine.model import recomputation
+from curvfunc.engine.model import check_function, recomputation
 from curvfunc.engine.outputs import check_output
 from curvfunc.engine.passes import BackwardPass
 from curvfunc.engine.sites import Trace
@@ -134,6 +134,7 @@ def check(
         >>> bool(check(model_fn, params, X, y))
         True
     """
+    check_function(model_fn)
     names, tensors, rebuild = flatten_params(params)
     batch = read_batch(X, y, None)
 

@@ -35,7 +35,7 @@ from curvfunc.engine.cotangents import CHUNK_BYTES
 from curvfunc.engine.effects import Attributes, Effects
 from curvfunc.engine.graph import reached
 from curvfunc.engine.leaves import leaf
-from curvfunc.engine.model import ModelFunction, without_recomputation
+from curvfunc.engine.model import ModelFunction, check_function, without_recomputation
 from curvfunc.engine.observer import Observer
 from curvfunc.engine.outputs import check_leaves, check_output
 from curvfunc.engine.runs import hides_calls, nothing_hidden
@@ -101,6 +101,7 @@ class Problem:
         A sample that is in it twice has one output, also if the model draws; where samples cannot run without the others,
         the whole batch runs.
         """
+        check_function(self.model_fn)
         with Chance([*leaves, *tensors_of(self.batch.X)]) if self.batch.has_repeats() else nullcontext() as chance:
             try:
                 out = self._visible(leaves, self.batch)

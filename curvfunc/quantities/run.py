@@ -19,7 +19,7 @@ from curvfunc.engine.company import Entangled, check_apart, check_subset
 from curvfunc.engine.cotangents import AveragedHessian, FullHessian, LossGradient, LossRoot, OutputEntries, common
 from curvfunc.engine.effects import Attributes
 from curvfunc.engine.leaves import leaf
-from curvfunc.engine.model import without_recomputation
+from curvfunc.engine.model import check_function, without_recomputation
 from curvfunc.engine.outputs import check_output
 from curvfunc.engine.passes import FACTORS, BackwardPass, Prepared, check_unchanged, sums_of_nothing
 from curvfunc.engine.sites import Layouts, Trace
@@ -329,6 +329,7 @@ def of_nothing(spec: Quantity, params: Sequence[Tensor], samples: int, entries: 
 
 def trace(model_fn: Callable[..., Any], params: Any, X: Any) -> tuple[list[str], Trace]:
     """Names of the parameters and one forward pass, as `compute` makes it."""
+    check_function(model_fn)
     names, leaves, rebuild = flatten_params(params)
     batch = read_batch(X, X, None)
     with forward_errors(names, leaves, X):

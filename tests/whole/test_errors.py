@@ -747,3 +747,20 @@ def test_reasons_end_with_a_remedy_and_do_not_widen_the_table() -> None:
         assert max(map(len, lines)) <= 120
         words = " ".join(lines).split()
         assert all(word in words for why in reasons for word in why.split())
+
+
+def test_a_module_in_place_of_a_function_of_parameters() -> None:
+    module, X, y = nn.Linear(4, 3), torch.randn(5, 4), torch.arange(5) % 3
+    params = dict(module.named_parameters())
+    v = {name: torch.randn_like(p) for name, p in params.items()}
+    for call in (
+        lambda: curvfunc.batch_grad(module, params, X, y),
+        lambda: curvfunc.hmp(module, params, X, y)["weight"](v["weight"][None]),
+        lambda: curvfunc.ggn_vp(module, params, X, y, v),
+        lambda: curvfunc.hessian_operator(module, params, X, y) @ v,
+        lambda: curvfunc.explain(module, params, X),
+        lambda: curvfunc.check(module, params, X, y),
+        lambda: curvfunc.kronecker.structure(module, params, X),
+    ):
+        with refused(TypeError, "model_fn is the module Linear", "curvfunc.functionalize(module)"):
+            call()
