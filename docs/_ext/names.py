@@ -18,7 +18,7 @@ import curvfunc
 logger = logging.getLogger(__name__)
 ESCAPED = re.compile(r"(``(?s:.+?)``|`[^`]+`|\*\*\w.*?\w\*\*|(?<!\w)\*\w(?:[^*\n]*\w)?\*(?!\w))|([*|])|(\w)_(?![\w`])")
 # On these pages a bare class name is BackPACK's or another's
-OF_OTHERS = ("backpack", "architecture", "laplace", "quantities/")
+OF_OTHERS = ("backpack", "architecture", "laplace", "quantities/index")
 
 
 def public() -> dict[str, Any]:
