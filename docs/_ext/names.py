@@ -18,7 +18,7 @@ import curvfunc
 logger = logging.getLogger(__name__)
 ESCAPED = re.compile(r"(``(?s:.+?)``|`[^`]+`|\*\*\w.*?\w\*\*|(?<!\w)\*\w(?:[^*\n]*\w)?\*(?!\w))|([*|])|(\w)_(?![\w`])")
 # On these pages a bare class name is BackPACK's or another's
-OF_OTHERS = ("backpack", "architecture", "laplace", "quantities/")
+OF_OTHERS = ("backpack", "architecture", "laplace", "quantities/index")
 
 
 def public() -> dict[str, Any]:
@@ -31,6 +31,8 @@ def public() -> dict[str, Any]:
 
 
 PUBLIC = public()
+# What a module's function is called without its module, where no other has the name, and it is no word
+SHORT = {name.rpartition(".")[2]: name for name in PUBLIC if name.count(".") == 2 and "_" in name and ".reference." not in name}
 
 
 def escaped(found: re.Match[str]) -> str:
@@ -96,7 +98,10 @@ def link(app: Sphinx, tree: nodes.document) -> None:
         if any("elsewhere" in up.get("ids", ()) for up in around if isinstance(up, nodes.section)):
             continue
         others = page.startswith(OF_OTHERS) and text[:1].isupper()
-        full = next((name for name in (text, f"curvfunc.{text}") if name in PUBLIC and not (others and name != text)), None)
+        full = next(
+            (name for name in (text, f"curvfunc.{text}", SHORT.get(text)) if name in PUBLIC and not (others and name != text)),
+            None,
+        )
         if full is None or inspect.ismodule(PUBLIC[full]):
             continue
         xref = addnodes.pending_xref("", refdomain="py", reftype="obj", reftarget=full, refexplicit=True, refwarn=True)

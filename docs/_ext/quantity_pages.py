@@ -47,7 +47,9 @@ def page(name: str, entry: dict[str, Any]) -> str:
     lines += ["## Shapes", "", "| asked for by | result |", "|---|---|"]
     for asked, shape in entry["shapes"].items():
         lines.append(f"| {' or '.join(f'`{part}`' for part in asked.split(' or '))} | {shape} |")
-    lines += ["", "N samples, a parameter of shape `*shape`, C entries of one sample's output; V is C, or `mc_samples`.", ""]
+    shapes = " ".join(entry["shapes"].values())
+    columns = "; V is C, or `mc_samples`" if "[V, N" in shapes else "; V vectors at once" if "[V, *" in shapes else ""
+    lines += ["", f"N samples, a parameter of shape `*shape`, C entries of one sample's output{columns}.", ""]
     lines += ["## Cost", "", entry["cost"].strip(), *costs(entry.get("measured", [])), ""]
     if "example" in entry:
         lines += ["## Example", "", "```python", entry["example"].strip(), "```", ""]
