@@ -93,8 +93,8 @@ class OutputEntries:
 
 def common(cotangents: Sequence[Any]) -> list[Any]:
     """The same, with the fewest columns replaced by the usual ones where these are backpropagated too."""
-    usual = LossRoot(0)
-    return [usual if c == LossRoot(0, fewest=True) and usual in cotangents else c for c in cotangents]
+    fewest = [c for c in cotangents if type(c) is LossRoot and c.fewest and not c.mc_samples]
+    return [LossRoot(0) if c in fewest else c for c in cotangents] if fewest and LossRoot(0) in cotangents else [*cotangents]
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,8 @@ class AveragedHessian:
 def chunks(total: int, trace: Trace, chunk_size: int | None) -> list[tuple[int, int]]:
     """Ranges of columns that are backpropagated together."""
     if chunk_size is None:
+        if type(total) is int and total == 1:
+            return [(0, 1)]
         widest = max([1, *[math.prod(s.shape) for s in trace.sites]]) * trace.out.element_size()
         chunk_size = max(1, CHUNK_BYTES.get(trace.out.device.type, 1 << 28) // hint(widest))
     return ranges(int(total), chunk_size)

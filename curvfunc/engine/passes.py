@@ -341,10 +341,12 @@ def keep(parts: list[Any], part: Any, how: str) -> None:
 
 def combine(name: str, parts: list[Any], buffer: Tensor | None = None) -> Any:
     """The result from the parts of all chunks; in ``buffer`` where it could be formed there."""
+    if len(parts) == 1 and not isinstance(parts[0], Bound):
+        return parts[0]
     contract, how = CONTRACTIONS[name]
     if isinstance(parts[0], Bound):
         return _into(contract, forms.join(parts), buffer)
-    if how != "concatenate" or len(parts) == 1:
+    if how != "concatenate":
         return parts[0]
     if buffer is not None and all(_is_part(part, buffer) for part in parts):
         return buffer
