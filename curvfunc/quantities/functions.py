@@ -332,13 +332,22 @@ def diag_hessian(
     y: Any,
     *,
     loss_fn: LossFunction = F.cross_entropy,
+    mc_samples: int = 0,
     subsampling: Indices | None = None,
+    generator: Generator | None = None,
     chunk_size: int | None = None,
 ) -> Any:
-    """Diagonal of the Hessian of the loss, diag(∇²L), exact for every model and every twice differentiable loss.
+    """Diagonal of the Hessian of the loss, diag(∇²L), for every model and every twice differentiable loss.
 
-    With Jₙ the Jacobian of the output, and for each operation m that is not linear by pieces, Jₙₘ that of its input and Rₙₘ
-    its second derivative contracted with the loss gradient at its output,
+    It is exact, or with ``mc_samples`` an unbiased estimate from M Hessian-vector products with random signs z,
+
+        diag(∇²L) ≈ (1/M) Σ_m z_m ⊙ ∇²L z_m.
+
+    The variance of entry i is Σ_{j≠i} (∇²L)ᵢⱼ² / M, with j over the entries of all parameters. A product costs about as much
+    as two gradients.
+
+    What is exact is made of sums of squares. With Jₙ the Jacobian of the output, and for each operation m that is not linear by
+    pieces, Jₙₘ that of its input and Rₙₘ its second derivative contracted with the loss gradient at its output,
 
         ∇²L = R Σₙ Jₙᵀ ∇²ℓₙ Jₙ + Σₙₘ Jₙₘᵀ Rₙₘ Jₙₘ.
 
@@ -356,9 +365,10 @@ def diag_hessian(
 
     References:
         BackPACK's ``DiagHessian``; Dangel, Harmeling, Hennig 2020, "Modular block-diagonal curvature approximations for
-        feedforward architectures", eq. 4.
+        feedforward architectures", eq. 4. Estimate: Bekas, Kokiopoulou, Saad 2007, "An estimator for the diagonal of a
+        matrix"; Yao, Gholami, Shen, Mustafa, Keutzer, Mahoney 2021, "AdaHessian", eq. 9.
     """
-    return _one(DiagHessian(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+    return _one(DiagHessian(mc_samples), model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
 
 
 def batch_diag_hessian(
@@ -368,11 +378,16 @@ def batch_diag_hessian(
     y: Any,
     *,
     loss_fn: LossFunction = F.cross_entropy,
+    mc_samples: int = 0,
     subsampling: Indices | None = None,
+    generator: Generator | None = None,
     chunk_size: int | None = None,
     out: Any = None,
 ) -> Any:
     """Each sample's part of the Hessian's diagonal, diag(R ∇²ℓₙ); over n they add up to `diag_hessian`.
+
+    With ``mc_samples`` it is (1/M) Σ_m z_m ⊙ R ∇²ℓₙ z_m, with signs z_m that all samples share, so that both have the same
+    draws if they are asked for in one call of `compute`.
 
     Returns:
         [N, *shape] per parameter. Arguments: see `curvfunc.quantities`.
@@ -383,7 +398,7 @@ def batch_diag_hessian(
     References:
         BackPACK's ``BatchDiagHessian``.
     """
-    return _one(BatchDiagHessian(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size, out)
+    return _one(BatchDiagHessian(mc_samples), model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size, out)
 
 
 def sqrt_ggn(
