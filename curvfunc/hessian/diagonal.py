@@ -14,6 +14,7 @@ Hessian-vector products with respect to their sites' outputs, δ held fixed.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,7 @@ from curvfunc.engine.columns import over_columns
 from curvfunc.engine.cotangents import CHUNK_BYTES
 from curvfunc.engine.passes import Prepared
 from curvfunc.engine.sites import Site, Trace
-from curvfunc.hessian.products import HessianProducts
+from curvfunc.hessian.products import HessianProducts, num_columns
 from curvfunc.hessian.residuals import Curvature, Meeting, Residual
 from curvfunc.tensors.precision import wide
 from curvfunc.tensors.sizes import hint, ranges
@@ -34,6 +35,10 @@ from curvfunc.uses.forms import Bound, Outer, bind, merge
 from curvfunc.uses.squares import sample_squares, squared_inputs, squares, weighted_sample_squares, weighted_squares
 
 __all__ = ["Columns", "diagonal", "root_columns"]
+
+
+# From more Hessian-vector products than this on there is a warning.
+MANY_COLUMNS = 10_000
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ def diagonal(
         for residual, r in run.weights(curvature.residuals, gradient):
             run.residual(curvature, residual, r)
     if curved:
+        _warn(num_columns(trace, run.uses(curved)))
         products = HessianProducts(trace, gradient, run.prepared.of, run.chunks, differentiable)
         for i, part in products.diagonals(run.uses(curved)):
             run.add_samples(i, part)
@@ -317,6 +323,16 @@ class _Diagonal(_Columns):
             )[0]
             r = r.reshape(scale.shape) * scale.square()
         return get_gradient_edge(x), weight, r, x.shape
+
+
+def _warn(columns: int) -> None:
+    if columns > MANY_COLUMNS:
+        warnings.warn(
+            f"the exact diagonal of this model's Hessian takes {columns:,} columns, each a Hessian-vector product of the whole "
+            "batch; mc_samples=k of diag_hessian, batch_diag_hessian and their specs estimates it without bias from k of them. "
+            "Or leave parameters out of params (in modules, freeze them).",
+            stacklevel=2,
+        )
 
 
 def _same(a: GradientEdge, b: GradientEdge) -> bool:

@@ -355,7 +355,8 @@ def diag_hessian(
     elementwise operation (an activation, ``exp``, ``z ** 2``) adds one column to backpropagate for each entry of z, of
     one sample, but none to the layer directly before it. Parameters before any other operation (softmax, attention, norms,
     products of activations) take one Hessian-vector product for each entry of their layer's output or of the parameter;
-    parameters that are used again on what they produced (recurrent layers, tied embeddings) one for each entry of theirs.
+    parameters that are used again on what they produced (recurrent layers, tied embeddings) one for each entry of theirs. From
+    10,000 of these products on there is a warning.
 
     Returns:
         [*shape] per parameter. Arguments: see `curvfunc.quantities`.
