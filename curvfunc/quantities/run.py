@@ -26,6 +26,7 @@ from curvfunc.engine.passes import FACTORS, BackwardPass, Prepared, check_unchan
 from curvfunc.engine.sites import Layouts, Trace
 from curvfunc.hessian import diagonal as hessian
 from curvfunc.hessian import estimates, kfra
+from curvfunc.hessian.choice import resolve
 from curvfunc.hessian.residuals import Curvature, curvature
 from curvfunc.quantities.quantity import Quantity
 from curvfunc.rules.kernels import INSTEAD, Instead
@@ -248,7 +249,7 @@ class Run:
     def _curvature(self, trace: Trace, leaves: list[Tensor], layouts: Layouts) -> tuple[Trace, Curvature]:
         """What curves; after another forward pass if some parameters' Hessians need copies of them for each sample."""
         while True:
-            found = curvature(trace, leaves, layouts)
+            found = resolve(trace, curvature(trace, leaves, layouts))
             generic = [i for i in range(len(leaves)) if found.split >> i & 1]
             if not generic:
                 return trace, found
