@@ -99,7 +99,12 @@ def common(cotangents: Sequence[Any]) -> list[Any]:
 
 @dataclass(frozen=True)
 class FullHessian:
-    """Weighted columns of the loss Hessian, and those of every operation that curves; see `curvfunc.hessian`."""
+    """Weighted columns of the loss Hessian, and those of every operation that curves; see `curvfunc.hessian`.
+
+    With ``mc_samples``, that many products with random signs in their place.
+    """
+
+    mc_samples: int = 0
 
 
 @dataclass(frozen=True)

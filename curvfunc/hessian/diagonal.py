@@ -9,13 +9,17 @@ it, and their squared gradients are added up with the weights rᵢ. Three shortc
 - behind that layer, if it is linear, start the rows of its weight: one matrix product less;
 - and the layer before that, if only diagonal Jacobians follow, needs the sums Σ_o r_o W_oi² alone.
 
-Parameters before any other operation that curves (`curvfunc.hessian.residuals`) get the second term as a whole from
-Hessian-vector products with respect to their sites' outputs, δ held fixed.
+Products of two tensors that both depend on a parameter are such weighted squares as well (`curvfunc.hessian.pairs`). Parameters
+before any other operation that curves (`curvfunc.hessian.residuals`), and those with which this takes fewer columns
+(`curvfunc.hessian.choice`), get the second term as a whole from Hessian-vector products with respect to their sites' outputs, δ
+held fixed.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +30,8 @@ from curvfunc.engine.columns import over_columns
 from curvfunc.engine.cotangents import CHUNK_BYTES
 from curvfunc.engine.passes import Prepared
 from curvfunc.engine.sites import Site, Trace
-from curvfunc.hessian.products import HessianProducts
+from curvfunc.hessian.choice import uses_of
+from curvfunc.hessian.products import HessianProducts, num_columns
 from curvfunc.hessian.residuals import Curvature, Meeting, Residual
 from curvfunc.tensors.precision import wide
 from curvfunc.tensors.sizes import hint, ranges
@@ -34,6 +39,10 @@ from curvfunc.uses.forms import Bound, Outer, bind, merge
 from curvfunc.uses.squares import sample_squares, squared_inputs, squares, weighted_sample_squares, weighted_squares
 
 __all__ = ["Columns", "diagonal", "root_columns"]
+
+
+# From more columns than this on, for what is not elementwise, there is a warning.
+MANY_COLUMNS = 10_000
 
 
 @dataclass(frozen=True)
@@ -71,17 +80,29 @@ def diagonal(
     Returns:
         [*shape] or [n, *shape] for each parameter.
     """
-    run = _Diagonal(trace, chunk_size, differentiable, leaves=leaves, batched=batched)
-    everything = (1 << len(leaves)) - 1
     curved = curvature.curved
+    pairs = [pair for pair in curvature.pairs if pair.targets & ~curved]
+    _warn(num_columns(trace, uses_of(trace, curved)) + sum(hint(pair.columns) for pair in pairs))
+    run = _Diagonal(trace, chunk_size, differentiable, curvature.widest(), leaves=leaves, batched=batched)
+    everything = (1 << len(leaves)) - 1
     # A gradient with a graph is not fixed: Hessian-vector products then contain the first term.
-    run.contract(trace.out, columns.get, columns.num, columns.weights, everything & ~curved if differentiable else everything)
+    run.contract(
+        [trace.out],
+        lambda a, b: [columns.get(a, b)],
+        columns.num,
+        columns.weights,
+        everything & ~curved if differentiable else everything,
+    )
     if curvature.residuals:
         for residual, r in run.weights(curvature.residuals, gradient):
             run.residual(curvature, residual, r)
+    for pair, delta in zip(pairs, run.deltas([pair.output for pair in pairs], gradient), strict=True):
+        if delta is not None:
+            get = partial(pair.get, delta)
+            run.contract(pair.sources, get, pair.columns, pair.weights(delta), pair.targets & ~curved, delta.numel())
     if curved:
         products = HessianProducts(trace, gradient, run.prepared.of, run.chunks, differentiable)
-        for i, part in products.diagonals(run.uses(curved)):
+        for i, part in products.diagonals(uses_of(trace, curved)):
             run.add_samples(i, part)
     return run.results()
 
@@ -103,11 +124,11 @@ def root_columns(
     """
     run = _Columns(trace, None, False)
     weights = gradient.new_ones(columns.num, len(gradient)) if columns.weights is None else columns.weights
-    for i, chunk, b in run.at_uses(trace.out, columns.get, columns.num, -1):
+    for i, chunk, b in run.at_uses([trace.out], lambda a, b: [columns.get(a, b)], columns.num, -1):
         yield i, b, weights[chunk], False
     for residual, r in run.weights(residuals, gradient):
         num, weights = _by_sample(r, residual.axis)
-        for i, chunk, b in run.at_uses(residual.input, _units(r, residual.axis), num, residual.targets, r.numel()):
+        for i, chunk, b in run.at_uses([residual.input], _units(r, residual.axis), num, residual.targets, r.numel()):
             yield i, b, weights[chunk], True
 
 
@@ -118,38 +139,35 @@ class _Columns:
     trace: Trace
     chunk_size: int | None
     differentiable: bool
+    widest: int = 1  # entries of the largest tensor between the sites
     prepared: Prepared = field(default_factory=Prepared)
-
-    def uses(self, targets: int) -> dict[int, list[int]]:
-        """``{parameter: its sites}`` for the parameters in a mask."""
-        found: dict[int, list[int]] = {}
-        for j, site in enumerate(self.trace.sites):
-            for i in site.forms:
-                if targets >> i & 1:
-                    found.setdefault(i, []).append(j)
-        return found
 
     def chunks(self, total: int, widest: int) -> list[tuple[int, int]]:
         """Ranges of columns that go together."""
         size = self.chunk_size
         if size is None:
             out = self.trace.out
-            widest = max([widest, *[math.prod(s.shape) for s in self.trace.sites]])
+            widest = max([widest, self.widest, *[math.prod(s.shape) for s in self.trace.sites]])
             size = max(1, CHUNK_BYTES.get(out.device.type, 1 << 28) // hint(widest * out.element_size()))
         return ranges(int(total), size)
 
     def at_uses(
-        self, source: Tensor | GradientEdge, columns: Callable[[int, int], Tensor], num: int, targets: int, widest: int = 1
+        self,
+        sources: Sequence[Tensor | GradientEdge],
+        columns: Callable[[int, int], Sequence[Tensor]],
+        num: int,
+        targets: int,
+        widest: int = 1,
     ) -> Iterator[tuple[int, slice, Bound]]:
-        """Jᵀ c for columns c at ``source``: parameter in ``targets``, columns of a chunk, and the parameter's uses."""
-        uses = self.uses(targets)
+        """Jᵀ c for columns c at the sources: parameter in ``targets``, columns of a chunk, and the parameter's uses."""
+        uses = uses_of(self.trace, targets)
         wanted = sorted({j for sites in uses.values() for j in sites})
         if not wanted or not self.trace.out.requires_grad:
             return
         ranges = self.chunks(num, widest)
         self.prepared.whole |= len(ranges) > 1
         for start, stop in ranges:
-            gs = self.pull(source, columns(start, stop), wanted)
+            gs = self.pull(sources, columns(start, stop), wanted)
             for i, sites in uses.items():
                 parts = [self.bind(j, i, gs[j], factors=False) for j in sites if j in gs]
                 if parts:
@@ -159,38 +177,37 @@ class _Columns:
         """Site j's use of parameter i with the cotangent g."""
         return bind(self.trace.sites[j].forms[i], g, self.prepared.of, factors)
 
-    def pull(self, source: Tensor | GradientEdge, columns: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
-        """Cotangents [v, n, ...] of those sites' outputs that ``source`` depends on."""
+    def pull(
+        self, sources: Sequence[Tensor | GradientEdge], columns: Sequence[Tensor], wanted: Sequence[int]
+    ) -> dict[int, Tensor]:
+        """Cotangents [v, n, ...] of those sites' outputs that the sources depend on."""
         edges: list[Any] = [self.trace.sites[j].edge for j in wanted]
         reached: list[int] = []
 
-        def backward(column: Tensor) -> tuple[Tensor, ...]:
-            sources: Any = [source]
+        def backward(*column: Tensor) -> tuple[Tensor, ...]:
+            outputs: Any = sources
             grads = torch.autograd.grad(
-                sources, edges, [column], retain_graph=True, create_graph=self.differentiable, allow_unused=True
+                outputs, edges, column, retain_graph=True, create_graph=self.differentiable, allow_unused=True
             )
             reached[:] = [j for j, g in zip(wanted, grads, strict=True) if g is not None]
             return tuple(g for g in grads if g is not None)
 
-        if len(columns) == 1:
-            grads = tuple(g[None] for g in backward(columns[0]))
+        if len(columns[0]) == 1:
+            grads = tuple(g[None] for g in backward(*[c[0] for c in columns]))
         else:
-            grads = over_columns(backward, columns)
+            grads = over_columns(backward, *columns)
         return {j: _from_edge(self.trace.sites[j], g) for j, g in zip(reached, grads, strict=True)}
 
     def weights(self, residuals: Sequence[Residual], gradient: Tensor) -> Iterator[tuple[Residual, Tensor]]:
         """r = φ''(z) δ, of the shape of z, for each operation that the output depends on."""
-        deltas = torch.autograd.grad(
-            [self.trace.out],
-            [r.output for r in residuals],
-            [gradient],
-            retain_graph=True,
-            create_graph=self.differentiable,
-            allow_unused=True,
-        )
-        for residual, delta in zip(residuals, deltas, strict=True):
+        for residual, delta in zip(residuals, self.deltas([r.output for r in residuals], gradient), strict=True):
             if delta is not None:
                 yield residual, self.second_derivative(residual) * delta
+
+    def deltas(self, edges: Sequence[GradientEdge], gradient: Tensor) -> Sequence[Tensor | None]:
+        """δ, the gradient of the loss, at each edge; None where the output does not depend on it."""
+        given: dict[str, Any] = {"retain_graph": True, "create_graph": self.differentiable, "allow_unused": True}
+        return torch.autograd.grad([self.trace.out], edges, [gradient], **given) if edges else ()
 
     def second_derivative(self, residual: Residual) -> Tensor:
         """φ''(z), by differentiating φ'(z) = the operation's VJP of ones."""
@@ -237,15 +254,15 @@ class _Diagonal(_Columns):
 
     def contract(
         self,
-        source: Tensor | GradientEdge,
-        columns: Callable[[int, int], Tensor],
+        sources: Sequence[Tensor | GradientEdge],
+        columns: Callable[[int, int], Sequence[Tensor]],
         num: int,
         weights: Tensor | None,
         targets: int,
         widest: int = 1,
     ) -> None:
-        """Add Σ_v w[v,n] (Jᵀ c[v,n])² for columns c at ``source`` to the parameters in ``targets``."""
-        for i, chunk, b in self.at_uses(source, columns, num, targets, widest):
+        """Add Σ_v w[v,n] (Jᵀ c[v,n])² for columns c at the sources to the parameters in ``targets``."""
+        for i, chunk, b in self.at_uses(sources, columns, num, targets, widest):
             self.add(i, self.square(b, None if weights is None else weights[chunk]))
 
     def square(self, b: Bound, weights: Tensor | None) -> Tensor:
@@ -272,10 +289,10 @@ class _Diagonal(_Columns):
             )
             self.own(source, r_x, flat, targets)
             targets &= ~_union(flat.own.values())
-            rows: Callable[[int, int], Tensor] = lambda a, b: weight[a:b, None].expand(-1, *x_shape)
-            self.contract(source, rows, len(weight), r.mT, targets, x_shape.numel())
+            rows: Callable[[int, int], Sequence[Tensor]] = lambda a, b: [weight[a:b, None].expand(-1, *x_shape)]
+            self.contract([source], rows, len(weight), r.mT, targets, x_shape.numel())
             return
-        self.contract(residual.input, _units(r, residual.axis), *_by_sample(r, residual.axis), targets, r.numel())
+        self.contract([residual.input], _units(r, residual.axis), *_by_sample(r, residual.axis), targets, r.numel())
 
     def own(self, source: GradientEdge, r: Tensor, meeting: Meeting, targets: int) -> None:
         """Add the terms of layers from which ``source`` is reached through diagonal Jacobians: Σ_s r[n,s,o] x[n,s,k]²."""
@@ -319,6 +336,16 @@ class _Diagonal(_Columns):
         return get_gradient_edge(x), weight, r, x.shape
 
 
+def _warn(columns: int) -> None:
+    if columns > MANY_COLUMNS:
+        warnings.warn(
+            f"the exact diagonal of this model's Hessian takes {columns:,} columns, Hessian-vector products of the whole batch or "
+            "backward passes; mc_samples=k of diag_hessian, batch_diag_hessian and their specs estimates it without bias from k "
+            "products. Or leave parameters out of params (in modules, freeze them).",
+            stacklevel=2,
+        )
+
+
 def _same(a: GradientEdge, b: GradientEdge) -> bool:
     return a.node is b.node and a.output_nr == b.output_nr
 
@@ -328,15 +355,15 @@ def _from_edge(site: Site, g: Tensor) -> Tensor:
     return g.reshape(len(g), *site.shape).movedim(site.axis + 1, 1)
 
 
-def _units(r: Tensor, axis: int) -> Callable[[int, int], Tensor]:
+def _units(r: Tensor, axis: int) -> Callable[[int, int], Sequence[Tensor]]:
     """The unit vectors of one sample's entries of z, the same for all samples."""
     samples, rest = r.shape[axis], [size for d, size in enumerate(r.shape) if d != axis]
     entries = r.numel() // max(1, samples)
 
-    def get(start: int, stop: int) -> Tensor:
+    def get(start: int, stop: int) -> Sequence[Tensor]:
         places = torch.arange(start, stop, device=r.device)
         unit = (places.unsqueeze(1) == torch.arange(entries, device=r.device)).to(r.dtype)
-        return unit.reshape(-1, *rest).unsqueeze(axis + 1).expand(-1, *r.shape)
+        return [unit.reshape(-1, *rest).unsqueeze(axis + 1).expand(-1, *r.shape)]
 
     return get
 

@@ -22,9 +22,10 @@ from curvfunc.engine.columns import over_columns
 from curvfunc.engine.sites import Trace
 from curvfunc.hessian.residuals import is_affine
 from curvfunc.tensors.precision import wide
+from curvfunc.tensors.sizes import hint
 from curvfunc.uses.forms import Outer, Parts, Through, arranged, bind, flat_vectors, per_sample
 
-__all__ = ["HessianProducts"]
+__all__ = ["HessianProducts", "num_columns"]
 
 
 @dataclass
@@ -49,18 +50,10 @@ class HessianProducts:
     def diagonals(self, uses: dict[int, list[int]]) -> Iterator[tuple[int, Tensor]]:
         """The diagonals [n, *shape] for ``{parameter: its sites}``."""
         self._prepare(sorted({j for sites in uses.values() for j in sites}))
-        rest = dict(uses)
-        for j, site in enumerate(self.trace.sites):
-            mine = [i for i in site.forms if uses.get(i) == [j]]
-            weights = [i for i in mine if isinstance(site.forms[i], Outer)]
-            if len(weights) == 1 and is_affine(site):
-                i = weights[0]
-                numel = math.prod(site.shape) // site.shape[site.axis]
-                if numel <= sum(site.forms[k].shape.numel() for k in mine):
-                    yield from self._by_output(j, i, [k for k in mine if k != i])
-                    for k in mine:
-                        del rest[k]
-        for i, sites in rest.items():
+        by_output, by_entry = _families(self.trace, uses)
+        for j, (i, *biases), _ in by_output:
+            yield from self._by_output(j, i, biases)
+        for i, sites in by_entry.items():
             yield i, self._by_entry(i, sites)
 
     def _prepare(self, sites: Sequence[int]) -> None:
@@ -171,6 +164,28 @@ class HessianProducts:
         _, pullback = torch.func.vjp(linear, self._zeros(j, len(v)))  # type: ignore[misc]
         moved: Tensor = pullback(v)[0]
         return moved
+
+
+def num_columns(trace: Trace, uses: dict[int, list[int]]) -> int:
+    """The number of products that `HessianProducts.diagonals` makes, hint for symbolic sizes."""
+    by_output, by_entry = _families(trace, uses)
+    entries = [trace.sites[sites[0]].forms[i].shape.numel() for i, sites in by_entry.items()]
+    return sum(hint(numel) for _, _, numel in by_output) + sum(entries)
+
+
+def _families(trace: Trace, uses: dict[int, list[int]]) -> tuple[list[tuple[int, list[int], Any]], dict[int, list[int]]]:
+    """Sites with a column for each entry of one sample's output, their parameters, the number; and ``uses`` of the others."""
+    by_output, rest = [], dict(uses)
+    for j, site in enumerate(trace.sites):
+        mine = [i for i in site.forms if uses.get(i) == [j]]
+        weights = [i for i in mine if isinstance(site.forms[i], Outer)]
+        if len(weights) == 1 and is_affine(site):
+            numel = math.prod(site.shape) // site.shape[site.axis]
+            if numel <= sum(site.forms[k].shape.numel() for k in mine):
+                by_output.append((j, [*weights, *[k for k in mine if k != weights[0]]], numel))
+                for k in mine:
+                    del rest[k]
+    return by_output, rest
 
 
 def _units(start: int, stop: int, total: int, like: Tensor) -> Tensor:

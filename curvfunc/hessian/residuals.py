@@ -6,7 +6,8 @@ into two classes:
 
 - *resolved*: every operation between the parameter and the output is linear by pieces, or smooth and elementwise. Its
   Hessian is the GGN plus the terms of the smooth operations, the *residuals*.
-- *curved*: there is any other operation, or a product of two tensors that both depend on the parameter.
+- *curved*: there is any other operation, or a product of two tensors that both depend on the parameter. If there are but
+  products that `curvfunc.hessian.pairs` knows, it may be resolved as well.
 """
 
 import math
@@ -18,7 +19,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from curvfunc.engine.sites import Layouts, Site, Trace
-from curvfunc.rules.nonlinear import Curve, curve, is_diagonal
+from curvfunc.hessian.pairs import Pair, pair_of
+from curvfunc.rules.nonlinear import Curve, curve, is_diagonal, is_product
+from curvfunc.tensors.sizes import hint
 from curvfunc.uses.forms import Direct, Outer
 
 __all__ = ["Curvature", "Meeting", "Residual", "curvature", "is_affine"]
@@ -38,6 +41,7 @@ class Residual:
         shape: Shape of z.
         targets: Mask of the resolved parameters that z depends on.
         composite: Whether it is a function of several operations.
+        reached: Mask of all parameters that z depends on.
     """
 
     output: GradientEdge
@@ -46,6 +50,7 @@ class Residual:
     shape: torch.Size
     targets: int
     composite: bool
+    reached: int
 
 
 @dataclass(frozen=True)
@@ -73,15 +78,36 @@ class Curvature:
         curved: Mask of the curved parameters.
         split: Mask of the curved parameters p for which an operation between p and the outputs of p's sites curves, so
             that p's Hessian is not determined by the Hessian with respect to those outputs.
+        pairs: The products behind which there are parameters that they curve.
+        resolvable: Mask of the curved parameters that residuals and these products cover.
+        smooth: All smooth operations.
     """
 
     residuals: list[Residual]
     curved: int
     split: int
+    pairs: list[Pair]
+    resolvable: int
+    smooth: list[Residual]
     _masks: dict[Node, int]
     _sites: dict[tuple[Node, int], int]
     _trace: Trace
     _layouts: Layouts
+
+    def widest(self) -> int:
+        """The number of entries of the largest tensor that depends on parameters."""
+        nodes = [node for node, mask in self._masks.items() if mask]
+        return max([1, *[hint(math.prod(t.shape)) for node in nodes for t in getattr(node, "_input_metadata", ())]])
+
+    def layers(self) -> list[GradientEdge]:
+        """Where the outputs of linear layers, convolutions and products of matrices are, that depend on parameters."""
+        return [GradientEdge(node, 0) for node, mask in self._masks.items() if mask and is_product(node)]
+
+    def resolved(self, mask: int) -> "Curvature":
+        """The same with some of the resolvable parameters resolved."""
+        curved = self.curved & ~mask
+        residuals = [replace(r, targets=r.reached & ~curved) for r in self.smooth if r.reached & ~curved]
+        return replace(self, residuals=residuals, curved=curved, split=self.split & curved, resolvable=self.resolvable & ~mask)
 
     def meeting(self, edge: GradientEdge, numel: int) -> Meeting:
         """What lies before a tensor of ``numel`` entries."""
@@ -123,7 +149,9 @@ def curvature(trace: Trace, leaves: Sequence[Tensor], layouts: Layouts) -> Curva
     masks: dict[Node, int] = {}
     kinks: dict[Node, int] = {}  # parameters for which the operation curves in a way that residuals do not cover
     bends: dict[Node, int] = {}  # parameters for which it is a residual
-    smooth: list[tuple[Residual, int]] = []
+    smooth: list[Residual] = []
+    pairs: list[Pair] = []
+    hard = 0  # parameters for which something curves that neither residuals nor pairs cover
     for node, source, below in _from_below(get_gradient_edge(trace.out).node, ends, layouts) if trace.out.requires_grad else ():
         if node in ends:
             masks[node] = ends[node]
@@ -132,19 +160,26 @@ def curvature(trace: Trace, leaves: Sequence[Tensor], layouts: Layouts) -> Curva
         masks[node] = _union(own)
         kinks[node], elementwise = (0, (0,)) if source is not None else _bends(curve(node), own, [k for k, *_ in below])
         bends[node] = 0
+        if kinks[node]:
+            pair = pair_of(node, layouts)
+            if pair is None:
+                hard |= kinks[node]
+            else:
+                pairs.append(replace(pair, targets=kinks[node]))
         for k in elementwise if masks[node] else ():
             if k < len(own) and own[k]:
-                residual = _residual(node, GradientEdge(*below[k][1:]), source is not None, layouts)
+                residual = _residual(node, GradientEdge(*below[k][1:]), source is not None, layouts, own[k])
                 if residual is None:
                     kinks[node] |= own[k]
+                    hard |= own[k]
                 else:
                     bends[node] |= own[k]
-                    smooth.append((residual, own[k]))
+                    smooth.append(residual)
     curved = _union(kinks.values())
-    residuals = [replace(r, targets=mask & ~curved) for r, mask in smooth if mask & ~curved]
+    residuals = [replace(r, targets=r.reached & ~curved) for r in smooth if r.reached & ~curved]
     sites = {(s.edge.node, s.edge.output_nr): j for j, s in enumerate(trace.sites)}
     split = _split(trace, curved, masks, {n: kinks[n] | bends[n] for n in kinks}, layouts)
-    return Curvature(residuals, curved, split, masks, sites, trace, layouts)
+    return Curvature(residuals, curved, split, pairs, curved & ~hard, smooth, masks, sites, trace, layouts)
 
 
 def _inputs(node: Node, layouts: Layouts) -> list[GradientEdge]:
@@ -198,12 +233,12 @@ def _bends(known: Curve, own: Sequence[int], reached: Sequence[int]) -> tuple[in
     return kinks, tuple(reached.index(k) for k in known.elementwise if k in reached)
 
 
-def _residual(node: Node, source: GradientEdge, composite: bool, layouts: Layouts) -> Residual | None:
+def _residual(node: Node, source: GradientEdge, composite: bool, layouts: Layouts, reached: int) -> Residual | None:
     """The residual of an operation in one input, if the layout of that is known and nothing is broadcast."""
     layout = layouts.of(source)
     if layout is None or torch.Size(node._input_metadata[0].shape) != layout[1]:
         return None
-    return Residual(GradientEdge(node, 0), source, *layout, 0, composite)
+    return Residual(GradientEdge(node, 0), source, *layout, 0, composite, reached)
 
 
 def _split(trace: Trace, curved: int, masks: dict[Node, int], curves: dict[Node, int], layouts: Layouts) -> int:

@@ -18,6 +18,7 @@ from curvfunc.operators.matrices import as_scipy, scipy_linalg, watched
 from curvfunc.operators.matrices import size_of as _size
 from curvfunc.tensors.docstrings import documented, entries
 from curvfunc.tensors.inputs import check_generator
+from curvfunc.tensors.signs import random_signs
 
 __all__ = ["Spectrum", "eigsh", "hutchinson_diag", "hutchinson_trace", "hutchpp_trace", "spectral_density", "xdiag"]
 
@@ -335,9 +336,7 @@ def _tensor(values: Any, operator: Any) -> Tensor:
 def _signs(operator: Any, count: int, generator: Generator | None) -> Tensor:
     """Random signs, [P, count]."""
     check_generator(generator)
-    shape = (_size(operator), count)
-    bits = torch.randint(0, 2, shape, generator=generator, device=operator.device)
-    return (2 * bits - 1).to(operator.dtype)
+    return random_signs((_size(operator), count), torch.empty(0, dtype=operator.dtype, device=operator.device), generator)
 
 
 def _positive(caller: str, number: int) -> int:

@@ -43,10 +43,10 @@ def scale_by_diagonal(
     ``momentum(0.9, average=True)``, before it in the chain):
 
     - diagonal Gauss-Newton: ``scale_by_diagonal(DiagGGN(mc_samples=1), damping=1e-3)``.
-    - AdaHessian, m / (D̄ᵏ + ε) with Hessian power k: ``squares=True, exponent=k, decay=0.999, damping=1e-8``, of Hutchinson's
-      estimates of the Hessian's diagonal. (Averages over the entries of a kernel are left to whoever passes D.)
+    - AdaHessian, m / (D̄ᵏ + ε) with Hessian power k: ``DiagHessian(mc_samples=1), squares=True, exponent=k, decay=0.999,
+      damping=1e-8``. (Averages over the entries of a kernel are left to whoever passes D.)
     - Sophia, clip(m / max(γ D̄, ε), ±1): ``floor=ε/γ, clip=γ, every=10, bias_correction=False``, with the learning rate divided
-      by γ. For Sophia-G, ``DiagGGN(mc_samples=1)``.
+      by γ. For Sophia-G, ``DiagGGN(mc_samples=1)``; for Sophia-H, ``DiagHessian(mc_samples=1)``.
     - RMSprop or Adam with the second moment of per-sample gradients in place of that of their mean: ``SumGradSquared()`` with
       ``exponent=1/2``. Its scale is the loss's: for a mean over N samples, N times it is the empirical Fisher's diagonal.
 

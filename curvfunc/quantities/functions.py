@@ -367,31 +367,44 @@ def diag_hessian(
     y: Any,
     *,
     loss_fn: LossFunction = F.cross_entropy,
+    mc_samples: int = 0,
     subsampling: Indices | None = None,
+    generator: Generator | None = None,
     chunk_size: int | None = None,
 ) -> Any:
-    """Diagonal of the Hessian of the loss, diag(∇²L), exact for every model and every twice differentiable loss.
+    """Diagonal of the Hessian of the loss, diag(∇²L), for every model and every twice differentiable loss.
 
-    With Jₙ the Jacobian of the output, and for each operation m that is not linear by pieces, Jₙₘ that of its input and Rₙₘ
-    its second derivative contracted with the loss gradient at its output,
+    It is exact, or with ``mc_samples`` an unbiased estimate from M Hessian-vector products with random signs z,
+
+        diag(∇²L) ≈ (1/M) Σ_m z_m ⊙ ∇²L z_m.
+
+    The variance of entry i is Σ_{j≠i} (∇²L)ᵢⱼ² / M, with j over the entries of all parameters. A product costs about as much
+    as two gradients.
+
+    What is exact is made of sums of squares. With Jₙ the Jacobian of the output, and for each operation m that is not linear by
+    pieces, Jₙₘ that of its input and Rₙₘ its second derivative contracted with the loss gradient at its output,
 
         ∇²L = R Σₙ Jₙᵀ ∇²ℓₙ Jₙ + Σₙₘ Jₙₘᵀ Rₙₘ Jₙₘ.
 
     The first term costs as much as `diag_ggn`, and for models that are linear by pieces there is no other. Each smooth
     elementwise operation (an activation, ``exp``, ``z ** 2``) adds one column to backpropagate for each entry of z, of
-    one sample, but none to the layer directly before it. Parameters before any other operation (softmax, attention, norms,
-    products of activations) take one Hessian-vector product for each entry of their layer's output or of the parameter;
-    parameters that are used again on what they produced (recurrent layers, tied embeddings) one for each entry of theirs.
+    one sample, but none to the layer directly before it. A product of two tensors that both depend on a parameter (gates, squeeze
+    and excitation, attention scores) adds two columns for each entry of the smaller one, as 2 a b = ½ (a + b)² − ½ (a − b)².
+    Parameters before any other operation (softmax, norms) take one Hessian-vector product for each entry of their layer's output
+    or of the parameter, and so do those for which it costs less than the columns of products; parameters that are used again on
+    what they produced (recurrent layers, tied embeddings) one for each entry of theirs. From 10,000 columns of products of
+    either kind on there is a warning.
 
     Returns:
         A pytree like ``params``, [*shape] per parameter; zeros for one that the output does not depend on.
 
     Raises:
-        RuntimeError: If an operation has no second derivative in PyTorch, for instance cuDNN's recurrent layers.
+        RuntimeError: If an operation has no second derivative in PyTorch.
 
     References:
         BackPACK's ``DiagHessian``; Dangel, Harmeling, Hennig 2020, "Modular block-diagonal curvature approximations for
-        feedforward architectures", eq. 4.
+        feedforward architectures", eq. 4. Estimate: Bekas, Kokiopoulou, Saad 2007, "An estimator for the diagonal of a
+        matrix"; Yao, Gholami, Shen, Mustafa, Keutzer, Mahoney 2021, "AdaHessian", eq. 9.
 
     Example:
         >>> model_fn, params = functionalize(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double())
@@ -401,7 +414,7 @@ def diag_hessian(
         >>> torch.allclose(H.flatten(diagonal), H.dense().diagonal())
         True
     """
-    return _one(DiagHessian(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size)
+    return _one(DiagHessian(mc_samples), model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size)
 
 
 @_documented
@@ -412,17 +425,22 @@ def batch_diag_hessian(
     y: Any,
     *,
     loss_fn: LossFunction = F.cross_entropy,
+    mc_samples: int = 0,
     subsampling: Indices | None = None,
+    generator: Generator | None = None,
     chunk_size: int | None = None,
     out: Any = None,
 ) -> Any:
     """Each sample's part of the Hessian's diagonal, diag(R ∇²ℓₙ); over n they add up to `diag_hessian`.
 
+    With ``mc_samples`` it is (1/M) Σ_m z_m ⊙ R ∇²ℓₙ z_m, with signs z_m that all samples share, so that both have the same
+    draws if they are asked for in one call of `compute`.
+
     Returns:
         A pytree like ``params``, [N, *shape] per parameter; zeros for one that the output does not depend on.
 
     Raises:
-        RuntimeError: If an operation has no second derivative in PyTorch, for instance cuDNN's recurrent layers.
+        RuntimeError: If an operation has no second derivative in PyTorch.
 
     References:
         BackPACK's ``BatchDiagHessian``.
@@ -432,7 +450,7 @@ def batch_diag_hessian(
         >>> batch_diag_hessian(model_fn, params, torch.randn(8, 4), torch.arange(8) % 3)["bias"].shape
         torch.Size([8, 3])
     """
-    return _one(BatchDiagHessian(), model_fn, params, X, y, loss_fn, subsampling, None, chunk_size, out)
+    return _one(BatchDiagHessian(mc_samples), model_fn, params, X, y, loss_fn, subsampling, generator, chunk_size, out)
 
 
 @_documented

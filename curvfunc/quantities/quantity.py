@@ -15,7 +15,7 @@ from curvfunc.engine.cotangents import (
 )
 from curvfunc.quantities.laws import Law
 
-__all__ = ["GaussNewton", "Quantity"]
+__all__ = ["GaussNewton", "Quantity", "Sampled"]
 
 Cotangent = LossGradient | ClippedLossGradient | LossRoot | EmpiricalRoot | OutputEntries | FullHessian | AveragedHessian
 
@@ -68,8 +68,8 @@ class Quantity:
 
 
 @dataclass(frozen=True)
-class GaussNewton(Quantity):
-    """A quantity of the generalized Gauss-Newton matrix."""
+class Sampled(Quantity):
+    """A quantity that is exact or an estimate from draws."""
 
     mc_samples: int = 0
 
@@ -79,6 +79,11 @@ class GaussNewton(Quantity):
             raise TypeError(f"{type(self).__name__}: mc_samples must be an int, got {m!r} of type {type(m).__name__}.")
         if m < 0:
             raise ValueError(f"{type(self).__name__}: mc_samples must be 0 (exact) or positive, got {m}.")
+
+
+@dataclass(frozen=True)
+class GaussNewton(Sampled):
+    """A quantity of the generalized Gauss-Newton matrix."""
 
     @property
     def cotangent(self) -> LossRoot:

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import optree
 import torch
 from torch import Generator, Tensor
 from torch._C import _functorch
@@ -24,7 +25,8 @@ from curvfunc.engine.outputs import check_output
 from curvfunc.engine.passes import FACTORS, BackwardPass, Prepared, check_unchanged, sums_of_nothing
 from curvfunc.engine.sites import Layouts, Trace
 from curvfunc.hessian import diagonal as hessian
-from curvfunc.hessian import kfra
+from curvfunc.hessian import estimates, kfra
+from curvfunc.hessian.choice import resolve
 from curvfunc.hessian.residuals import Curvature, curvature
 from curvfunc.quantities.quantity import Quantity
 from curvfunc.rules.kernels import INSTEAD, Instead
@@ -33,6 +35,7 @@ from curvfunc.tensors.buffers import deliver, parameter_buffers
 from curvfunc.tensors.inputs import Batch, explain_limits, flatten_params, forward_errors, read_batch
 from curvfunc.tensors.ownership import apart
 from curvfunc.tensors.samples import tensors_of
+from curvfunc.tensors.signs import random_signs
 
 __all__ = ["DrawnError", "Run", "of_nothing", "trace"]
 
@@ -83,14 +86,15 @@ class Run:
 
     def _results(self, leaves: list[Tensor], specs: list[Quantity], differentiable: bool) -> tuple[Tensor, list[Any]]:
         cotangents = common([s.cotangent for s in specs])
-        curves = any(isinstance(s.cotangent, FullHessian) for s in specs)
+        estimated = [c for c in dict.fromkeys(cotangents) if isinstance(c, FullHessian) and c.mc_samples]
+        curves = FullHessian() in cotangents
         averaged = any(isinstance(s.cotangent, AveragedHessian) for s in specs)
         layouts = Layouts(COMPOSITES) if curves else Layouts() if averaged else None
         sites = any(s.contractions and (self._picks(s) or s.contractions != ("total",)) for s in specs)
         sites &= bool(self.batch.total)
         chance = Chance([*leaves, *tensors_of(self.batch.X)]) if self.watched or (curves and len(specs) > 1) else None
         with chance or nullcontext():
-            trace = self._forward(leaves, sites, layouts, faster=layouts is None)
+            trace = self._forward(leaves, sites, layouts, faster=layouts is None and not estimated, order=3 if estimated else 1)
         drawn = chance is not None and chance.drawn
         if chance is not None and drawn and self.watched:
             chance.undo()
@@ -128,6 +132,13 @@ class Run:
                 diagonal = self._hessian(*curved, leaves, batched, differentiable)
                 if self.chosen is not None:
                     diagonal = [d[self.chosen.to(d.device)] for d in diagonal]
+                parts[key, "sample_squares"] = diagonal
+                parts[key, "squares"] = [d.sum(0) for d in diagonal] if batched else diagonal
+            for cotangent in estimated:
+                key = cotangent, self.chosen is not None
+                names = wanted.pop(key)
+                batched = "sample_squares" in names or self.chosen is not None
+                diagonal = self._estimated(cotangent.mc_samples, trace, leaves, batched)
                 parts[key, "sample_squares"] = diagonal
                 parts[key, "squares"] = [d.sum(0) for d in diagonal] if batched else diagonal
             if layouts is not None and averaged:
@@ -213,12 +224,13 @@ class Run:
         layouts: Layouts | None = None,
         generic: Sequence[int] = (),
         faster: bool = False,
+        order: int = 1,
     ) -> Trace:
         X, samples = self.batch.inputs(), self.batch.size
         with forward_errors(self.names, leaves, X):
-            order = 3 if self.differentiable else 1 if layouts is None else 2
+            order = 3 if self.differentiable else max(order, 1 if layouts is None else 2)
             if sites:  # fused attention has no second derivative
-                with sdpa_kernel(SDPBackend.MATH) if self.differentiable or layouts is not None else nullcontext():
+                with sdpa_kernel(SDPBackend.MATH) if order > 1 or layouts is not None else nullcontext():
                     given: dict[str, Any] = {"generic": generic, "layouts": layouts, "faster": faster, "order": order}
                     trace = capture(self.model_fn, leaves, self.rebuild, X, samples, **given)
                     try:
@@ -237,7 +249,7 @@ class Run:
     def _curvature(self, trace: Trace, leaves: list[Tensor], layouts: Layouts) -> tuple[Trace, Curvature]:
         """What curves; after another forward pass if some parameters' Hessians need copies of them for each sample."""
         while True:
-            found = curvature(trace, leaves, layouts)
+            found = resolve(trace, curvature(trace, leaves, layouts))
             generic = [i for i in range(len(leaves)) if found.split >> i & 1]
             if not generic:
                 return trace, found
@@ -269,6 +281,26 @@ class Run:
             batched=batched,
             chunk_size=self.chunk_size,
             differentiable=differentiable,
+        )
+
+    def _estimated(self, draws: int, trace: Trace, leaves: list[Tensor], batched: bool) -> list[Tensor]:
+        """Estimates of the Hessian's diagonal per parameter, from derivatives of the gradients, all or each sample's."""
+        name = "per_sample" if batched else "total"
+        with torch.enable_grad(), Instead(INSTEAD[3]):  # for rules that run operations again
+            root = LossGradient().root(self.loss, self.batch.spread(trace.out), self.batch.y, None)
+            backward = BackwardPass(trace, leaves, self.names, self.batch.select, self.chunk_size, True, self.chosen)
+            gradients = [g[0] if batched else g for g in backward.run(root, [name], retain_graph=True, outs={})[name]]
+        order = optree.tree_leaves(self.rebuild(range(len(leaves))))  # by name, whatever a dictionary's own order
+        return estimates.estimate(
+            trace,
+            leaves,
+            gradients,
+            order,
+            lambda numel: random_signs((numel,), leaves[0], self.generator),
+            draws,
+            batched=batched,
+            chunk_size=self.chunk_size,
+            differentiable=self.differentiable,
         )
 
     def _operands(self, specs: list[Quantity]) -> dict[str, Sequence[Any]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from curvfunc.engine.clipping import ClippedLossGradient
 from curvfunc.engine.cotangents import AveragedHessian, EmpiricalRoot, FullHessian, LossRoot, OutputEntries
 from curvfunc.quantities.laws import Averaged, Joined, Refused, Summed
-from curvfunc.quantities.quantity import GaussNewton, Quantity
+from curvfunc.quantities.quantity import GaussNewton, Quantity, Sampled
 
 __all__ = [
     "KFAC",
@@ -198,21 +198,29 @@ class BatchDiagGGN(GaussNewton):
 
 
 @dataclass(frozen=True)
-class DiagHessian(Quantity):
+class DiagHessian(Sampled):
     """Diagonal of the Hessian, [*shape]."""
 
     contractions = ("squares",)
     laws = (Summed(1),)
-    cotangent = FullHessian()
+
+    @property
+    def cotangent(self) -> FullHessian:
+        """What curves, or products with random signs."""
+        return FullHessian(self.mc_samples)
 
 
 @dataclass(frozen=True)
-class BatchDiagHessian(Quantity):
+class BatchDiagHessian(Sampled):
     """Each sample's part of the diagonal of the Hessian, [N, *shape]."""
 
     contractions = ("sample_squares",)
     laws = (Joined(1),)
-    cotangent = FullHessian()
+
+    @property
+    def cotangent(self) -> FullHessian:
+        """What curves, or products with random signs."""
+        return FullHessian(self.mc_samples)
 
 
 @dataclass(frozen=True)

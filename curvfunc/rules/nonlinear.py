@@ -17,6 +17,7 @@ __all__ = [
     "is_diagonal",
     "is_linear",
     "is_once_differentiable",
+    "is_product",
     "is_reshape",
     "operation",
     "takes_data",
@@ -125,6 +126,11 @@ def is_linear(node: Node) -> bool:
     """Whether the operation is linear, up to a constant, in any one of its inputs."""
     name = operation(node)
     return name in _PRODUCTS or (name in _LINEAR.split() and name not in ("NativeDropout", "Embedding"))
+
+
+def is_product(node: Node) -> bool:
+    """Whether the operation is a linear layer, a convolution or a product of matrices."""
+    return operation(node) in _PRODUCTS
 
 
 def takes_data(node: Node) -> bool:

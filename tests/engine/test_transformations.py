@@ -141,19 +141,23 @@ def weighted_sum(tree: Any) -> Tensor:
 def slope(quantity: str, problem: Instance, tangents: dict[str, Tensor]) -> Any:
     """The derivative along ``tangents``, by the specification.
 
-    Its factors are made sample by sample from graphs of their own, which cannot be differentiated: for them it is a
-    central difference.
+    Its factors and Hessians are made sample by sample from graphs of their own, which cannot be differentiated: for them it
+    is a central difference.
     """
     case = QUANTITIES[quantity]
     value = lambda params: call(quantity, case.reference, problem, params)
-    if "kf" not in quantity:
+    if not rounded(quantity):
         return jvp(value, (problem.params,), (tangents,))[1]
     ahead, behind = (value({k: v + h * tangents[k] for k, v in problem.params.items()}) for h in (1e-5, -1e-5))
     return optree.tree_map(lambda a, b: (a - b) / 2e-5, ahead, behind)
 
 
+def rounded(quantity: str) -> bool:
+    return "kf" in quantity or "hessian" in quantity
+
+
 def tolerance(quantity: str) -> float:
-    return 1e-6 if "kf" in quantity else 1e-8
+    return 1e-6 if rounded(quantity) else 1e-8
 
 
 def directions(problem: Instance) -> dict[str, Tensor]:
@@ -192,7 +196,7 @@ def test_jvp(name: str, quantity: str) -> None:
     out, change = jvp(lambda p: call(quantity, function, problem, p), (problem.params,), (tangents,))
     assert_close(out, call(quantity, function, problem, problem.params))
     want = slope(quantity, problem, tangents)
-    if "kf" in quantity:  # factors may be constant, those of the first layer's inputs for one
+    if rounded(quantity):  # factors may be constant, those of the first layer's inputs for one
         scale = max(leaf.norm() for leaf in optree.tree_leaves(want))
         for got, expected in zip(optree.tree_leaves(change), optree.tree_leaves(want), strict=True):
             assert (got - expected).norm() <= 1e-6 * scale

@@ -435,6 +435,20 @@ def test_single_precision() -> None:
     assert_close(got, want, rtol=1e-4)
 
 
+def test_a_warning_names_the_number_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 outputs of the softmax's layer, 2 entries of its input's shift: 6 products."""
+    net = mlp(nn.Linear(2, 2), nn.LayerNorm(2), nn.Linear(2, 4), nn.Softmax(1), nn.Linear(4, C)).requires_grad_(False)
+    net[2].requires_grad_()
+    net[1].bias.requires_grad_()
+    X, y = torch.randn(N, 2), torch.arange(N) % C
+    monkeypatch.setattr("curvfunc.hessian.diagonal.MANY_COLUMNS", 6)
+    want = _diagonal(net, X, y)
+    monkeypatch.setattr("curvfunc.hessian.diagonal.MANY_COLUMNS", 5)
+    with pytest.warns(UserWarning, match=r"Hessian takes 6 columns.*mc_samples=k"):
+        assert_close(_diagonal(net, X, y), want)
+    cf.diag_hessian(*cf.functionalize(net), X, y, mc_samples=1)  # no warning
+
+
 # ------------------------------------------------------------------------------------------------------- transformations
 
 

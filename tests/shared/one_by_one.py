@@ -230,6 +230,14 @@ def disagreements(
     diagonal, blocks = t.H.diagonal(dim1=1, dim2=2), t.blocks(t.H.sum(0))
     yield "diag_hessian", cf.diag_hessian(*given, loss_fn=loss_fn), t.split(diagonal.sum(0))
     yield "batch_diag_hessian", cf.batch_diag_hessian(*given, loss_fn=loss_fn), t.split(diagonal)
+    signs = draws()
+    z = torch.stack([2 * torch.randint(0, 2, flat.shape, generator=signs) - 1 for _ in range(2)]).to(flat.dtype)
+    numel = {k: params[k].numel() for k in sorted(params)}  # the order of draws
+    drawn = dict(zip(numel, z.split(list(numel.values()), 1), strict=True))
+    z = torch.cat([drawn[k] for k in params], 1)
+    estimate = (z * torch.einsum("npq,mq->nmp", t.H, z)).mean(1)
+    yield "diag_hessian, drawn", cf.diag_hessian(*given, **sampled, generator=draws()), t.split(estimate.sum(0))
+    yield "batch_diag_hessian, drawn", cf.batch_diag_hessian(*given, **sampled, generator=draws()), t.split(estimate)
     yield "hessian_vp", cf.hessian_vp(*given, v, loss_fn=loss_fn), t.split(t.H.sum(0) @ flat)
     products = {k: f(several[k]) for k, f in cf.hmp(*given, loss_fn=loss_fn).items()}
     yield "hmp", products, {k: (_flat(s, 1) @ blocks[k]).reshape(s.shape) for k, s in several.items()}

@@ -38,6 +38,8 @@ SAMPLED = {
     "diag_ggn, 2 samples": case("diag_ggn", curvfunc.DiagGGN(2), mc_samples=2),
     "batch_diag_ggn, 3 samples": case("batch_diag_ggn", curvfunc.BatchDiagGGN(3), mc_samples=3),
     "sqrt_ggn, 2 samples": case("sqrt_ggn", curvfunc.SqrtGGN(2), mc_samples=2),
+    "diag_hessian, 2 samples": case("diag_hessian", curvfunc.DiagHessian(2), mc_samples=2),
+    "batch_diag_hessian, 3 samples": case("batch_diag_hessian", curvfunc.BatchDiagHessian(3), mc_samples=3),
     "kfac": case("kfac", curvfunc.KFAC()),
     "kfac, 3 samples": case("kfac", curvfunc.KFAC(3), mc_samples=3),
 }

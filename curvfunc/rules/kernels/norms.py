@@ -42,7 +42,8 @@ def batch_norm(
     vectors: list[Any] = [t if t is None else t.contiguous() for t in (running_mean, running_var, weight, bias)]
     mean, var, weight, bias = vectors
     if input.ndim > 3 and 1 in (input.shape[0], *input.shape[2:]):
-        return F.batch_norm(input.flatten(2), mean, var, weight, bias, False, momentum, eps).reshape(input.shape)
+        out = F.batch_norm(input.flatten(2), mean, var, weight, bias, False, momentum, eps)
+        return torch.ops.aten._unsafe_view(out, input.shape)  # of a view, the graph does not tell what changes it in place
     return F.batch_norm(input, mean, var, weight, bias, False, momentum, eps)
 
 
