@@ -199,7 +199,11 @@ class BatchDiagGGN(GaussNewton):
 
 @dataclass(frozen=True)
 class DiagHessian(Sampled):
-    """Diagonal of the Hessian, [*shape]."""
+    """Diagonal of the Hessian, [*shape].
+
+    Attributes:
+        mc_samples: 0 for the exact diagonal, else the number of products with random signs that estimate it.
+    """
 
     contractions = ("squares",)
     laws = (Summed(1),)
@@ -212,7 +216,11 @@ class DiagHessian(Sampled):
 
 @dataclass(frozen=True)
 class BatchDiagHessian(Sampled):
-    """Each sample's part of the diagonal of the Hessian, [N, *shape]."""
+    """Each sample's part of the diagonal of the Hessian, [N, *shape].
+
+    Attributes:
+        mc_samples: 0 for the exact diagonal, else the number of products with random signs that estimate it.
+    """
 
     contractions = ("sample_squares",)
     laws = (Joined(1),)
