@@ -339,9 +339,9 @@ class _Diagonal(_Columns):
 def _warn(columns: int) -> None:
     if columns > MANY_COLUMNS:
         warnings.warn(
-            f"the exact diagonal of this model's Hessian takes {columns:,} columns, Hessian-vector products of the whole batch or "
-            "backward passes; mc_samples=k of diag_hessian, batch_diag_hessian and their specs estimates it without bias from k "
-            "products. Or leave parameters out of params (in modules, freeze them).",
+            f"the exact diagonal of this model's Hessian takes {columns:,} columns, each of them a Hessian-vector product or a "
+            "backward pass. With mc_samples=k, diag_hessian, batch_diag_hessian and their specs estimate it without bias "
+            "from k products. Or leave parameters out of params (in modules, freeze them).",
             stacklevel=2,
         )
 

@@ -43,7 +43,9 @@ class Operand:
     @property
     def entries(self) -> int:
         """Of one sample."""
-        return prod(self.shape) // max(1, self.samples)
+        if self.axis is None:
+            return prod(self.shape) // self.samples
+        return prod(size for d, size in enumerate(self.shape) if d != self.axis)
 
     def read(self, t: Tensor) -> Tensor:
         """[v, *shape] as [v, n, entry]."""
