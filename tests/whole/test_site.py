@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from documents import BLOCK, ROOT, dead_links, run
+from documents import BLOCK, ROOT, dead_anchors, dead_links, run
 
 import curvfunc
 
@@ -119,6 +119,13 @@ def is_made(target: Path) -> bool:
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *WRITTEN], ids=lambda page: page.stem)
 def test_no_link_is_dead(page: Path) -> None:
     assert [target for target in dead_links(page) if not is_made((page.parent / target).resolve())] == []
+    assert dead_anchors(page) == []
+
+
+def test_dead_anchors_are_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# `One` thing\n\n[a](#one-thing) [b](#two) [c](page.md#one-thing) [d](page.md#three)\n", encoding="utf-8")
+    assert dead_anchors(page) == ["#two", "page.md#three"]
 
 
 def test_every_page_is_in_a_table_of_contents() -> None:
