@@ -4,6 +4,7 @@
 """
 
 import functools
+import importlib
 import inspect
 import re
 import sys
@@ -136,6 +137,18 @@ def test_every_page_is_in_a_table_of_contents() -> None:
     assert not [page for page in WRITTEN if page.with_suffix("") not in told]
     assert not [page for page in told if not page.with_suffix(".md").exists() and not is_made(page.with_suffix(".md"))
                 and page != DOCS / "auto_gallery" / "index"]  # fmt: skip
+
+
+# -- formulas
+
+
+def test_bars_of_norms_are_as_tall_as_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    for needed in ("latex2mathml", "sphinx"):
+        pytest.importorskip(needed)
+    monkeypatch.syspath_prepend(str(DOCS / "_ext"))
+    convert = importlib.import_module("mathml").convert
+    assert convert(r"\lVert g \rVert^2 + |x|").count('<mo stretchy="false">') == 4
+    assert '<mo stretchy="false">' not in convert(r"\left\lVert \frac{a}{b} \right\rVert")
 
 
 # -- the gallery
