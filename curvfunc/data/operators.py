@@ -95,6 +95,9 @@ def hessian_operator(
         RuntimeError: If another process of the group has failed or is gone, here or at a product.
         NotImplementedError: Inside ``torch.func`` transforms and ``torch.compile``.
 
+    References:
+        Pearlmutter 1994, "Fast exact multiplication by the Hessian". curvlinops' ``HessianLinearOperator``.
+
     Example:
         >>> import curvfunc
         >>> model_fn, params = curvfunc.functionalize(torch.nn.Linear(4, 3))

@@ -140,6 +140,10 @@ def correct(decomposition: Decomposition, moments: Any) -> Decomposition:
     Raises:
         ValueError: If the moments are of other parameters or bases, negative or not finite.
 
+    References:
+        George, Laurent, Bouthillier, Ballas, Vincent 2018, "Fast approximate natural gradient descent in a Kronecker-factored
+        eigenbasis", eq. 8 and 9.
+
     Example:
         >>> model_fn, params = functionalize(nn.Linear(4, 3))
         >>> X, y = torch.randn(8, 4), torch.arange(8) % 3

@@ -154,7 +154,7 @@ def xdiag(operator: Any, num_products: int, *, generator: Generator | None = Non
         Epperly, Tropp, Webber 2024, "XTrace: making the most of every sample in stochastic trace estimation".
 
     Example:
-        >>> u = torch.arange(5, dtype=torch.float64)[:, None]
+        >>> u = 2.0 ** torch.arange(5, dtype=torch.float64)[:, None]
         >>> torch.allclose(xdiag(u @ u.mT, 4), u.flatten() ** 2)  # rank 1
         True
     """

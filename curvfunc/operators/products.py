@@ -360,6 +360,10 @@ def jvp(model_fn: Model, params: Any, X: Any, v: Any, *, subsampling: Indices | 
     Returns:
         [N, ...] like the output.
 
+    References:
+        Pearlmutter 1994, "Fast exact multiplication by the Hessian" (the R-operator). BackPACK's ``R_op``, curvlinops'
+        ``JacobianLinearOperator``.
+
     Example:
         >>> model_fn, params = functionalize(nn.Linear(4, 3))
         >>> jvp(model_fn, params, torch.randn(8, 4), v=params).shape
@@ -379,6 +383,9 @@ def vjp(model_fn: Model, params: Any, X: Any, u: Tensor, *, subsampling: Indices
 
     Returns:
         A pytree like ``params``, [*shape] per parameter.
+
+    References:
+        BackPACK's ``L_op``, curvlinops' ``TransposedJacobianLinearOperator``.
 
     Example:
         >>> model_fn, params = functionalize(nn.Linear(4, 3))

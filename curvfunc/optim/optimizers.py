@@ -1,6 +1,5 @@
 """Transformations as optimizers of `torch.optim`, over the parameters of a module."""
 
-import inspect
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -10,10 +9,10 @@ import optree
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from curvfunc import kronecker
 from curvfunc.engine.model import ModelFunction, functionalize
+from curvfunc.optim.closures import Look
 from curvfunc.optim.diagonal import scale_by_diagonal
 from curvfunc.optim.kfac import scale_by_ekfac, scale_by_kfac
 from curvfunc.optim.newton import newton_cg
@@ -27,7 +26,6 @@ from curvfunc.tensors.docstrings import documented, told
 __all__ = ["EKFAC", "KFAC", "Diagonal", "NewtonCG", "Preconditioned"]
 
 STATE = "curvature"  # the key of the transformation's state, beside those of the parameters
-SEEN = (F.cross_entropy, F.mse_loss, F.binary_cross_entropy_with_logits)  # losses that a closure may call
 
 Make = Callable[[ModelFunction, dict[str, Tensor], Any], Transformation]
 
@@ -107,10 +105,16 @@ class Preconditioned(torch.optim.SGD):
     def step(self, X: Any = None, y: Any = None) -> Tensor:  # type: ignore[override]
         """One step on a batch (X, y), or with a closure in the place of X.
 
+        Args:
+            X: Input, a tensor [N, ...] or a pytree of tensors; or a closure without arguments that returns the loss, after its
+                ``backward``.
+            y: Targets, a tensor [N, ...] or a pytree of tensors; none with a closure.
+
         Returns:
-            The loss before the step.
+            The loss before the step, a scalar.
 
         Raises:
+            TypeError: If there is neither a batch nor a closure.
             ValueError: If the model does not use some of the parameters, a learning rate is not finite, or where
                 `curvfunc.compute` or the transformation raise.
         """
@@ -120,10 +124,20 @@ class Preconditioned(torch.optim.SGD):
         return loss
 
     def precondition(self, X: Any = None, y: Any = None) -> Tensor:
-        """Put the preconditioned gradient into ``param.grad``; arguments as of ``step``.
+        """Put the preconditioned gradient into ``param.grad``; the parameters stay as they are.
+
+        Args:
+            X: Input, a tensor [N, ...] or a pytree of tensors; or a closure without arguments that returns the loss, after its
+                ``backward``.
+            y: Targets, a tensor [N, ...] or a pytree of tensors; none with a closure.
 
         Returns:
-            The loss.
+            The loss, a scalar.
+
+        Raises:
+            TypeError: If there is neither a batch nor a closure.
+            ValueError: If the model does not use some of the parameters, or where `curvfunc.compute` or the transformation
+                raise.
         """
         params = self._named()
         values = {name: p.detach() for name, p in params.items()}
@@ -197,7 +211,7 @@ class Preconditioned(torch.optim.SGD):
                 state: Any = self.state[STATE]  # type: ignore[index]
                 if not optree.tree_leaves(known.needs(state, known.due(state))):
                     return closure().detach(), None
-            look = _Look(self.model_fn)
+            look = Look(self.model_fn)
             handle = self.model_fn.module.register_forward_hook(look.called, with_kwargs=True)
             try:
                 with look:
@@ -205,46 +219,6 @@ class Preconditioned(torch.optim.SGD):
             finally:
                 handle.remove()
         return loss.detach(), look.batch()
-
-
-class _Look(TorchFunctionMode):
-    """Sees the model's input and the loss function in a closure."""
-
-    def __init__(self, model_fn: ModelFunction) -> None:
-        super().__init__()
-        self.output_fn = model_fn.output_fn
-        self.inputs: list[Any] = []
-        self.outputs: list[Tensor] = []
-        self.losses: list[tuple[Any, Any]] = []
-
-    def called(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        """A forward hook."""
-        if args and kwargs:
-            raise ValueError("the closure calls the model with arguments by position and by name. Use step(X, y).")
-        self.inputs.append(kwargs or (args[0] if len(args) == 1 else args))
-        self.outputs.append(out if self.output_fn is None else self.output_fn(out))
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note losses of the model's output."""
-        kwargs = kwargs or {}
-        if func in SEEN:
-            bound = inspect.signature(func).bind(*args, **kwargs).arguments
-            if any(bound["input"] is out for out in self.outputs):
-                options = {name: value for name, value in bound.items() if name not in ("input", "target")}
-                self.losses.append((partial(func, **options), bound["target"]))
-        return func(*args, **kwargs)
-
-    def batch(self) -> tuple[Any, Any, Any]:
-        """Input, targets and loss function, of which there has to be one."""
-        if len(self.inputs) != 1 or len(self.losses) != 1:
-            names = ", ".join(f.__name__ for f in SEEN)
-            raise ValueError(
-                f"the closure calls the model {len(self.inputs)} times, and a known loss of its output "
-                f"{len(self.losses)} times; "
-                f"curvature needs one of each ({names}). Use step(X, y) with loss_fn."
-            )
-        [(loss_fn, y)] = self.losses
-        return self.inputs[0], y, loss_fn
 
 
 def _grad(name: str, p: Tensor) -> Tensor:
@@ -261,7 +235,17 @@ def _plain(step: Any) -> Any:
 
 
 class KFAC(Preconditioned):
-    """K-FAC; see `scale_by_kfac` and `Preconditioned`.
+    """K-FAC: p ← p − lr · m, m ← momentum · m + u, and u = (B ⊗ A + δ)⁻¹ g of each layer's block, with averages of its factors.
+
+    At their k-th renewal factors are averaged as F̄ ← (1 − w) F̄ + w F with w = max(1/k, 1 − β). The same as a pure
+    transformation: `scale_by_kfac`.
+
+    ``step(X, y)`` takes a batch, X [N, ...] and y [N, ...], and ``step(closure)`` a closure; both return the loss before it, a
+    scalar. ``precondition`` stops at ``param.grad``. Schedulers, parameter groups and ``state_dict`` are torch's.
+
+    References:
+        Martens and Grosse 2015, "Optimizing neural networks with Kronecker-factored approximate curvature"; Ba, Grosse, Martens
+        2017, "Distributed second-order optimization using Kronecker-factored approximations", sec. 5 (clipping).
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -301,7 +285,24 @@ class KFAC(Preconditioned):
 
 
 class EKFAC(Preconditioned):
-    """E-KFAC; see `scale_by_ekfac` and `Preconditioned`."""
+    """E-KFAC: p ← p − lr · m, m ← momentum · m + u, and u = U (Λ + δ)⁻¹ Uᵀ g, with K-FAC's eigenbasis U of each layer's block.
+
+    Λ are moving averages of second moments in that basis; they start anew at K-FAC's eigenvalues when it is renewed. The same
+    as a pure transformation: `scale_by_ekfac`.
+
+    ``step(X, y)`` takes a batch, X [N, ...] and y [N, ...], and ``step(closure)`` a closure; both return the loss before it, a
+    scalar. ``precondition`` stops at ``param.grad``. Schedulers, parameter groups and ``state_dict`` are torch's.
+
+    References:
+        George, Laurent, Bouthillier, Ballas, Vincent 2018, "Fast approximate natural gradient descent in a Kronecker-factored
+        eigenbasis".
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> optimizer = optim.EKFAC(model, lr=0.1, damping=0.01)
+        >>> optimizer.step(torch.randn(16, 4), torch.arange(16) % 3).shape
+        torch.Size([])
+    """
 
     @documented(told(Preconditioned.__init__) | told(scale_by_ekfac), {})
     def __init__(
@@ -332,7 +333,24 @@ class EKFAC(Preconditioned):
 
 
 class Diagonal(Preconditioned):
-    """Preconditioning by a diagonal; see `scale_by_diagonal` and `Preconditioned`."""
+    """A diagonal of curvature: p ← p − lr · m, m ← momentum · m + u, and u = clip(g / (max(D̄ᵖ, floor) + δ), ±clip).
+
+    D̄ is a moving average of diagonals [*shape], of the GGN unless ``spec`` says otherwise. The same as a pure transformation,
+    with the settings of well-known members of the family: `scale_by_diagonal`.
+
+    ``step(X, y)`` takes a batch, X [N, ...] and y [N, ...], and ``step(closure)`` a closure; both return the loss before it, a
+    scalar. ``precondition`` stops at ``param.grad``. Schedulers, parameter groups and ``state_dict`` are torch's.
+
+    References:
+        Yao, Gholami, Shen, Mustafa, Keutzer, Mahoney 2021, "AdaHessian", eq. 9 and algorithm 1; Liu, Li, Hall, Liang, Ma
+        2023, "Sophia", algorithm 3.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> optimizer = optim.Diagonal(model, lr=0.1, damping=0.1)
+        >>> optimizer.step(torch.randn(16, 4), torch.arange(16) % 3).shape
+        torch.Size([])
+    """
 
     @documented(told(Preconditioned.__init__) | told(scale_by_diagonal), {})
     def __init__(
@@ -366,7 +384,23 @@ class Diagonal(Preconditioned):
 
 
 class NewtonCG(Preconditioned):
-    """Hessian-free optimization; see `newton_cg` and `Preconditioned`. A learning rate of 1 takes whole steps."""
+    """Hessian-free optimization: p ← p − lr · u, and u solves (A + λ) u = g by conjugate gradients.
+
+    A is the GGN or the Hessian of the batch. A learning rate of 1 takes whole steps, for which λ is adapted. The same as a pure
+    transformation: `newton_cg`.
+
+    ``step(X, y)`` takes a batch, X [N, ...] and y [N, ...], and ``step(closure)`` a closure; both return the loss before it, a
+    scalar. ``precondition`` stops at ``param.grad``. Schedulers, parameter groups and ``state_dict`` are torch's.
+
+    References:
+        Martens 2010, "Deep learning via Hessian-free optimization", sec. 4.1 (damping), 4.4 (when to stop), 4.5 (start).
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> optimizer = optim.NewtonCG(model)
+        >>> optimizer.step(torch.randn(16, 4), torch.arange(16) % 3).shape
+        torch.Size([])
+    """
 
     @documented(told(Preconditioned.__init__) | told(newton_cg), {})
     def __init__(

@@ -125,6 +125,7 @@ def batch_jac(
     Args:
         model_fn: ``(params, X) -> output [N, *out]``, from `curvfunc.functionalize` or any function; a module itself is none.
         X: Input, a tensor [N, ...] or a pytree of tensors with leading sample axis N, of which there may be none.
+        subsampling: Indices [M] of samples, repeats allowed: those of n, M in place of N. The cost is that of the subset.
         chunk_size: Number of entries that are backpropagated together; by default chosen by memory.
         out: The result of an earlier call, in whose memory this one is formed. Other tensors of its shapes will do, but the
             result is copied into these if they have another layout, such as contiguous ones.

@@ -139,6 +139,10 @@ def batch_dot(
     Returns:
         A pytree like ``params``, [N, N] per parameter; zeros for one that the output does not depend on.
 
+    References:
+        Schneider, Dangel, Hennig 2021, "Cockpit: a practical debugging tool for the training of deep neural networks", which
+        takes its instruments from them.
+
     Example:
         >>> model_fn, params = functionalize(nn.Linear(4, 3))
         >>> X, y = torch.randn(8, 4), torch.arange(8) % 3
@@ -164,6 +168,10 @@ def batch_dot_total(
 
     Returns:
         [N, N].
+
+    References:
+        Schneider, Dangel, Hennig 2021, "Cockpit: a practical debugging tool for the training of deep neural networks", which
+        takes its instruments from them.
 
     Example:
         >>> model_fn, params = functionalize(nn.Linear(4, 3))
@@ -239,6 +247,10 @@ def ggn_gram_total(
 
     Raises:
         ValueError: If a custom loss has an indefinite Hessian.
+
+    References:
+        Dangel, Tatzel, Hennig 2022, "ViViT: Curvature access through the generalized Gauss-Newton's low-rank
+        structure".
 
     Example:
         >>> model_fn, params = functionalize(nn.Linear(4, 3))
@@ -326,6 +338,10 @@ def ntk_total(
 
     Raises:
         ValueError: If X2 is no input like X.
+
+    References:
+        Jacot, Gabriel, Hongler 2018, "Neural tangent kernel"; Novak, Sohl-Dickstein, Schoenholz 2022, "Fast finite width
+        neural tangent kernel".
 
     Example:
         >>> model_fn, params = functionalize(nn.Linear(4, 1))

@@ -3,13 +3,20 @@
 The font is STIX Two Math (SIL Open Font License), as the package ziamath has it: few systems have one with large operators.
 """
 
+import re
 from importlib.resources import files
 from pathlib import Path
 
+import latex2mathml.converter
 from docutils import nodes
-from latex2mathml.converter import convert
 from sphinx.application import Sphinx
 from sphinx.writers.html5 import HTML5Translator
+
+
+def convert(latex: str, display: str = "inline") -> str:
+    r"""MathML, in which the bars of a norm, without ``\left``, have the size of letters and not of the whole formula."""
+    formula: str = latex2mathml.converter.convert(latex, display=display)
+    return re.sub(r"<mo>(&#x02016;|&#x02225;|&#x02223;|&#x0007C;|\||‖|∥|∣)</mo>", r'<mo stretchy="false">\1</mo>', formula)
 
 
 def inline(self: HTML5Translator, node: nodes.Node) -> None:

@@ -27,6 +27,25 @@ def run(page: Path) -> dict[str, Any]:
 
 def dead_links(page: Path) -> list[str]:
     """Links into the repository that lead nowhere."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    text = without_code(page)
     targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", text)
     return [target for target in targets if not (page.parent / target).exists()]
+
+
+def dead_anchors(page: Path) -> list[str]:
+    """Links to headings of pages, of this one or another, that there are not."""
+    found = re.findall(r"\]\((?!https?://)([^)#]*)#([^)]+)\)", without_code(page))
+    pages = {target: (page.parent / target if target else page) for target, _ in found}
+    there = {target: anchors(path) for target, path in pages.items() if path.suffix == ".md" and path.exists()}
+    return [f"{target}#{anchor}" for target, anchor in found if target in there and anchor not in there[target]]
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub, and the site, call the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", without_code(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+def without_code(page: Path) -> str:
+    """The text of a page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)

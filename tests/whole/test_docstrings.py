@@ -132,6 +132,36 @@ def test_errors_of_helpers_are_seen() -> None:
     assert raised(curvfunc.fisher_vp) >= {"NotImplementedError"}
 
 
+# Functions that check nothing, and those that no paper is about and no peer has
+RAISE_NOTHING = {"empty_cache", "operation", "kronecker.dense", "kronecker.diagonal", "kronecker.trace"}
+WITHOUT_SOURCE = {
+    *("accumulate", "accumulation", "check", "check_rule", "compute", "empty_cache", "explain", "functionalize", "merge"),
+    *("operation", "rule", "diagnostics.inner_products", "influence.queries", "laplace.covariance", "laplace.sample"),
+    *(f"kronecker.{name}" for name in ("dense", "diagonal", "logdet", "matmul", "of_diagonal", "solve", "structure", "trace")),
+    *("optim.apply_updates", "optim.chain", "optim.scale", "optim.step"),
+}
+
+
+@pytest.mark.parametrize(("section", "without"), [("Raises:", RAISE_NOTHING), ("References:", WITHOUT_SOURCE)])
+def test_errors_and_references_are_told_by_all_that_have_some(section: str, without: set[str]) -> None:
+    lacking = {name.removeprefix("curvfunc.") for name, function in FUNCTIONS.items() if section not in sections(function)}
+    assert lacking == without
+
+
+def test_papers_stand_under_references() -> None:
+    cited = re.compile(r"\b(?:19|20)\d\d\b|\bet al\.")
+    for name, value in {**FUNCTIONS, **CLASSES}.items():
+        doc = inspect.getdoc(value) or ""
+        assert not cited.search(doc.partition("\nReferences:")[0].partition("\nExample:")[0]), name
+
+
+@pytest.mark.parametrize("name", ["Diagonal", "EKFAC", "KFAC", "NewtonCG"])
+def test_optimizers_need_no_other_page(name: str) -> None:
+    parts = split(getattr(curvfunc.optim, name).__doc__)
+    assert "u = " in parts[0] or "u solves" in parts[0]
+    assert parts[1].keys() == {"References:", "Example:"}
+
+
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_there_is_an_example(function: Any) -> None:
     assert ">>> " in sections(function).get("Example:", "")

@@ -4,6 +4,7 @@
 """
 
 import functools
+import importlib
 import inspect
 import re
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from documents import BLOCK, ROOT, dead_links, run
+from documents import BLOCK, ROOT, dead_anchors, dead_links, run
 
 import curvfunc
 
@@ -119,6 +120,13 @@ def is_made(target: Path) -> bool:
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *WRITTEN], ids=lambda page: page.stem)
 def test_no_link_is_dead(page: Path) -> None:
     assert [target for target in dead_links(page) if not is_made((page.parent / target).resolve())] == []
+    assert dead_anchors(page) == []
+
+
+def test_dead_anchors_are_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# `One` thing\n\n[a](#one-thing) [b](#two) [c](page.md#one-thing) [d](page.md#three)\n", encoding="utf-8")
+    assert dead_anchors(page) == ["#two", "page.md#three"]
 
 
 def test_every_page_is_in_a_table_of_contents() -> None:
@@ -129,6 +137,18 @@ def test_every_page_is_in_a_table_of_contents() -> None:
     assert not [page for page in WRITTEN if page.with_suffix("") not in told]
     assert not [page for page in told if not page.with_suffix(".md").exists() and not is_made(page.with_suffix(".md"))
                 and page != DOCS / "auto_gallery" / "index"]  # fmt: skip
+
+
+# -- formulas
+
+
+def test_bars_of_norms_are_as_tall_as_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    for needed in ("latex2mathml", "sphinx"):
+        pytest.importorskip(needed)
+    monkeypatch.syspath_prepend(str(DOCS / "_ext"))
+    convert = importlib.import_module("mathml").convert
+    assert convert(r"\lVert g \rVert^2 + |x|").count('<mo stretchy="false">') == 4
+    assert '<mo stretchy="false">' not in convert(r"\left\lVert \frac{a}{b} \right\rVert")
 
 
 # -- the gallery
