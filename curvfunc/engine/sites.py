@@ -144,6 +144,10 @@ class Layouts:
         """Sample axis and shape of a tensor."""
         return self._of.get((edge.node, edge.output_nr))
 
+    def shapes(self) -> list[torch.Size]:
+        """Of all tensors that were noted."""
+        return [shape for _, shape in self._of.values()]
+
     def composite(self, node: Node) -> GradientEdge | None:
         """The input of the function that ``node`` is the last operation of."""
         return self._composites.get(node)

@@ -147,8 +147,8 @@ class _Columns:
         size = self.chunk_size
         if size is None:
             out = self.trace.out
-            widest = max([widest, self.widest, *[math.prod(s.shape) for s in self.trace.sites]])
-            size = max(1, CHUNK_BYTES.get(out.device.type, 1 << 28) // hint(widest * out.element_size()))
+            widest = max([hint(widest), self.widest, *[hint(math.prod(s.shape)) for s in self.trace.sites]])
+            size = max(1, CHUNK_BYTES.get(out.device.type, 1 << 28) // (widest * out.element_size()))
         return ranges(int(total), size)
 
     def at_uses(

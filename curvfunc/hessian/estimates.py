@@ -59,8 +59,8 @@ def estimate(
     multiply = _products([gradients[i] for i in curved], curved, leaves, batched, differentiable)
     numel = [p.numel() for p in leaves]
     if chunk_size is None:
-        largest = [1, sum(g.numel() for g in gradients), *[math.prod(s.shape) for s in trace.sites]]
-        size = hint(max(largest) * trace.out.element_size())
+        sizes = [1, sum(g.numel() for g in gradients), *[math.prod(s.shape) for s in trace.sites]]
+        size = max(map(hint, sizes)) * trace.out.element_size()
         chunk_size = max(1, CHUNK_BYTES.get(trace.out.device.type, 1 << 28) // size)
     for start, stop in ranges(draws, chunk_size):
         z = torch.stack([signs(sum(numel)) for _ in range(start, stop)])  # one by one, whatever goes together

@@ -95,9 +95,8 @@ class Curvature:
     _layouts: Layouts
 
     def widest(self) -> int:
-        """The number of entries of the largest tensor that depends on parameters."""
-        nodes = [node for node, mask in self._masks.items() if mask]
-        return max([1, *[hint(math.prod(t.shape)) for node in nodes for t in getattr(node, "_input_metadata", ())]])
+        """The number of entries of the largest tensor with a gradient that an operation took."""
+        return max([1, *[hint(math.prod(shape)) for shape in self._layouts.shapes()]])
 
     def layers(self) -> list[GradientEdge]:
         """Where the outputs of linear layers, convolutions and products of matrices are, that depend on parameters."""
