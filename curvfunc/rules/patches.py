@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvfunc.tensors.pages import may_overwrite
 from curvfunc.tensors.precision import at_least_float32
+from curvfunc.tensors.sizes import hint
 from curvfunc.uses.second_moments import second_moment
 
 __all__ = [
@@ -90,8 +91,8 @@ def moment_pays(
     before, after = paddings(padding, kernel, dilation)
     space = [size + b + a for size, b, a in zip(shape[-dims:], before, after, strict=True)]
     reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
-    positions = math.prod(shape[: -dims - 1]) * math.prod(
-        max(0, (size - r) // t + 1) for size, r, t in zip(space, reach, stride, strict=True)
+    positions = hint(math.prod(shape[: -dims - 1])) * math.prod(
+        max(0, (hint(size) - r) // t + 1) for size, r, t in zip(space, reach, stride, strict=True)
     )
     features = shape[-dims - 1] * math.prod(kernel)
     large = positions * features >= MOMENT_ENTRIES or positions * features**2 >= MOMENT_PRODUCTS
