@@ -28,6 +28,11 @@ ELSEWHERE = {"architecture", "laplace"}
 WITH_CODE = [path for path in WRITTEN if BLOCK.search(path.read_text(encoding="utf-8")) and path.stem not in ELSEWHERE]
 
 
+def forget_backpack() -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "backpack"]:
+        del sys.modules[name]
+
+
 @pytest.fixture
 def _as_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compile_backend: str) -> Iterator[None]:
     """Pictures go to a folder of their own, and modules that a page registers go again."""
@@ -38,13 +43,13 @@ def _as_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compile_backend:
     if device.type != "cpu":  # pages are printed, and drawn, from the CPU
         torch.set_default_device("cpu")
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    forget_backpack()  # another test may have imported it in this process
     yield
     if device.type != "cpu":
         torch.set_default_device(device)
     curvfunc.rules.RULES.clear()
     curvfunc.rules.RULES.update(rules)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "backpack"]:
-        del sys.modules[name]
+    forget_backpack()
     sys.modules.update({name: module for name, module in modules.items() if name.partition(".")[0] == "backpack"})
 
 
