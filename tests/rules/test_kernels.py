@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_close
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import curvfunc
 from curvfunc import compat, functionalize
@@ -377,11 +378,46 @@ def test_models_on_a_branch_cut() -> None:
     assert_close(curvfunc.diag_hessian(model, params, X, y)["w"].flatten(), want.diagonal())
 
 
-def test_what_recurrent_modules_ask_before_they_lay_weights_out_for_a_gpu() -> None:
-    asked = INSTEAD[1][Tensor.data_ptr]
-    t = torch.randn(3)
-    assert asked(t) == t.data_ptr()
-    found = []
-    torch.func.grad(lambda t: (found.append(asked(t)), t.sum())[1])(t)
-    torch.vmap(lambda t: (found.append(asked(t)), t)[1])(t)
-    assert found == [0, 0]
+def test_addresses_tell_what_is_the_same_under_transformations() -> None:
+    """A module that looks whether its weights are tied must not find that all are."""
+    asked, found = INSTEAD[1][Tensor.data_ptr], []
+    a, b = torch.randn(2, 3), torch.randn(2, 3)
+    for transform in (lambda f: torch.func.grad(f), lambda f: torch.vmap(f), lambda f: f):
+        transform(lambda t: (found.append([asked(t), asked(t.view_as(t)), asked(b)]), t.sum())[1])(a)
+    assert found == [[a.data_ptr(), a.data_ptr(), b.data_ptr()]] * 3
+
+
+class OnGPU(TorchFunctionMode):
+    """Has recurrent modules think that their weights are on a GPU, where they lay them out for cuDNN."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return True if func is Tensor.is_cuda.__get__ else func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU])
+def test_recurrent_modules_on_a_gpu(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.recurrent, self.head = make(3, 4, batch_first=True), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.recurrent(x)[0][:, -1])
+
+    model_fn, params = functionalize(Net().eval())
+    X, y = torch.randn(4, 5, 3), torch.arange(4) % 3
+    v = {name: torch.randn_like(p) for name, p in params.items()}
+    calls = (
+        lambda p: curvfunc.batch_grad(model_fn, p, X, y),
+        lambda p: curvfunc.diag_hessian(model_fn, p, X, y),
+        lambda p: curvfunc.ggn_vp(model_fn, p, X, y, v),
+        lambda p: curvfunc.compute(model_fn, p, X, y, curvfunc.Grad()),
+    )
+    ensemble = {name: torch.stack([p, 2 * p]) for name, p in params.items()}
+    want = [[call(params), torch.vmap(call)(ensemble)] for call in calls]
+    before = {name: p.data_ptr() for name, p in params.items()}
+    monkeypatch.setattr(torch.backends.cudnn, "is_acceptable", lambda t: True)
+    with OnGPU():
+        got = [[call(params), torch.vmap(call)(ensemble)] for call in calls]
+    assert_close(got, want)
+    assert {name: p.data_ptr() for name, p in params.items()} == before

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["data_ptr", "without_cudnn"]
+from curvfunc.tensors.ownership import base
+
+__all__ = ["as_laid_out", "data_ptr", "without_cudnn"]
 
 
 def without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,8 +30,9 @@ def without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def data_ptr(t: Tensor) -> int:
-    """The address of a tensor's memory, 0 where torch.func has none: recurrent modules ask, for cuDNN's layout of weights."""
-    try:
-        return t.data_ptr()
-    except RuntimeError:
-        return 0
+    """The address of a tensor's memory, below all levels of torch.func: who compares addresses learns what is the same."""
+    return base(t).data_ptr()
+
+
+def as_laid_out(*_: Any, **__: Any) -> None:
+    """In place of a layout of weights for cuDNN, of which modules take care as they run: it would move parameters' memory."""

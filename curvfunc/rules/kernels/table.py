@@ -18,7 +18,7 @@ from curvfunc.rules.kernels.indexing import (
     scatter_reduce,
     select_scatter,
 )
-from curvfunc.rules.kernels.libraries import data_ptr, without_cudnn
+from curvfunc.rules.kernels.libraries import as_laid_out, data_ptr, without_cudnn
 from curvfunc.rules.kernels.linear_algebra import (
     cholesky_inverse,
     det,
@@ -88,6 +88,7 @@ _FIRST: Functions = {
     torch.linalg.solve_ex: solve_ex,
     torch.linalg.tensorsolve: tensorsolve,
     Tensor.data_ptr: data_ptr,
+    torch._cudnn_rnn_flatten_weight: as_laid_out,
     **{f: without_cudnn(f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
     **_functions(
         cdist=cdist,
