@@ -391,7 +391,7 @@ class OnGPU(TorchFunctionMode):
     """Has recurrent modules think that their weights are on a GPU, where they lay them out for cuDNN."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return True if func is Tensor.is_cuda.__get__ else func(*args, **kwargs or {})
+        return True if func == Tensor.is_cuda.__get__ else func(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("make", [nn.LSTM, nn.GRU])
@@ -417,6 +417,8 @@ def test_recurrent_modules_on_a_gpu(make: Any, monkeypatch: pytest.MonkeyPatch) 
     want = [[call(params), torch.vmap(call)(ensemble)] for call in calls]
     before = {name: p.data_ptr() for name, p in params.items()}
     monkeypatch.setattr(torch.backends.cudnn, "is_acceptable", lambda t: True)
+    monkeypatch.setattr(torch, "_use_cudnn_rnn_flatten_weight", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "get_cudnn_mode", lambda mode: 2)
     with OnGPU():
         got = [[call(params), torch.vmap(call)(ensemble)] for call in calls]
     assert_close(got, want)
