@@ -12,7 +12,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Chance"]
+__all__ = ["Chance", "numpy_random"]
+
+
+def numpy_random() -> Any:
+    """``numpy.random``, or None; imported here, lest that happens between two looks at it: torch does so as it needs numpy."""
+    return None if find_spec("numpy") is None else import_module("numpy").random
 
 
 class Chance:
@@ -58,9 +63,8 @@ class Chance:
             (torch.default_generator.get_state, torch.default_generator.set_state),
             (random.getstate, random.setstate),
         ]
-        if find_spec("numpy") is not None:  # imported here, lest that happens between two looks: torch does so as it needs it
-            generator = import_module("numpy").random
-            found.append((generator.get_state, generator.set_state))
+        if (numpy := numpy_random()) is not None:
+            found.append((numpy.get_state, numpy.set_state))
         for device in sorted(self._devices, key=str):
             if device.type == "cuda" and torch.cuda.is_initialized():
                 generator = torch.cuda.default_generators[device.index or 0]

@@ -9,7 +9,6 @@ Where they differ, it may be by chance: both run again without it, all random op
 """
 
 import random
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from curvfunc.engine.chance import numpy_random
 from curvfunc.tensors.ownership import base
 
 __all__ = [
@@ -158,22 +158,22 @@ def without_chance() -> AbstractContextManager[None]:
 @contextmanager
 def chance_put_back(inside: AbstractContextManager[Any] | None = None) -> Iterator[None]:
     """Afterwards Python's generators, which ``same_chance`` sets, are where they were."""
-    numpy = sys.modules.get("numpy")
-    states = random.getstate(), None if numpy is None else numpy.random.get_state()
+    numpy = numpy_random()
+    states = random.getstate(), None if numpy is None else numpy.get_state()
     try:
         with inside or nullcontext():
             yield
     finally:
         random.setstate(states[0])
         if numpy is not None:
-            numpy.random.set_state(states[1])
+            numpy.set_state(states[1])
 
 
 def same_chance() -> None:
     """Start Python's own draws at the same place in each forward pass, where ``chance_put_back`` sees to them."""
     random.seed(0)
-    if (numpy := sys.modules.get("numpy")) is not None:
-        numpy.random.seed(0)
+    if (numpy := numpy_random()) is not None:
+        numpy.seed(0)
 
 
 class _Constants(TorchDispatchMode):
