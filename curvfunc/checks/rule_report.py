@@ -326,9 +326,8 @@ def _factors(found: Trace, i: int, form: Form, J: Tensor, approximation: str | N
         return (2 * torch.einsum("ncp,ncq->pq", J, J),)
     (j,) = [j for j, site in enumerate(found.sites) if i in site.forms]
     C = found.out[0].numel()
-    columns = 2**0.5 * torch.eye(C, dtype=found.out.dtype, device=found.out.device).reshape(C, 1, *found.out.shape[1:]).expand(
-        C, *found.out.shape
-    )
+    unit = torch.eye(C, dtype=found.out.dtype, device=found.out.device).reshape(C, 1, *found.out.shape[1:])
+    columns = (2**0.5 * unit).expand(C, *found.out.shape)
     cotangents, _ = pull(found, columns, create_graph=False, retain_graph=True)
     g, x = form.cotangent(cotangents[j]).detach(), form.inputs().detach()
     summed = isinstance(form, Outer) and form.sum_positions

@@ -27,7 +27,7 @@ def refuse_export() -> None:
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback
+_callback: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)  # no public name
 
 
 def uncompiled(function: _Function) -> _Function:
