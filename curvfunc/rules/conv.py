@@ -81,7 +81,7 @@ def conv(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, use: Use,
 
     usual = "weight" not in use.sampled and input.numel() > 0
     grouped = torch.Size((math.prod(input.shape[:-dims]) // max(1, channels), channels, *input.shape[-dims:]))
-    shared = usual and moment_pays(grouped, *sizes, input.is_cuda)
+    shared = usual and moment_pays(grouped, *sizes, input.device.type != "cpu")
     made = usual and math.prod(call.kernel) > 1
     positions = math.prod(
         size // step for size, step in zip(input.shape[-dims:], per_dimension(call.stride, dims), strict=True)

@@ -95,10 +95,10 @@ def moment_pays(
         max(0, (hint(size) - r) // t + 1) for size, r, t in zip(space, reach, stride, strict=True)
     )
     features = shape[-dims - 1] * math.prod(kernel)
-    large = positions * features >= MOMENT_ENTRIES or positions * features**2 >= MOMENT_PRODUCTS
+    products = positions * features**2
     if on_gpu:
-        large = positions * features**2 >= MOMENT_PRODUCTS_ON_GPU
-    return 2 * positions >= features and large
+        return 2 * positions >= features and products >= MOMENT_PRODUCTS_ON_GPU
+    return 2 * positions >= features and (positions * features >= MOMENT_ENTRIES or products >= MOMENT_PRODUCTS)
 
 
 def patch_moment(
@@ -222,7 +222,7 @@ def transposed_moment(
         if not all(entries):
             continue
         inputs, inner = F.pad(x, pads), [len(e) for e in entries]
-        if moment_pays(inputs.shape, inner, 1, 0, 1, inputs.is_cuda):
+        if moment_pays(inputs.shape, inner, 1, 0, 1, inputs.device.type != "cpu"):
             block = patch_moment(inputs, inner, 1, 0, 1)
         else:
             block = second_moment(unfold(inputs, inner, 1, 0, 1).transpose(0, 1).flatten(1))
