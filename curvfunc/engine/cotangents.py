@@ -33,6 +33,7 @@ __all__ = [
     "common",
     "pull",
     "stream",
+    "together",
 ]
 
 # Columns travel together as long as the largest intermediate stays below this many bytes: on CPU, larger tensors come
@@ -112,13 +113,18 @@ class AveragedHessian:
     """The loss Hessian, averaged over samples at each step back; see `curvfunc.hessian.kfra`."""
 
 
+def together(like: Tensor, *shapes: Sequence[Any]) -> int:
+    """How many columns are backpropagated together, on the device of ``like`` and in its type, if they pass these shapes."""
+    widest = max([1, *[hint(math.prod(shape)) for shape in shapes]])
+    return max(1, CHUNK_BYTES.get(like.device.type, 1 << 28) // (widest * like.element_size()))
+
+
 def chunks(total: int, trace: Trace, chunk_size: int | None) -> list[tuple[int, int]]:
     """Ranges of columns that are backpropagated together."""
     if chunk_size is None:
         if type(total) is int and total == 1:
             return [(0, 1)]
-        widest = max([1, *[math.prod(s.shape) for s in trace.sites]]) * trace.out.element_size()
-        chunk_size = max(1, CHUNK_BYTES.get(trace.out.device.type, 1 << 28) // hint(widest))
+        chunk_size = together(trace.out, *[s.shape for s in trace.sites])
     return ranges(int(total), chunk_size)
 
 

@@ -15,7 +15,6 @@ before any other operation that curves (`curvfunc.hessian.residuals`), and those
 held fixed.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvfunc.engine.columns import over_columns
-from curvfunc.engine.cotangents import CHUNK_BYTES
+from curvfunc.engine.cotangents import together
 from curvfunc.engine.passes import Prepared
 from curvfunc.engine.sites import Site, Trace
 from curvfunc.hessian.choice import uses_of
@@ -146,9 +145,7 @@ class _Columns:
         """Ranges of columns that go together."""
         size = self.chunk_size
         if size is None:
-            out = self.trace.out
-            widest = max([hint(widest), self.widest, *[hint(math.prod(s.shape)) for s in self.trace.sites]])
-            size = max(1, CHUNK_BYTES.get(out.device.type, 1 << 28) // (widest * out.element_size()))
+            size = together(self.trace.out, [widest], [self.widest], *[s.shape for s in self.trace.sites])
         return ranges(int(total), size)
 
     def at_uses(

@@ -4,7 +4,6 @@ For z with independent signs, E[z zᵀ] = I, so that E[z ⊙ H z] = diag H. One 
 samples: H z = Σₙ Hₙ z is the derivative of the gradient, and the Hₙ z those of the per-sample gradients, in direction z.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,10 +11,10 @@ from torch import Tensor
 from torch._C import _functorch
 
 from curvfunc.engine.columns import over_columns
-from curvfunc.engine.cotangents import CHUNK_BYTES
+from curvfunc.engine.cotangents import together
 from curvfunc.engine.sites import Trace
 from curvfunc.tensors.precision import wide
-from curvfunc.tensors.sizes import hint, ranges
+from curvfunc.tensors.sizes import ranges
 
 __all__ = ["estimate"]
 
@@ -59,9 +58,7 @@ def estimate(
     multiply = _products([gradients[i] for i in curved], curved, leaves, batched, differentiable)
     numel = [p.numel() for p in leaves]
     if chunk_size is None:
-        sizes = [1, sum(g.numel() for g in gradients), *[math.prod(s.shape) for s in trace.sites]]
-        size = max(map(hint, sizes)) * trace.out.element_size()
-        chunk_size = max(1, CHUNK_BYTES.get(trace.out.device.type, 1 << 28) // size)
+        chunk_size = together(trace.out, [sum(g.numel() for g in gradients)], *[s.shape for s in trace.sites])
     for start, stop in ranges(draws, chunk_size):
         z = torch.stack([signs(sum(numel)) for _ in range(start, stop)])  # one by one, whatever goes together
         drawn = dict(zip(order, z.split([numel[i] for i in order], 1), strict=True))

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from curvfunc.engine.columns import over_columns
-from curvfunc.engine.cotangents import CHUNK_BYTES
+from curvfunc.engine.cotangents import CHUNK_BYTES, together
 from curvfunc.engine.graph import edge_of
 from curvfunc.engine.sites import Layouts, Site, Trace
 from curvfunc.hessian.residuals import is_affine
@@ -291,8 +291,7 @@ def _shared(step: _Step, x: _Tensor, nodes: list[Node], G: Tensor, differentiabl
     def transposed(rows: Tensor) -> Tensor:
         rows = rows.to(_dtype(step.output.edge))
         batches = F.pad(rows, (0, 0, 0, -len(rows) % samples)).reshape(-1, samples, *given[1:])
-        widest = max(math.prod(x.shape), given.numel())
-        parts = batches.split(max(1, CHUNK_BYTES.get(G.device.type, 1 << 28) // (widest * G.element_size())))
+        parts = batches.split(together(G, x.shape, given))
         found = [over_columns(pullback, part) if len(part) > 1 else pullback(part[0])[None] for part in parts]
         return torch.cat(found).reshape(-1, x.shape[1:].numel())[: len(rows)].to(G.dtype)
 

@@ -31,7 +31,7 @@ from curvfunc.engine.calls import BATCH_NORMS, BATCH_STATISTICS, takes_batch_sta
 from curvfunc.engine.chance import Chance
 from curvfunc.engine.columns import over_columns
 from curvfunc.engine.company import Entangled, check_subset
-from curvfunc.engine.cotangents import CHUNK_BYTES
+from curvfunc.engine.cotangents import together
 from curvfunc.engine.effects import Attributes, Effects
 from curvfunc.engine.graph import reached
 from curvfunc.engine.leaves import leaf
@@ -409,8 +409,7 @@ def batched(
     if num == 0:
         return [torch.zeros_like(t) for t in v]
     if chunk_size is None:
-        widest = max(leaves[i].numel() for i in which) * leaves[0].element_size()
-        chunk_size = max(1, CHUNK_BYTES.get(v[0].device.type, 1 << 28) // max(1, widest))
+        chunk_size = together(leaves[0], *[leaves[i].shape for i in which])
     parts = [_together(product, which, [t[i : i + chunk_size] for t in v]) for i in range(0, num, chunk_size)]
     return own(parts[0]) if len(parts) == 1 else [torch.cat(columns) for columns in zip(*parts, strict=True)]
 
