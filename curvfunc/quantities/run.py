@@ -86,7 +86,7 @@ class Run:
 
     def _results(self, leaves: list[Tensor], specs: list[Quantity], differentiable: bool) -> tuple[Tensor, list[Any]]:
         cotangents = common([s.cotangent for s in specs])
-        estimated = [c for c in dict.fromkeys(cotangents) if isinstance(c, FullHessian) and c.mc_samples]
+        estimated = any(isinstance(c, FullHessian) and c.mc_samples for c in cotangents)
         curves = FullHessian() in cotangents
         averaged = any(isinstance(s.cotangent, AveragedHessian) for s in specs)
         layouts = Layouts(COMPOSITES) if curves else Layouts() if averaged else None
@@ -125,20 +125,14 @@ class Run:
             for s, key in zip(specs, keys, strict=True):
                 if s.contractions:
                     wanted.setdefault(key, {}).update(dict.fromkeys(s.contractions))
-            if curved is not None:  # first, since the graph ends with the last of the others
-                key = FullHessian(), self.chosen is not None
-                names = wanted.pop(key)
-                batched = "sample_squares" in names or self.chosen is not None
-                diagonal = self._hessian(*curved, leaves, batched, differentiable)
-                if self.chosen is not None:
-                    diagonal = [d[self.chosen.to(d.device)] for d in diagonal]
-                parts[key, "sample_squares"] = diagonal
-                parts[key, "squares"] = [d.sum(0) for d in diagonal] if batched else diagonal
-            for cotangent in estimated:
-                key = cotangent, self.chosen is not None
-                names = wanted.pop(key)
-                batched = "sample_squares" in names or self.chosen is not None
-                diagonal = self._estimated(cotangent.mc_samples, trace, leaves, batched)
+            # first the Hessians, since the graph ends with the last of the others
+            for key in [key for key in wanted if isinstance(key[0], FullHessian)]:
+                batched = "sample_squares" in wanted.pop(key) or self.chosen is not None
+                if draws := key[0].mc_samples:
+                    diagonal = self._estimated(draws, trace, leaves, batched)
+                else:
+                    assert curved is not None
+                    diagonal = self._hessian(*curved, leaves, batched, differentiable)
                 parts[key, "sample_squares"] = diagonal
                 parts[key, "squares"] = [d.sum(0) for d in diagonal] if batched else diagonal
             if layouts is not None and averaged:
@@ -272,7 +266,7 @@ class Run:
         def columns(start: int, stop: int) -> Tensor:
             return self.batch.select(root.columns(start, stop)).to(trace.out.dtype)
 
-        return hessian.diagonal(
+        found = hessian.diagonal(
             trace,
             leaves,
             curved,
@@ -282,6 +276,7 @@ class Run:
             chunk_size=self.chunk_size,
             differentiable=differentiable,
         )
+        return found if self.chosen is None else [d[self.chosen.to(d.device)] for d in found]
 
     def _estimated(self, draws: int, trace: Trace, leaves: list[Tensor], batched: bool) -> list[Tensor]:
         """Estimates of the Hessian's diagonal per parameter, from derivatives of the gradients, all or each sample's."""
