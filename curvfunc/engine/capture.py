@@ -22,6 +22,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
+from curvfunc.engine import plans
 from curvfunc.engine.effects import Attributes, Effects, ParameterChanged
 from curvfunc.engine.graph import reached
 from curvfunc.engine.observer import Observer
@@ -88,7 +89,7 @@ def _attempt(run: "Runs", generic: Sequence[int], layouts: Layouts | None, faste
     versions = [] if torch.compiler.is_dynamo_compiling() else [p._version for p in leaves]
     for guesses in (None, False):
         mode = Observer(dict(enumerate(leaves)), None, samples, layouts, instead)
-        mode.guesses = guesses
+        mode.guesses, mode.plan = guesses, plans.expected(run.model_fn, samples)
         mode.note(generic, "on request")
         run.started.append(mode)
         try:
@@ -100,6 +101,7 @@ def _attempt(run: "Runs", generic: Sequence[int], layouts: Layouts | None, faste
             mode = run.watch({}, None, samples)
             out = run.whole(mode)
             mode.note([None], CHANGING)
+        plans.keep(run.model_fn, samples, mode.plan)
         if not mode.reasons and out.requires_grad and mode.axis_of(out) != 0:
             mode.reasons[None] = UNFOLLOWED
         if not mode.reasons:

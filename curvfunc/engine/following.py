@@ -27,7 +27,7 @@ class Follower(TorchFunctionMode):
         self.counts = False  # whether Python asked for the shape of a batch
         self.random = False
         self.foreign: dict[int, Tensor] = {}  # constants that it did not see made: captured, or made where calls are hidden
-        self._marks: dict[int, tuple[Any, int | None, bool]] = {}
+        self.marks: dict[int, tuple[Any, int | None, bool]] = {}
 
     # -- from call to call
 
@@ -67,7 +67,7 @@ class Follower(TorchFunctionMode):
             axis = self.axis_of(t)
             if axis is None:
                 constant_with_grad |= t.requires_grad
-                self._doubt(t)
+                self.doubt(t)
             elif axis >= 0:
                 sampled = True
             elif axis == CONSTANT:
@@ -85,7 +85,8 @@ class Follower(TorchFunctionMode):
             return MIXED if found is None else found
         return CONSTANT if constant_with_grad else None
 
-    def _doubt(self, t: Tensor) -> None:
+    def doubt(self, t: Tensor) -> None:
+        """Note a constant that was not seen to be made."""
         if self._marked_axis(t, UNSEEN) == UNSEEN:
             self.foreign[id(t)] = t
 
@@ -103,7 +104,7 @@ class Follower(TorchFunctionMode):
 
     def mark(self, t: Tensor, axis: int | None) -> None:
         """Note the sample axis of a tensor that the forward pass made; nothing is left on the tensor itself."""
-        self._marks[id(t)] = (ref(t), axis, t.requires_grad)
+        self.marks[id(t)] = (ref(t), axis, t.requires_grad)
 
     def marked(self, x: Tensor) -> Tensor:
         """A view of ``x`` whose first axis is known to be that of the samples."""
@@ -113,7 +114,7 @@ class Follower(TorchFunctionMode):
 
     def axis_of(self, t: Tensor) -> int | None:
         """The sample axis, MIXED or CONSTANT; None for a constant without gradient."""
-        found = self._marks.get(id(t))
+        found = self.marks.get(id(t))
         if found is not None and found[0]() is t and found[2] == t.requires_grad:
             return found[1]
         # what has a gradient now and had none then was made where the mode cannot see it
@@ -125,7 +126,7 @@ class Follower(TorchFunctionMode):
         return None if axis is None or axis < 0 else axis
 
     def _marked_axis(self, t: Tensor, default: int | None = None) -> int | None:
-        found = self._marks.get(id(t))
+        found = self.marks.get(id(t))
         return found[1] if found is not None and found[0]() is t else default
 
     def _is_made(self, t: Tensor) -> bool:
@@ -134,5 +135,5 @@ class Follower(TorchFunctionMode):
             return True
         if (base := t._base) is not None:
             t = base
-        found = self._marks.get(id(t))
+        found = self.marks.get(id(t))
         return t.grad_fn is not None or (found is not None and found[0]() is t)

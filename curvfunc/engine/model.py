@@ -4,6 +4,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import is_not
 from typing import Any
 
 import torch
@@ -41,9 +42,11 @@ class ModelFunction:
         scripted = [name for name, m in self.module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
         self.scripted = [name for name in scripted if not name or name.rpartition(".")[0] not in scripted]  # the outermost
         changeable = [m for m in self.module.modules() if not isinstance(m, torch.jit.ScriptModule)]
-        self._talkers, self._kinds = Talkers(changeable), [(m, type(m)) for m in changeable]
+        self._talkers, self._kinds = Talkers(changeable), (changeable, [type(m) for m in changeable])
         self._talks = bool(self._talkers)
         self._submodules = [(m._modules, key, child) for m in changeable for key, child in m._modules.items()]
+        self._columns: Any = tuple(zip(*self._submodules, strict=True)) or ((), (), ())
+        self._known: list[str] | None = None  # names of params that were looked at
 
     @property
     def keepers(self) -> list[nn.Module]:
@@ -53,8 +56,11 @@ class ModelFunction:
 
     def refresh(self) -> list[tuple[dict[str, Any], str, Any]]:
         """Note it again if a submodule was replaced since; returns where each is held, by which key, and itself."""
-        replaced = any(held.get(key) is not child for held, key, child in self._submodules)
-        if replaced or (SHARDING in sys.modules and any(type(m) is not kind for m, kind in self._kinds)):  # by fully_shard
+        held, keys, children = self._columns
+        replaced = any(map(is_not, map(dict.get, held, keys), children))
+        if replaced or (
+            SHARDING in sys.modules and any(map(is_not, map(type, self._kinds[0]), self._kinds[1]))
+        ):  # by fully_shard
             self._read()
         return self._submodules
 
@@ -153,19 +159,23 @@ class ModelFunction:
                 f"params of a functionalized module is a dict by parameter name, got {type(params).__name__}. Take it from "
                 "functionalize(module)."
             )
+        names = [*params]
         if not torch.compiler.is_dynamo_compiling():  # it guards on the submodules, see `curvfunc.engine.compiled`
             self.refresh()
+            if names == self._known:
+                return
         if not params.keys() <= self._places.keys():
             unknown = sorted(params.keys() - self._places.keys())
             raise ValueError(
                 f"params has {unknown}, which {type(self.module).__name__} does not have; its parameters are "
                 f"{sorted(self._parameters)}. Take params from functionalize(module), or remove these entries."
             )
-
         first: dict[str, str] = {}
-        for name in params:
+        for name in names:
             if (other := first.setdefault(self._places[name][0][0], name)) != name:
                 raise ValueError(f"{other!r} and {name!r} in params are one parameter. Remove one of them.")
+        if not torch.compiler.is_dynamo_compiling():
+            self._known = names
 
     def __eq__(self, other: object) -> bool:
         """Equal when module and output function are the same objects."""

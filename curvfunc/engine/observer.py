@@ -26,8 +26,9 @@ from curvfunc.engine.calls import (
     tensors_in,
 )
 from curvfunc.engine.effects import HIDDEN_WRITES, Effects
-from curvfunc.engine.following import CONSTANT, Follower
+from curvfunc.engine.following import CONSTANT, MIXED, Follower
 from curvfunc.engine.graph import Opaque, calls_may_hide, edge_of, pullback, viewed
+from curvfunc.engine.plans import Plan, SiteStep, Step, step
 from curvfunc.engine.sites import Layouts, Parameter, Site
 from curvfunc.rules import DECOMPOSITIONS, EXPANSIONS, RULES, SPLITS, TRANSPOSES, Use
 from curvfunc.rules.batch_axis import mutates
@@ -74,6 +75,7 @@ class Observer(Follower):
         self.guesses: bool | None = None  # whether constants were taken for samples; False forbids it
         self.rows: list[Tensor] = []  # these constants
         self.sites: list[Site] = []
+        self.plan: Plan | None = None  # what is expected of it
         self.effects: Effects | None = Effects(tracked.values())  # None where they are the user's own
 
     def __torch_function__(
@@ -81,6 +83,22 @@ class Observer(Follower):
     ) -> Any:
         """Run ``func`` and note what it does with parameters and samples."""
         kwargs = kwargs or {}
+        plan, now = self.plan, None
+        if plan is not None and (now := plan.next(func)) is not None:
+            values = (*args, *kwargs.values()) if kwargs else args
+            data = now.meets(self, values, kwargs)
+            if data is not None:
+                out = self._run(func, args, kwargs)
+                if now.gave(out, data) and (now.site is None or self._use_again(now, values, data, out)):
+                    plan.taken()
+                    self.mark(out, now.axis)
+                    return out
+                tensors = tensors_in(args, kwargs)
+                used = [p for t in tensors if (p := self.index.get(id(t))) is not None]
+                sampled = any(map(self._sampled, tensors))
+                self._look(func, args, kwargs, tensors, out, used, sampled, self._before(tensors) if used else [])
+                plan.decided(None)
+                return out
         tensors = tensors_in(args, kwargs)
         writes = False
         if func not in ORDINARY:
@@ -101,27 +119,78 @@ class Observer(Follower):
             with self:
                 return decomposition(*args, **kwargs)
         before: list[Node] = []
+        sampled = repeated = False
         if used:
             sampled = any(map(self._sampled, tensors))
             if not sampled and func in RULES:
                 args, kwargs = (self._repeated(a) for a in (args, kwargs))
                 tensors = tensors_in(args, kwargs)
-                sampled = any(map(self._sampled, tensors))
-            if torch.is_grad_enabled():  # before the call, which may move on from these nodes in place
-                data = [self._raw(t) for t in tensors if id(t) not in self.index]
-                before = [edge_of(t).node for t in data if t.requires_grad]
+                sampled = repeated = any(map(self._sampled, tensors))
+            before = self._before(tensors)  # before the call, which may move on from these nodes in place
+        ordinary = func in ORDINARY or func in BATCH_NORMS
+        now = step(self, func, (*args, *kwargs.values()), kwargs) if plan is not None and ordinary and not repeated else None
+        out = self._run(func, args, kwargs)
+        site = self._look(func, args, kwargs, tensors, out, used, sampled, before, writes)
+        if plan is not None:
+            plan.decided(None if now is None or (used and site is None) else self._decided(now, tensors, out, site))
+        return out
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The function, or what does the same in its place."""
         run = self.instead.get(func, func)
         if self.level is not None:
             run = UNDER_VMAP.get(func, run)
-        out = run(*args, **kwargs) if self.layouts is None else self._laid_out(self.layouts, func, run, args, kwargs, tensors)
+        if self.layouts is not None:
+            return self._laid_out(self.layouts, func, run, args, kwargs, tensors_in(args, kwargs))
+        return run(*args, **kwargs)
+
+    def _before(self, tensors: list[Tensor]) -> list[Node]:
+        """The nodes that made the inputs."""
+        if not torch.is_grad_enabled():
+            return []
+        data = [self._raw(t) for t in tensors if id(t) not in self.index]
+        return [edge_of(t).node for t in data if t.requires_grad]
+
+    def _look(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        out: Any,
+        used: list["Parameter"],
+        sampled: bool,
+        before: list[Node],
+        writes: bool = False,
+    ) -> SiteStep | None:
+        """Note what a call did; returns the use of parameters in it, where this may come again."""
         if used and holds_tensor(out):
             if sampled or writes or not self._derive(func, out, used):
-                self._use(func, args, kwargs, tensors, out, used, before, writes)
+                return self._use(func, args, kwargs, tensors, out, used, before, writes)
         elif self.level is None:
             self._follow(func, args, kwargs, tensors, out, writes)
         elif isinstance(out, Tensor) and not any(out is t for t in tensors):
             self.mark(out, None)
-        return out
+        return None
+
+    # -- calls that come again
+
+    def _decided(self, now: Step, tensors: list[Tensor], out: Any, site: SiteStep | None) -> Step | None:
+        """What was decided of a call, if it can be taken over."""
+        if type(out) is not Tensor or any(out is t for t in tensors) or (axis := self.axis_of(out)) == MIXED:
+            return None
+        now.axis, now.shape, now.requires_grad, now.site = axis, out.shape, out.requires_grad, site
+        return now
+
+    def _use_again(self, now: Step, values: Sequence[Any], data: list[Tensor], out: Tensor) -> bool:
+        """Keep the site of a call that uses parameters as it did before; False if the rule does not cover this one."""
+        again, axis = now.site, now.axis
+        assert again is not None
+        assert axis is not None
+        if RULES.get(now.func) is not again.rule or (forms := again.forms(values)) is None:
+            return False
+        self._keep(again.name, forms, out, axis, data, [edge_of(t).node for t in data if t.requires_grad])
+        return True
 
     def undo(self, but: Container[int] = ()) -> Effects:
         """Take back what the forward pass wrote into tensors that it did not make."""
@@ -187,7 +256,7 @@ class Observer(Follower):
             if self.guesses is False or t.ndim == 0 or not t.shape[0] == self.samples > 1:
                 return t
             self.guesses = True
-            self._doubt(t)
+            self.doubt(t)
             self.rows.append(t)
             return self.marked(t)
 
@@ -221,7 +290,7 @@ class Observer(Follower):
         used: list["Parameter"],
         before: list[Node],
         writes: bool,
-    ) -> None:
+    ) -> SiteStep | None:
         if self.level is None:
             self._follow(func, args, kwargs, tensors, out, writes)
         rule = RULES.get(func)
@@ -278,27 +347,27 @@ class Observer(Follower):
         if alone:
             forms = {k: _squeezed(f) for k, f in forms.items()}
         of_leaves: dict[int, Form] = {}
-        reading, twice = False, False
+        twice = False
         for name, p in roles.items():
             form = forms[name]
-            reading = reading or reads(form)
             for i, own in ((p.leaf, form),) if p.leaf is not None else self._leaf_forms(p, form):
                 twice = twice or i in of_leaves
                 of_leaves[i] = own
         if twice:
             return self._decline(used, f"{name_of(func)} takes it in two arguments")
-        self.sites.append(
-            Site(
-                name=name_of(func),
-                forms=of_leaves,
-                edge=edge_of(viewed(raw)),
-                axis=axis,
-                inputs=[(t, t._version) for t in map(self._raw, inputs.values())] if reading else [],
-                shape=raw.shape,
-                producers=before,
-            )
-        )
-        return None
+        self._keep(name_of(func), of_leaves, raw, axis, [self._raw(t) for t in inputs.values()], before)
+        if self.level is not None or rule.own or any(p.leaf is None for p in roles.values()):
+            return None
+        taken = [name if name in bound else None for name in (*rule.arguments[: len(args)], *kwargs)]
+        moved = {name: k for name in batched if (k := self.axis_of(inputs[name]))}
+        leaves = [(p.leaf, k) for k, p in roles.items() if p.leaf is not None]
+        return SiteStep(rule, name_of(func), tuple(taken), moved, bound.get("use"), leaves, frozenset(roles))
+
+    def _keep(
+        self, name: str, forms: dict[int, Form], out: Tensor, axis: int, inputs: list[Tensor], before: list[Node]
+    ) -> None:
+        read = [(t, t._version) for t in inputs] if any(map(reads, forms.values())) else []
+        self.sites.append(Site(name, forms, edge_of(viewed(out)), axis, read, out.shape, before))
 
     def _leaf_forms(self, p: "Parameter", form: Form) -> list[tuple[int, Form]]:
         """The forms of the parameters that ``p`` is made of."""
@@ -314,16 +383,20 @@ class Observer(Follower):
         leaves = {q.leaf: q.tensor for q in p.ancestors()}
         return [(i, Through(form, pullback(edge, t), t.shape)) for i, t in leaves.items() if i is not None]
 
-    def _refuse(self, used: list["Parameter"], why: str) -> None:
+    def _refuse(self, used: list["Parameter"], why: str) -> SiteStep | None:
         self.note([q.leaf for p in used for q in p.ancestors()], why)
+        return None
 
-    def _unproven(self, used: list["Parameter"], func: Any) -> None:
+    def _unproven(self, used: list["Parameter"], func: Any) -> SiteStep | None:
         """On the plain path the samples may mix; under vmap the operation sees no sample at all."""
-        self._decline(used, f"{name_of(func)} has no proven sample axis")
+        return self._decline(used, f"{name_of(func)} has no proven sample axis")
 
-    def _decline(self, used: list["Parameter"], why: str) -> None:
+    def _decline(self, used: list["Parameter"], why: str) -> SiteStep | None:
         """What does not hold on the whole batch may hold for each sample by itself."""
-        return self.note([None], why) if self.level is None else self._refuse(used, why)
+        if self.level is not None:
+            return self._refuse(used, why)
+        self.note([None], why)
+        return None
 
     def note(self, used: Sequence[int | None], why: str) -> None:
         """Note why parameters are generic, or for None why the plain path does not hold."""

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -66,6 +67,9 @@ MEASURED = frozenset({"rotated_squares", "measured", "metric_norms", "metric_pro
 # Contractions of first order for which gradients are formed where a use has several positions; one pass serves all.
 FORMED = frozenset({"total", "squares", "sample_squares", "sample_norms"})
 
+# Contractions that are gradients, in their parameter's type.
+GRADIENTS = frozenset({"per_sample", "total", "weighted_total"})
+
 # Contractions that take more of a use than its gradients.
 FACTORS = frozenset(n for n in CONTRACTIONS if "factor" in n) | MEASURED
 
@@ -101,8 +105,11 @@ class Prepared:
             names: The contractions that it is for. They may do with products of inputs, or with gradients.
             alone: Whether it is its parameter's only use, and all samples are wanted.
         """
-        if alone and names and isinstance(form, Outer) and form.moment is not None and _do_with_products(form, names):
-            return forms.bind_products(form, g, self._once(form, True, form.moment))
+        if alone and names and type(form) is Outer and form.moment is not None and _do_with_products(form, names):
+            key = id(form), True
+            if key not in self._inputs:
+                self._inputs[key] = form.moment()
+            return forms.bind_products(form, g, self._inputs[key])
         return bind(form, g, self.of, factors=not FACTORS.isdisjoint(names))
 
     def forget(self, form: Form) -> None:
@@ -112,15 +119,13 @@ class Prepared:
 
     def of(self, form: Any) -> Any:
         """What a form takes."""
-        return self._once(form, False, form.inputs if self.whole else partial(forms.inputs_of, form))
-
-    def _once(self, form: Form, products: bool, prepare: Callable[[], Any]) -> Any:
-        if (id(form), products) not in self._inputs:
-            self._inputs[id(form), products] = prepare()
-        return self._inputs[id(form), products]
+        key = id(form), False
+        if key not in self._inputs:
+            self._inputs[key] = form.inputs() if self.whole else forms.inputs_of(form)
+        return self._inputs[key]
 
 
-@dataclass
+@dataclass(eq=False)
 class BackwardPass:
     """Contracts columns of the output over one forward pass.
 
@@ -161,18 +166,25 @@ class BackwardPass:
         for site in trace.sites:
             for i, form in site.forms.items():
                 uses[i].append((site, form))
+                retain_graph |= type(form) is Through  # what a parameter is made of by has a pullback to come
+        retain_graph |= self.differentiable
         per_site = [n for n in names if n != "total"]
         # where gradients of samples are formed anyway, their sum is at hand; else autograd's is faster
-        some = self.chosen is not None
-        summed = {i for i, mine in enumerate(uses) if "total" in names and (some or (per_site and _forms_gradients(mine)))}
-        others = [i for i in range(len(leaves)) if "total" in names and i not in summed]
-        found: dict[str, list[list[Any]]] = {n: [[] for _ in leaves] for n in names}
+        totals_of: Sequence[int] = range(len(leaves)) if "total" in names else ()
+        summed = {i for i in totals_of if self.chosen is not None or (per_site and _forms_gradients(uses[i]))}
+        others = [i for i in totals_of if i not in summed]
+        large = bool(per_site or summed) and root.num == 1 and self._is_large()
+        ranges = [(0, 1)] if large else chunks(root.num, trace, self.chunk_size)
+        self.prepared.whole |= len(ranges) > 1
+        results: dict[str, list[Any]] = {n: [None] * len(leaves) for n in names}
+        parts: dict[tuple[str, int], list[Any]] = {}  # of several chunks
         factors: dict[int, dict[Any, Tensor]] = {}  # by chunk
-        blocks = any(n.startswith("output_factor") for n in names)
+        blocks = not FACTORS.isdisjoint(names)
         operands = dict(self.operands)
         if joined := JOINED.intersection(names):
             biased = biases(trace.sites)
             operands |= {n: [i in biased for i in range(len(leaves))] for n in joined}
+        single, plain = len(ranges) == 1, not (operands or outs or blocks)
 
         def contract(i: int, bounds: list[Bound], start: int, stop: int) -> None:
             if bounds:
@@ -182,51 +194,49 @@ class BackwardPass:
                 samples = trace.out.shape[0] if self.chosen is None else len(self.chosen)
                 bound = direct(zero.expand(stop - start, samples, *leaves[i].shape))
             wanted = [*per_site, "total"] if i in summed else per_site
-            buffers = (
-                {n: buffer[i][start:stop] if n == "per_sample" else buffer[i] for n, buffer in outs.items()} if outs else {}
-            )
-            if blocks and isinstance(bound.form, Direct):
-                check_block(bound, f"parameter {self.names[i]!r}")
-            only = stop - start == root.num
-            own = {n: data[i] for n, data in operands.items()} if operands else None
-            shared = factors.setdefault(start, {}) if blocks else None
-            for n, part in contracted(wanted, bound, start == 0, only, buffers, shared, own).items():
-                keep(found[n][i], part, CONTRACTIONS[n][1])
+            if plain:
+                found = contracted(wanted, bound, start == 0, single)
+            else:
+                if blocks and type(bound.form) is Direct and any(n.startswith("output_factor") for n in names):
+                    check_block(bound, f"parameter {self.names[i]!r}")
+                buffers = {n: b[i][start:stop] if n == "per_sample" else b[i] for n, b in outs.items()}
+                own = {n: data[i] for n, data in operands.items()}
+                shared = factors.setdefault(start, {})
+                found = contracted(wanted, bound, start == 0, single, buffers, shared, own)
+            for n, part in found.items():
+                if single:
+                    results[n][i] = part
+                else:
+                    keep(parts.setdefault((n, i), []), part, CONTRACTIONS[n][1])
 
-        # what a parameter is made of by has a pullback to come
-        retain_graph |= self.differentiable or any(type(form) is Through for mine in uses for _, form in mine)
-        at_sites = bool(per_site) or bool(summed)
-        if at_sites and root.num == 1 and self._is_large():
+        totals: Sequence[Tensor] = ()
+        if large:
             column = self._columns(root, 0, 1)[0]
             totals = self._stream(column, uses, [leaves[i] for i in others], contract, per_site, retain_graph)
-            for i, t in zip(others, totals, strict=True):
-                found["total"][i].append(t)
-        else:
-            ranges = chunks(root.num, trace, self.chunk_size)
-            self.prepared.whole |= len(ranges) > 1
-            for start, stop in ranges:
-                gs, totals = pull(
-                    trace,
-                    self._columns(root, start, stop),
-                    [leaves[i] for i in others],
-                    sites=at_sites,
-                    create_graph=self.differentiable,
-                    retain_graph=retain_graph or stop < root.num,
-                )
-                for i, t in zip(others, totals, strict=True):
-                    found["total"][i].append(t)
-                if not at_sites:
-                    continue
-                at = dict(zip(trace.sites, gs, strict=True))
-                for site in trace.sites:
-                    check_unchanged(site)
-                for i, mine in enumerate(uses):
-                    contract(i, [self._bind(form, at[site], per_site, len(mine) == 1) for site, form in mine], start, stop)
-                factors.clear()
-        results = {n: [combine(n, f, outs[n][i] if n in outs else None) for i, f in enumerate(found[n])] for n in names}
-        for n in ("per_sample", "total", "weighted_total"):  # in low precision, sums of squares stay in single precision
-            if n in results:
-                results[n] = [_as_parameter(r, p) for r, p in zip(results[n], leaves, strict=True)]
+        for start, stop in () if large else ranges:
+            gs, totals = pull(
+                trace,
+                self._columns(root, start, stop),
+                [leaves[i] for i in others],
+                sites=bool(per_site or summed),
+                create_graph=self.differentiable,
+                retain_graph=retain_graph or stop < root.num,
+            )
+            if not (per_site or summed):
+                continue
+            at = dict(zip(trace.sites, gs, strict=True))
+            for site in trace.sites:
+                check_unchanged(site)
+            for i, mine in enumerate(uses):
+                alone = len(mine) == 1
+                contract(i, [self._bind(form, at[site], per_site, alone) for site, form in mine], start, stop)
+            factors.clear()
+        for i, t in zip(others, totals, strict=True):
+            results["total"][i] = t
+        for (n, i), p in parts.items():
+            results[n][i] = combine(n, p, outs[n][i] if n in outs else None)
+        for n in GRADIENTS.intersection(results):  # in low precision, sums of squares stay in single precision
+            results[n] = [r if _is_as(r, p) else _as_parameter(r, p) for r, p in zip(results[n], leaves, strict=True)]
         return results
 
     def _columns(self, root: losses.Root, start: int, stop: int) -> Tensor:
@@ -285,7 +295,7 @@ def contracted(
     bound: Bound,
     first: bool,
     only: bool,
-    buffers: dict[str, Tensor],
+    buffers: Mapping[str, Tensor] = MappingProxyType({}),
     factors: dict[Any, Tensor] | None = None,
     operands: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -304,16 +314,25 @@ def contracted(
         ``{name: part}``, where a part is a use if all chunks are to be contracted together.
     """
     found: dict[str, Any] = {}
-    if isinstance(bound.form, Outer) and bound.positions > 1 and len(shared := [n for n in names if n in FORMED]) > 1:
+    if (
+        type(bound.form) is Outer
+        and len(names) > 1
+        and bound.positions > 1
+        and len(shared := [n for n in names if n in FORMED]) > 1
+    ):
         found = contractions.formed(bound, shared)
+    plain = only and factors is None and not operands and not buffers
     for n in names:
         contract, how = CONTRACTIONS[n]
         if n in found or (how == "first" and not first):
             continue
+        if plain and n != "total":
+            found[n] = contract(bound)
+            continue
         if operands and n in operands:
             found[n] = contract(bound, operands[n])
             continue
-        if how == "join" or (how == "concatenate" and not only and _is_smaller(bound)):
+        if not only and (how == "join" or (how == "concatenate" and _is_smaller(bound))):
             found[n] = bound
         elif n in ("squares", "sample_squares") and not only and contractions.condenses(bound):
             found[n] = contractions.condensed(bound)
@@ -406,6 +425,10 @@ def check_unchanged(site: Site) -> None:
             )
 
 
+def _is_as(result: Any, p: Tensor) -> bool:
+    return result.dtype is p.dtype and result.layout is torch.strided
+
+
 def _as_parameter(result: Tensor, p: Tensor) -> Tensor:
     """A gradient, dense where that of an embedding is sparse, in the parameter's own type."""
     result = result if result.layout is torch.strided else result.to_dense()
@@ -419,9 +442,10 @@ def _do_with_products(form: Outer, names: Sequence[str]) -> bool:
 
 def _forms_gradients(uses: list[tuple[Site, Form]]) -> bool:
     """Whether a parameter's gradients of samples take as much work as their sum: all but those of vectors' matrices."""
-    return bool(uses) and all(
-        isinstance(form, Direct) or (isinstance(form, Outer) and len(site.shape) > 2) for site, form in uses
-    )
+    for site, form in uses:
+        if type(form) is not Direct and (type(form) is not Outer or len(site.shape) <= 2):
+            return False
+    return bool(uses)
 
 
 def _into(contract: Callable[..., Any], b: Bound, buffer: Tensor | None) -> Any:

@@ -134,6 +134,9 @@ def normalize(loss_fn: Callable[..., Tensor]) -> Loss:
     """
     if isinstance(loss_fn, Loss):
         return loss_fn
+    remembers = isinstance(loss_fn, types.FunctionType) and not torch.compiler.is_compiling()
+    if remembers and (known := _BY_FUNCTION.get(loss_fn)) is not None:
+        return known
     if isinstance(loss_fn, type) or not callable(loss_fn):
         what = f"the class {loss_fn.__name__}" if isinstance(loss_fn, type) else repr(loss_fn)
         example = f"{loss_fn.__name__}()" if isinstance(loss_fn, type) else "nn.CrossEntropyLoss() or F.cross_entropy"
@@ -159,7 +162,13 @@ def normalize(loss_fn: Callable[..., Tensor]) -> Loss:
     form = CLOSED_FORMS[name]
     if any(key not in form.tensors for key in tensors) or any(key not in form.options for key in options):
         return Loss(None, loss_fn)
-    return Loss(name, fn, tuple({**form.options, **options}.items()), tensors)
+    loss = Loss(name, fn, tuple({**form.options, **options}.items()), tensors)
+    if remembers and loss_fn is form.function:
+        _BY_FUNCTION[loss_fn] = loss
+    return loss
+
+
+_BY_FUNCTION: dict[Any, Loss] = {}  # the functions of closed forms themselves, as they are by default
 
 
 def rebuild(name: str | None, fn: Callable[..., Tensor], options: Constants, tensors: dict[str, Tensor]) -> Loss:

@@ -475,7 +475,7 @@ def _evaluate(
         except RuntimeError as error:
             explain_limits(error)
             raise
-    result = [apart(t) for t in result]
+    result = apart(result)
     result = own(result, lambda: [*tensors, *vector, *tensors_of(X), *tensors_of(y), *loss.tensors.values()])
     return result[0] if isinstance(matrix, Jacobian) else rebuild(result)
 

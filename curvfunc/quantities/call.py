@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import optree
@@ -123,8 +124,12 @@ def _check_outs(specs: Sequence[Any], outs: list[Any], others: dict[str, Any]) -
 def _own(results: list[Any], outs: list[Any] | None, given: Callable[[], list[Any]]) -> list[Any]:
     """The results, but for those in the caller's memory, as tensors that share memory with nothing."""
     new = results if outs is None else [r if out is None else () for r, out in zip(results, outs, strict=True)]
-    mine = iter(own([t for r in new for t in _flat(r)], given))
-    found = [_put(r, mine) for r in new]
+    if all(type(r) is list and {*map(type, r)} <= {Tensor} for r in new):  # all but Kronecker factors, as a rule
+        mine = iter(own(chain.from_iterable(new), given))
+        found = [[*islice(mine, len(r))] for r in new]
+    else:
+        mine = iter(own([t for r in new for t in _flat(r)], given))
+        found = [_put(r, mine) for r in new]
     return found if outs is None else [r if out is None else out for r, out in zip(found, outs, strict=True)]
 
 

@@ -49,6 +49,12 @@ class Quantity:
         """The result for one parameter from its contractions, for that many samples."""
         return parts[0]
 
+    def finish_all(self, samples: int, *parts: Sequence[Any]) -> list[Any]:
+        """The results for all parameters."""
+        if type(self).finish is Quantity.finish:
+            return [*parts[0]]
+        return [self.finish(samples, *own) for own in zip(*parts, strict=True)]
+
     def operands(self, names: Sequence[str]) -> dict[str, Sequence[Any]]:
         """Data for each of the named parameters, of contractions that take some."""
         return {}

@@ -44,7 +44,7 @@ class DrawnError(Exception):
     """A forward pass drew random numbers, and another one would draw others."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # quicker to make than if it were frozen
 class Run:
     """One forward pass and what is made of it."""
 
@@ -86,12 +86,12 @@ class Run:
 
     def _results(self, leaves: list[Tensor], specs: list[Quantity], differentiable: bool) -> tuple[Tensor, list[Any]]:
         cotangents = common([s.cotangent for s in specs])
-        estimated = any(isinstance(c, FullHessian) and c.mc_samples for c in cotangents)
-        curves = FullHessian() in cotangents
-        averaged = any(isinstance(s.cotangent, AveragedHessian) for s in specs)
+        kinds = {type(c) for c in cotangents}
+        estimated = FullHessian in kinds and any(c.mc_samples for c in cotangents if isinstance(c, FullHessian))
+        curves = FullHessian in kinds and FullHessian() in cotangents
+        averaged = AveragedHessian in kinds
         layouts = Layouts(COMPOSITES) if curves else Layouts() if averaged else None
-        sites = any(s.contractions and (self._picks(s) or s.contractions != ("total",)) for s in specs)
-        sites &= bool(self.batch.total)
+        sites = bool(self.batch.total) and any(s.contractions not in ((), ("total",)) or self._picks(s) for s in specs)
         chance = Chance([*leaves, *tensors_of(self.batch.X)]) if self.watched or (curves and len(specs) > 1) else None
         with chance or nullcontext():
             trace = self._forward(leaves, sites, layouts, faster=layouts is None and not estimated, order=3 if estimated else 1)
@@ -100,7 +100,7 @@ class Run:
             chance.undo()
             trace.restart()
             raise DrawnError
-        if any(isinstance(c, ClippedLossGradient) for c in cotangents):
+        if ClippedLossGradient in kinds:
             check_apart(self.model_fn, leaves, self.rebuild, self.batch, trace)
         if not trace.out.numel():
             return trace.out, self._of_nothing(leaves, specs, trace.out)
@@ -126,7 +126,7 @@ class Run:
                 if s.contractions:
                     wanted.setdefault(key, {}).update(dict.fromkeys(s.contractions))
             # first the Hessians, since the graph ends with the last of the others
-            for key in [key for key in wanted if isinstance(key[0], FullHessian)]:
+            for key in [key for key in wanted if isinstance(key[0], FullHessian)] if FullHessian in kinds else ():
                 batched = "sample_squares" in wanted.pop(key) or self.chosen is not None
                 if draws := key[0].mc_samples:
                     diagonal = self._estimated(draws, trace, leaves, batched)
@@ -149,22 +149,24 @@ class Run:
                 parts[key, "factors"] = kfra.factors(trace, leaves, self.names, layouts, summed, differentiable)
             columns: dict[Any, losses.Root] = {}
             prepared, operands = Prepared(), self._operands(specs)
-            ordered = sorted(wanted.items(), key=lambda item: isinstance(item[0][0], ClippedLossGradient))  # which need norms
+            ordered = [*wanted.items()]
+            if ClippedLossGradient in kinds:  # which need norms
+                ordered.sort(key=lambda item: isinstance(item[0][0], ClippedLossGradient))
             for i, (key, names) in enumerate(ordered):
                 cotangent, picks = key
-                if cotangent not in columns:
-                    columns[cotangent] = cotangent.root(loss, whole, self.batch.y, self.generator)
+                if (root := columns.get(cotangent)) is None:
+                    root = columns[cotangent] = cotangent.root(loss, whole, self.batch.y, self.generator)
                 last = i == len(ordered) - 1
-                outs = self._outs(leaves, specs, keys, key, columns[cotangent].num, out.shape[1:])
+                outs = {} if self.buffers is None else self._outs(leaves, specs, keys, key, root.num, out.shape[1:])
                 given = (self.chunk_size, differentiable, self.chosen if picks else None)
                 backward = BackwardPass(trace, leaves, self.names, self.batch.select, *given, prepared, operands)
                 if isinstance(cotangent, ClippedLossGradient):
                     norms = parts.get(((LossGradient(), False), "sample_norms"))
                     (name,) = names
-                    parts[key, name] = clipped_sum(backward, cotangent, columns[cotangent], not last, norms)
+                    parts[key, name] = clipped_sum(backward, cotangent, root, not last, norms)
                     continue
-                found = backward.run(columns[cotangent], list(names), retain_graph=not last, outs=outs)
-                parts.update({(key, name): result for name, result in found.items()})
+                for name, result in backward.run(root, list(names), retain_graph=not last, outs=outs).items():
+                    parts[key, name] = result
             results = [self._finish(s, key, out, parts) for s, key in zip(specs, keys, strict=True)]
         return trace.out, self._delivered(specs, results)
 
@@ -319,14 +321,11 @@ class Run:
         if spec.forward == "output":  # a detached one is another tensor than the model's own
             return out.clone() if self.differentiable and not torch.compiler.is_compiling() else out
         if spec.forward == "loss":
-            return apart(self.loss(out, self.batch.y))
+            return apart([self.loss(out, self.batch.y)])[0]
         lists = [parts[key, name] for name in spec.contractions]
-        values = shaped(spec, [spec.finish(self._samples(spec), *p) for p in zip(*lists, strict=True)], out.shape[1:])
+        values = shaped(spec, spec.finish_all(self._samples(spec), *lists), out.shape[1:])
         # autograd may return what a backward pass of the model's own keeps
-        total = spec.contractions in (("total",), ("weighted_total",))
-        if total:
-            return [apart(t) for t in values]
-        return [apart(t) if isinstance(t, Tensor) and t._base is not None else t for t in values]
+        return apart(values, views=spec.contractions not in (("total",), ("weighted_total",)))
 
 
 def shaped(spec: Quantity, values: list[Any], shape: torch.Size) -> list[Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
+from itertools import repeat
 from typing import Any
 
 import optree
@@ -26,7 +27,10 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+_PLAIN = frozenset({Tensor, Parameter})
+
+
+@dataclass(eq=False)  # quicker to make than if it were frozen
 class Batch:
     """Samples, and optionally the indices of a subset.
 
@@ -105,10 +109,11 @@ def flatten_params(params: Any, *, sharded: bool = False) -> tuple[list[str], li
             "requires_grad=True: if all of a module's are frozen, call module.requires_grad_() before, or set requires_grad on "
             "those that are asked for."
         )
-    for name, p in zip(names, leaves, strict=True):
+    plain = _PLAIN.issuperset(map(type, leaves)) and all(map(Tensor.is_floating_point, leaves))
+    for name, p in () if plain else zip(names, leaves, strict=True):
         if not isinstance(p, Tensor):
             raise TypeError(f"parameter {name!r} is {p!r} of type {type(p).__name__}; a tensor is needed.")
-        if type(p) not in (Tensor, Parameter) and hasattr(p, "full_tensor") and not sharded:
+        if type(p) not in _PLAIN and hasattr(p, "full_tensor") and not sharded:
             raise TypeError(
                 f"parameter {name!r} is a DTensor, sharded over processes. curvfunc.compute and curvfunc.accumulate take such "
                 "parameters with group=, the processes that they are sharded over. For anything else pass whole ones "
@@ -166,7 +171,7 @@ def in_order(params: Any, tree: Any) -> list[Any]:
 
 
 def _is_flat(params: Any) -> bool:
-    return type(params) is dict and all(type(k) is str and isinstance(v, Tensor) for k, v in params.items())
+    return type(params) is dict and {*map(type, params)} <= {str} and all(map(isinstance, params.values(), repeat(Tensor)))
 
 
 def read_batch(X: Any, y: Any, subsampling: Sequence[int] | Tensor | None, *, may_be_empty: bool = False) -> Batch:

@@ -70,11 +70,22 @@ def base(t: Tensor) -> Tensor:
     return t
 
 
-def apart(t: Tensor) -> Tensor:
-    """The same values in the same memory, without what ``t`` is a view of: who else has either shows in the memory then."""
-    if t.requires_grad or t.layout is not torch.strided or torch.compiler.is_compiling():
-        return t
-    return t if _functorch.peek_interpreter_stack() is not None else t.detach()
+def apart(results: Iterable[Any], *, views: bool = False) -> list[Any]:
+    """The same values in the same memory, without what they are views of: who else has either shows in the memory then.
+
+    Args:
+        results: Tensors, and what is none and stays as it is.
+        views: Whether it is only for those that are views.
+    """
+    if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None:
+        return [*results]
+    if views:
+        return [t.detach() if isinstance(t, Tensor) and t._base is not None and _is_plain(t) else t for t in results]
+    return [t.detach() if _is_plain(t) else t for t in results]
+
+
+def _is_plain(t: Tensor) -> bool:
+    return not t.requires_grad and t.layout is torch.strided
 
 
 def _everybody(storage: int) -> int:
