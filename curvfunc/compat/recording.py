@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter, is_
 from types import MethodType
 from typing import Any
 
@@ -32,6 +33,7 @@ from curvfunc.compat import delivery, hooks
 from curvfunc.compat.context import CTX, LOCK, state
 from curvfunc.compat.extensions import BatchDiagHessian, DiagHessian, MatrixProduct
 from curvfunc.compat.notes import Call, LossCall, ModuleUse, NodeLayouts, Region, RegionOutput, note
+from curvfunc.engine import plans
 from curvfunc.engine.calls import BATCH_NORMS, takes_batch_statistics
 from curvfunc.engine.graph import Opaque, edge_of, reached
 from curvfunc.engine.observer import Observer
@@ -115,6 +117,13 @@ class ExtendedForward:
     def __init__(self, module: nn.Module, original: Callable[..., Any] | None = None) -> None:
         self.module = weakref.ref(module)
         self.original = original
+        self._parameters: _Parameters | None = None
+
+    def parameters(self, module: nn.Module) -> "_Parameters":
+        """Those of the module that require grad."""
+        if self._parameters is None or not self._parameters.hold(module):
+            self._parameters = _Parameters(module)
+        return self._parameters
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward, recorded unless it is part of a recorded call."""
@@ -133,7 +142,7 @@ class ExtendedForward:
             return _watched(forward(*args, **kwargs))
         if isinstance(module, _Loss):
             return _record_loss(module, forward, args, kwargs)
-        return _record_region(module, forward, args, kwargs)
+        return _record_region(module, self.parameters(module), forward, args, kwargs)
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -220,20 +229,22 @@ def _record_loss(module: nn.Module, forward: Callable[..., Any], args: tuple[Any
     return value
 
 
-def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _record_region(
+    module: nn.Module, params: "_Parameters", forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     called: Any = (args, kwargs)
     leaves, rebuild = flatten(called)
     first = next((t for t in leaves if isinstance(t, Tensor) and t.ndim), None)
-    params = _parameters(module)
-    if first is None or not (params or first.requires_grad) or delivery.is_replayed([p for _, p, _ in params]):
+    names, tensors, owners = [*params.names], [*params.tensors], [*params.owners]
+    if first is None or not (tensors or first.requires_grad) or delivery.is_replayed(tensors):
         return forward(*args, **kwargs)
     sampled = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.ndim and len(t) == len(first)]
     call = Call(weakref.ref(module), list(leaves), rebuild, sampled, _generators() if module.training else None)
-    names, tensors, owners = [name for name, _, _ in params], [p for _, p, _ in params], [owner for *_, owner in params]
     before = [edge_of(t) for t in leaves if isinstance(t, Tensor) and t.grad_fn is not None]
     region = Region(type(module).__name__, tensors, names, owners, len(first), call, before)
     twice = CTX.is_extension_active(DiagHessian, BatchDiagHessian, MatrixProduct)
     mode = _Recording(dict(enumerate(tensors)), None, len(first), NodeLayouts(), INSTEAD[2 if twice else 1])
+    mode.plan = plans.expected(module, len(first))
     for i in sampled:
         leaves[i] = mode.marked(leaves[i])
     args, kwargs = rebuild(leaves)
@@ -246,8 +257,9 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
             out = forward(*args, **kwargs)
     finally:
         _LOCAL.region = None
+    plans.keep(module, len(first), mode.plan)
     outputs = [t for t in _tensors_in(out) if t.grad_fn is not None]
-    if params and not outputs and state().active_exts and any(t.is_floating_point() for t in _tensors_in(out)):
+    if tensors and not outputs and state().active_exts and any(t.is_floating_point() for t in _tensors_in(out)):
         warnings.warn(hooks.NOTHING_USED.format(region.name, "its output has no graph"), stacklevel=2)
     region.versions = [p._version for p in tensors]
     _judge(region, mode, outputs)
@@ -255,14 +267,39 @@ def _record_region(module: nn.Module, forward: Callable[..., Any], args: tuple[A
     return out
 
 
-def _parameters(module: nn.Module) -> list[tuple[str, Tensor, "weakref.ref[nn.Module]"]]:
-    """Name, parameter and owner, of those that require grad, each once."""
-    found: dict[int, tuple[str, Tensor, weakref.ref[nn.Module]]] = {}
-    for prefix, m in module.named_modules():
-        for name, p in m._parameters.items():
-            if p is not None and p.requires_grad and id(p) not in found:
-                found[id(p)] = (f"{prefix}.{name}" if prefix else name, p, weakref.ref(m))
-    return list(found.values())
+class _Parameters:
+    """Name, parameter and owner, of those that require grad, each once; and how to tell that they are still these."""
+
+    def __init__(self, module: nn.Module) -> None:
+        found: dict[int, tuple[str, Tensor, weakref.ref[nn.Module]]] = {}
+        for prefix, m in module.named_modules():
+            for name, p in m._parameters.items():
+                if p is not None and p.requires_grad and id(p) not in found:
+                    found[id(p)] = (f"{prefix}.{name}" if prefix else name, p, weakref.ref(m))
+        self.names = [name for name, *_ in found.values()]
+        self.tensors = [p for _, p, _ in found.values()]
+        self.owners = [owner for *_, owner in found.values()]
+        _, *self._others = module.modules()  # the module itself would be a cycle
+        self._held = self._dictionaries(module)
+        self._sizes = [len(held) for held in self._held]
+        entries = [(held, key, value) for held in self._held for key, value in held.items()]
+        self._places, self._keys = [held for held, *_ in entries], [key for _, key, _ in entries]
+        self._values = [value for *_, value in entries]
+        self._all = [p for p in self._values if isinstance(p, Tensor)]
+        self._flags = [p.requires_grad for p in self._all]
+
+    def _dictionaries(self, module: nn.Module) -> list[dict[str, Any]]:
+        modules = module, *self._others
+        return [*map(attrgetter("_modules"), modules), *map(attrgetter("_parameters"), modules)]
+
+    def hold(self, module: nn.Module) -> bool:
+        """Whether nothing has changed since: no submodule, no parameter, no flag."""
+        return (
+            all(map(is_, self._dictionaries(module), self._held))
+            and [*map(len, self._held)] == self._sizes
+            and all(map(is_, map(dict.get, self._places, self._keys), self._values))
+            and [*map(attrgetter("requires_grad"), self._all)] == self._flags
+        )
 
 
 def _generators() -> list[Tensor]:

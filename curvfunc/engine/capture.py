@@ -109,7 +109,8 @@ def _attempt(run: "Runs", generic: Sequence[int], layouts: Layouts | None, faste
             check_used(out, bool(found.params or found.sites))
             mode.note(found.params, "it is used where calls cannot be seen")
             check_leaves(run.model_fn, found.leaves, leaves)
-            run.check_unused({*found.params, *(i for site in found.sites for i in site.forms)})
+            if run.attributes.kept():
+                run.check_unused({*found.params, *(i for site in found.sites for i in site.forms)})
         _check_versions(leaves, versions)
         if not mode.reasons:
             assert mode.effects is not None

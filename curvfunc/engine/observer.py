@@ -8,6 +8,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -64,11 +65,9 @@ class Observer(Follower):
         self.layouts = layouts
         if layouts is not None:
             layouts.clear()
-        self.index: dict[int, Parameter] = {}
-        for i, p in tracked.items():
-            self.index[id(p)] = Parameter(p, i)
-            if level is None:
-                self.mark(p, CONSTANT)
+        self.index = {id(p): Parameter(p, i) for i, p in tracked.items()}
+        if level is None:
+            self.marks = {id(p): (ref(p), CONSTANT, p.requires_grad) for p in tracked.values()}
         self.level = level
         self.depth = _functorch.maybe_current_level() or 0  # of the transformations around the model
         self.samples = samples
@@ -88,7 +87,7 @@ class Observer(Follower):
             values = (*args, *kwargs.values()) if kwargs else args
             data = now.meets(self, values, kwargs)
             if data is not None:
-                out = self._run(func, args, kwargs)
+                out = self._run(func, args, kwargs, data)
                 if now.gave(out, data) and (now.site is None or self._use_again(now, values, data, out)):
                     plan.taken()
                     self.mark(out, now.axis)
@@ -129,19 +128,19 @@ class Observer(Follower):
             before = self._before(tensors)  # before the call, which may move on from these nodes in place
         ordinary = func in ORDINARY or func in BATCH_NORMS
         now = step(self, func, (*args, *kwargs.values()), kwargs) if plan is not None and ordinary and not repeated else None
-        out = self._run(func, args, kwargs)
+        out = self._run(func, args, kwargs, tensors)
         site = self._look(func, args, kwargs, tensors, out, used, sampled, before, writes)
         if plan is not None:
             plan.decided(None if now is None or (used and site is None) else self._decided(now, tensors, out, site))
         return out
 
-    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The function, or what does the same in its place."""
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+        """The function, or what does the same in its place; ``tensors`` are those among the arguments that may have samples."""
         run = self.instead.get(func, func)
         if self.level is not None:
             run = UNDER_VMAP.get(func, run)
         if self.layouts is not None:
-            return self._laid_out(self.layouts, func, run, args, kwargs, tensors_in(args, kwargs))
+            return self._laid_out(self.layouts, func, run, args, kwargs, tensors)
         return run(*args, **kwargs)
 
     def _before(self, tensors: list[Tensor]) -> list[Node]:

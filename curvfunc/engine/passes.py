@@ -313,20 +313,17 @@ def contracted(
     Returns:
         ``{name: part}``, where a part is a use if all chunks are to be contracted together.
     """
-    found: dict[str, Any] = {}
-    if (
-        type(bound.form) is Outer
-        and len(names) > 1
-        and bound.positions > 1
-        and len(shared := [n for n in names if n in FORMED]) > 1
-    ):
-        found = contractions.formed(bound, shared)
     plain = only and factors is None and not operands and not buffers
+    if plain and len(names) == 1:
+        return {names[0]: CONTRACTIONS[names[0]][0](bound)}
+    found: dict[str, Any] = {}
+    if type(bound.form) is Outer and bound.positions > 1 and len(shared := [n for n in names if n in FORMED]) > 1:
+        found = contractions.formed(bound, shared)
     for n in names:
         contract, how = CONTRACTIONS[n]
         if n in found or (how == "first" and not first):
             continue
-        if plain and n != "total":
+        if plain and (n != "total" or "per_sample" not in found):
             found[n] = contract(bound)
             continue
         if operands and n in operands:

@@ -105,9 +105,9 @@ class Step:
         if _functorch.peek_interpreter_stack() is not None:
             return None
         index, marks = mode.index, mode.marks
+        tracked = mode.tracked
         for place, leaf, shape in self.params:
-            p = index.get(id(values[place]))
-            if p is None or p.leaf != leaf or p.tensor.shape != shape:
+            if values[place] is not tracked.get(leaf) or values[place].shape != shape:
                 return None
         found: list[Tensor] = []
         for place, axis, shape, dtype, requires_grad, kind in self.data:

@@ -50,7 +50,7 @@ class Parameter:
 
     tensor: Tensor
     leaf: int | None
-    parents: list["Parameter"] = field(default_factory=list)
+    parents: Sequence["Parameter"] = ()
     transposed_of: "Parameter | None" = None
     block_of: "tuple[Parameter, int, int] | None" = None
 

@@ -1,7 +1,6 @@
 """What comes in: parameters, samples and indices, checked once, with errors that name the argument and the remedy."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
 from itertools import repeat
 from typing import Any
@@ -263,39 +262,46 @@ def explain_limits(error: RuntimeError) -> None:
         ) from error
 
 
-@contextmanager
-def forward_errors(names: Sequence[str], params: Sequence[Tensor], X: Any) -> Iterator[None]:
+class forward_errors:
     """Say which parameter is at fault when the forward pass fails."""
-    try:
-        yield
-    except KeyError as error:
+
+    def __init__(self, names: Sequence[str], params: Sequence[Tensor], X: Any) -> None:
+        self._given = names, params, X
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, (KeyError, RuntimeError)):
+            _explain_forward(error, *self._given)
+
+
+def _explain_forward(error: KeyError | RuntimeError, names: Sequence[str], params: Sequence[Tensor], X: Any) -> None:
+    """Raise in place of an error of the forward pass, if it is known what is at fault."""
+    if isinstance(error, KeyError):
         if error.args and isinstance(error.args[0], str) and error.args[0] not in names:
             raise ValueError(
                 f"the model asks for parameter {error.args[0]!r}, which params lacks; it has {list(names)}."
             ) from error
-        raise
-    except RuntimeError as error:
-        found = leaves(X)
-        inputs = [x for x in found if x.is_floating_point()]
-        for kind, mine in (("device", lambda t: t.device), ("dtype", lambda t: t.dtype)):
-            expected = {mine(x) for x in (inputs if kind == "dtype" else found)}
-            wrong = [n for n, p in zip(names, params, strict=True) if expected and mine(p) not in expected]
-            if wrong:
-                raise ValueError(
-                    f"parameter {wrong[0]!r} has {kind} {mine(params[names.index(wrong[0])])} and X has "
-                    f"{', '.join(map(str, expected))}, and the model fails: {error} Move both to the same {kind}."
-                ) from error
-        kinds = {x.dtype for x in found if not x.is_complex()}
-        needed = sorted({str(p.dtype) for p in params})
-        if not inputs and kinds and len(needed) == 1 and "dtype" in str(error):
+        return
+    found = leaves(X)
+    inputs = [x for x in found if x.is_floating_point()]
+    for kind, mine in (("device", lambda t: t.device), ("dtype", lambda t: t.dtype)):
+        expected = {mine(x) for x in (inputs if kind == "dtype" else found)}
+        wrong = [n for n, p in zip(names, params, strict=True) if expected and mine(p) not in expected]
+        if wrong:
             raise ValueError(
-                f"X has {', '.join(map(str, kinds))} and the parameters {needed[0]}, and the model fails: {error}. Convert X, "
-                f"for instance X.to({needed[0]})."
+                f"parameter {wrong[0]!r} has {kind} {mine(params[names.index(wrong[0])])} and X has "
+                f"{', '.join(map(str, expected))}, and the model fails: {error} Move both to the same {kind}."
             ) from error
-        named = {"X": found} | {f"parameter {n!r}": [p] for n, p in zip(names, params, strict=True)}
-        empty = [f"{name} of shape {tuple(t.shape)}" for name, tensors in named.items() for t in tensors if t.numel() == 0]
-        if empty:
-            raise ValueError(
-                f"the model fails: {error}. Without entries: {', '.join(empty)}. Leave such tensors out."
-            ) from error
-        raise
+    kinds = {x.dtype for x in found if not x.is_complex()}
+    needed = sorted({str(p.dtype) for p in params})
+    if not inputs and kinds and len(needed) == 1 and "dtype" in str(error):
+        raise ValueError(
+            f"X has {', '.join(map(str, kinds))} and the parameters {needed[0]}, and the model fails: {error}. Convert X, "
+            f"for instance X.to({needed[0]})."
+        ) from error
+    named = {"X": found} | {f"parameter {n!r}": [p] for n, p in zip(names, params, strict=True)}
+    empty = [f"{name} of shape {tuple(t.shape)}" for name, tensors in named.items() for t in tensors if t.numel() == 0]
+    if empty:
+        raise ValueError(f"the model fails: {error}. Without entries: {', '.join(empty)}. Leave such tensors out.") from error
