@@ -94,6 +94,16 @@ INNER: dict[str, Callable[[dict[str, Tensor], Tensor], Tensor]] = {
 }
 ONE_BY_ONE = {"a layer of constants"}  # a constant with N rows is no model of one sample
 
+INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "the samples": lambda x: x,
+    "constants with as many rows": lambda x: CONSTANT,
+    "one row": lambda x: x[:, :1].expand(-1, 3),
+    "samples and constants": lambda x: x + CONSTANT[:1],
+    "constants that were written into": lambda x: CONSTANT.contiguous().mul_(1.0),
+    "a copy of constants that was written into": lambda x: CONSTANT.t().contiguous().mul_(2.0),
+    "integers": lambda x: x.long().double(),
+}
+
 MIXING: dict[str, Callable[[dict[str, Tensor], Tensor], Tensor]] = {
     "a mean over samples": lambda p, h: h.mean(0, keepdim=True) + h,
     "softmax over samples": lambda p, h: F.softmax(h, 0),
@@ -115,6 +125,24 @@ def test_a_model_that_becomes_another(name: str, monkeypatch: pytest.MonkeyPatch
         assert_close(got, want, rtol=1e-13)
     if name not in ONE_BY_ONE:
         verify(layer(INNER[name]), params, X, y)
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_other_inputs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    params, X, y = data()
+
+    def model(inner: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+        return lambda p, x: F.linear(F.linear(inner(x), p["a"], p["c"]).tanh() + x, p["b"])
+
+    before = CONSTANT.clone()
+    for earlier in INPUTS:
+        for _ in range(2):
+            compute(model(INPUTS[earlier]), params, X, y, SPECS)
+        got = compute(model(INPUTS[name]), params, X, y, SPECS)
+        with monkeypatch.context() as patch:
+            patch.setattr(plans, "expected", lambda *given: None)
+            assert_close(got, compute(model(INPUTS[name]), params, X, y, SPECS), rtol=1e-13)
+    assert torch.equal(CONSTANT, before)
 
 
 @pytest.mark.parametrize("name", MIXING)
