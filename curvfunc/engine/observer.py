@@ -430,19 +430,19 @@ class Observer(Follower):
         self, layouts: Layouts, func: Any, run: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
     ) -> Any:
         """Run an operation; note before it, since it may change them in place, the layouts of the tensors with a gradient."""
-        source, sampled = None, set()
+        source, sampled, graphed = None, set(), torch.is_grad_enabled()
         for t in tensors:
-            raw = self._raw(t)
+            raw = t if self.level is None else self._raw(t)
             axis = self.axis_or_none(t) if self.level is None else _functorch.maybe_get_bdim(t) if raw is not t else None
             if axis is not None:
                 sampled.add(id(t))
-            if t.requires_grad and torch.is_grad_enabled():
+            if graphed and t.requires_grad:
                 if axis is not None:
                     layouts.note(edge_of(raw), axis, raw.shape)
                 if source is None and func in layouts.functions:
                     source = edge_of(raw)
         out = run(*args, **kwargs)
-        if isinstance(out, Tensor) and (raw := self._raw(out)).grad_fn is not None:
+        if isinstance(out, Tensor) and (source or len(sampled) > 1) and (raw := self._raw(out)).grad_fn is not None:
             if source is not None and not out.is_complex():
                 layouts.note_composite(edge_of(raw).node, source)
             if len(sampled) > 1:

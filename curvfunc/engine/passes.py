@@ -179,7 +179,7 @@ class BackwardPass:
         results: dict[str, list[Any]] = {n: [None] * len(leaves) for n in names}
         parts: dict[tuple[str, int], list[Any]] = {}  # of several chunks
         factors: dict[int, dict[Any, Tensor]] = {}  # by chunk
-        blocks = not FACTORS.isdisjoint(names)
+        blocks = any(n.startswith("output_factor") for n in names)
         operands = dict(self.operands)
         if joined := JOINED.intersection(names):
             biased = biases(trace.sites)
@@ -197,11 +197,11 @@ class BackwardPass:
             if plain:
                 found = contracted(wanted, bound, start == 0, single)
             else:
-                if blocks and type(bound.form) is Direct and any(n.startswith("output_factor") for n in names):
+                if blocks and type(bound.form) is Direct and bound.form.shape.numel() >= LARGE_BLOCK:
                     check_block(bound, f"parameter {self.names[i]!r}")
-                buffers = {n: b[i][start:stop] if n == "per_sample" else b[i] for n, b in outs.items()}
-                own = {n: data[i] for n, data in operands.items()}
-                shared = factors.setdefault(start, {})
+                buffers = {n: b[i][start:stop] if n == "per_sample" else b[i] for n, b in outs.items()} if outs else {}
+                own = {n: data[i] for n, data in operands.items()} if operands else None
+                shared = factors.setdefault(start, {}) if blocks else None
                 found = contracted(wanted, bound, start == 0, single, buffers, shared, own)
             for n, part in found.items():
                 if single:

@@ -124,12 +124,8 @@ def _check_outs(specs: Sequence[Any], outs: list[Any], others: dict[str, Any]) -
 def _own(results: list[Any], outs: list[Any] | None, given: Callable[[], list[Any]]) -> list[Any]:
     """The results, but for those in the caller's memory, as tensors that share memory with nothing."""
     new = results if outs is None else [r if out is None else () for r, out in zip(results, outs, strict=True)]
-    if all(type(r) is list and {*map(type, r)} <= {Tensor} for r in new):  # all but Kronecker factors, as a rule
-        mine = iter(own(chain.from_iterable(new), given))
-        found = [[*islice(mine, len(r))] for r in new]
-    else:
-        mine = iter(own([t for r in new for t in _flat(r)], given))
-        found = [_put(r, mine) for r in new]
+    mine = iter(own(chain.from_iterable(map(_flat, new)), given))
+    found = [_put(r, mine) for r in new]
     return found if outs is None else [r if out is None else out for r, out in zip(found, outs, strict=True)]
 
 
@@ -137,14 +133,33 @@ def _flat(result: Any) -> list[Tensor]:
     """The tensors of a result: one, or those of a list of values per parameter."""
     if isinstance(result, Tensor):
         return [result]
-    return [t for r in result for t in ((r,) if isinstance(r, Tensor) else optree.tree_leaves(r))]
+    if _TENSORS.issuperset(map(type, result)):
+        return result
+    return [t for r in result for t in ((r,) if isinstance(r, Tensor) else r if _is_row(r) else optree.tree_leaves(r))]
 
 
 def _put(result: Any, tensors: Iterator[Tensor]) -> Any:
     """The same result with other tensors."""
     if isinstance(result, Tensor):
         return next(tensors)
-    return [next(tensors) if isinstance(r, Tensor) else optree.tree_map(lambda _: next(tensors), r) for r in result]
+    if _TENSORS.issuperset(map(type, result)):
+        return [*islice(tensors, len(result))]
+    return [
+        next(tensors)
+        if isinstance(r, Tensor)
+        else (*islice(tensors, len(r)),)
+        if _is_row(r)
+        else optree.tree_map(lambda _: next(tensors), r)
+        for r in result
+    ]
+
+
+def _is_row(value: Any) -> bool:
+    """Whether a value is a tuple of tensors, as Kronecker factors are."""
+    return type(value) is tuple and _TENSORS.issuperset(map(type, value))
+
+
+_TENSORS = frozenset({Tensor})
 
 
 def _out_of_inference(t: Any) -> Any:

@@ -12,6 +12,7 @@ from curvfunc.engine.clipping import ClippedLossGradient
 from curvfunc.engine.cotangents import AveragedHessian, EmpiricalRoot, FullHessian, LossRoot, OutputEntries
 from curvfunc.quantities.laws import Averaged, Joined, Refused, Summed
 from curvfunc.quantities.quantity import GaussNewton, Quantity, Sampled
+from curvfunc.tensors.pages import may_overwrite
 
 __all__ = [
     "KFAC",
@@ -166,7 +167,8 @@ class Variance(Quantity):
         if isinstance(samples, Tensor):  # of several batches, maybe a mean
             samples = samples.to(squared.dtype)
             return squared / samples - (total / samples).square()
-        return torch.addcmul(squared, total, total, value=-1 / samples) / samples
+        scaled = torch.addcmul(squared, total, total, value=-1 / samples)
+        return scaled.div_(samples) if may_overwrite() else scaled / samples
 
 
 @dataclass(frozen=True)
