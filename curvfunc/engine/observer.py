@@ -442,7 +442,7 @@ class Observer(Follower):
                 if source is None and func in layouts.functions:
                     source = edge_of(raw)
         out = run(*args, **kwargs)
-        if isinstance(out, Tensor) and (source or len(sampled) > 1) and (raw := self._raw(out)).grad_fn is not None:
+        if isinstance(out, Tensor) and (source is not None or len(sampled) > 1) and (raw := self._raw(out)).grad_fn is not None:
             if source is not None and not out.is_complex():
                 layouts.note_composite(edge_of(raw).node, source)
             if len(sampled) > 1:

@@ -107,7 +107,8 @@ class Step:
         index, marks = mode.index, mode.marks
         tracked = mode.tracked
         for place, leaf, shape in self.params:
-            if values[place] is not tracked.get(leaf) or values[place].shape != shape:
+            p = tracked.get(leaf)
+            if p is None or values[place] is not p or p.shape != shape:
                 return None
         found: list[Tensor] = []
         for place, axis, shape, dtype, requires_grad, kind in self.data:

@@ -127,6 +127,16 @@ def test_a_model_that_becomes_another(name: str, monkeypatch: pytest.MonkeyPatch
         verify(layer(INNER[name]), params, X, y)
 
 
+def test_fewer_parameters() -> None:
+    params, X, y = data()
+
+    def model(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, p["a"]).tanh(), p["b"], p.get("c"))
+
+    for names in ("abc", "ab", "abc", "cab"):
+        verify(model, {name: params[name] for name in names}, X, y)
+
+
 @pytest.mark.parametrize("name", INPUTS)
 def test_other_inputs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     params, X, y = data()
