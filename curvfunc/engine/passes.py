@@ -103,7 +103,10 @@ class Prepared:
         """
         if alone and names and isinstance(form, Outer) and form.moment is not None and _do_with_products(form, names):
             return forms.bind_products(form, g, self._once(form, True, form.moment))
-        return bind(form, g, self.of, factors=not FACTORS.isdisjoint(names))
+        factors = not FACTORS.isdisjoint(names)
+        if isinstance(form, Outer) and form.alone is not None and not (factors or self.whole or len(g) > 1):
+            form = form.alone if pages.may_overwrite() else form
+        return bind(form, g, self.of, factors=factors)
 
     def forget(self, form: Form) -> None:
         """Let go of what a form took."""
