@@ -105,11 +105,16 @@ class Prepared:
             names: The contractions that it is for. They may do with products of inputs, or with gradients.
             alone: Whether it is its parameter's only use, and all samples are wanted.
         """
-        if alone and names and type(form) is Outer and form.moment is not None and _do_with_products(form, names):
-            key = id(form), True
-            if key not in self._inputs:
-                self._inputs[key] = form.moment()
-            return forms.bind_products(form, g, self._inputs[key])
+        if type(form) is Outer:
+            if alone and names and form.moment is not None and _do_with_products(form, names):
+                key = id(form), True
+                if key not in self._inputs:
+                    self._inputs[key] = form.moment()
+                return forms.bind_products(form, g, self._inputs[key])
+            factors = not FACTORS.isdisjoint(names)
+            if form.alone is not None and not (factors or self.whole or len(g) > 1) and pages.may_overwrite():
+                return bind(form.alone, g, self.of, factors=False)
+            return bind(form, g, self.of, factors=factors)
         return bind(form, g, self.of, factors=not FACTORS.isdisjoint(names))
 
     def forget(self, form: Form) -> None:

@@ -58,11 +58,8 @@ __all__ = [
     "transposed",
 ]
 
-# Results that are larger than the cache are formed and reduced in blocks of samples of about this size.
-BLOCK_BYTES = 1 << 22
-
-# Inputs that have to be made are made for as many samples as take this much.
-PATCHES_BYTES = 1 << 24
+BLOCK_BYTES = 1 << 22  # of results that are larger than the cache: they are formed and reduced in blocks of about this size
+PATCHES_BYTES = 1 << 24  # inputs that have to be made are made for as many samples as take this much
 
 
 @dataclass(eq=False)  # by identity, and quicker to make than if it were frozen
@@ -80,6 +77,7 @@ class Outer:
         sums: Gives Σ_nqs x [k], where that takes less than x.
         part: Gives x of some samples, where x is larger than what it is made of, and no wider than the output.
         instead: A form of the same use that takes less work, where no Kronecker factors are wanted.
+        alone: As ``instead``, for a vector that is the only one: nothing is prepared for others.
     """
 
     inputs: Callable[[], Tensor]
@@ -92,6 +90,7 @@ class Outer:
     sums: Callable[[], Tensor] | None = None
     part: Callable[[slice], Tensor] | None = None
     instead: "Outer | Direct | None" = None
+    alone: "Direct | None" = None
 
 
 @dataclass(eq=False)  # by identity, and quicker to make than if it were frozen
@@ -401,7 +400,7 @@ def transposed(form: Form) -> Form | None:
     if not isinstance(form, Outer) or form.arrange is not None or len(form.shape) != 2:
         return None
     shape, cotangent = torch.Size(form.shape[::-1]), partial(_of_one_group, form.cotangent)
-    return replace(form, cotangent=cotangent, inputs_first=not form.inputs_first, shape=shape, instead=None)
+    return replace(form, cotangent=cotangent, inputs_first=not form.inputs_first, shape=shape, instead=None, alone=None)
 
 
 def block_of(form: Form, dim: int, start: int, shape: torch.Size) -> Form | None:
@@ -420,9 +419,10 @@ def block_of(form: Form, dim: int, start: int, shape: torch.Size) -> Form | None
     around = (start, shape[dim] - start - form.shape[dim])
     cotangent = partial(_of_one_group, form.cotangent)
     if (dim == 0) != form.inputs_first:
-        return replace(form, cotangent=lambda g: F.pad(cotangent(g), around), shape=shape, instead=None)
+        return replace(form, cotangent=lambda g: F.pad(cotangent(g), around), shape=shape, instead=None, alone=None)
     inputs: Callable[[], Tensor] = lambda: F.pad(form.inputs(), around)
-    return replace(form, inputs=inputs, cotangent=cotangent, shape=shape, moment=None, sums=None, part=None, instead=None)
+    given: dict[str, Any] = dict.fromkeys(("moment", "sums", "part", "instead", "alone"))
+    return replace(form, inputs=inputs, cotangent=cotangent, shape=shape, **given)
 
 
 def _of_one_group(cotangent: Callable[[Tensor], Tensor], g: Tensor) -> Tensor:

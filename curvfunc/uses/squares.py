@@ -25,6 +25,7 @@ from curvfunc.uses.forms import (
     outer,
     sample_blocks,
     scatter,
+    total,
 )
 
 __all__ = [
@@ -38,6 +39,13 @@ __all__ = [
     "weighted_sample_squares",
     "weighted_squares",
 ]
+
+# Gradients of a sample larger than half a block are formed in parts of no fewer output features than this (measured: products
+# of fewer rows are slow).
+LEAST_ROWS = 32
+
+# Products of pairs of positions for an entry of a gradient that take as long as to write and read the entry.
+FEWER = 2
 
 
 def squares(b: Bound) -> Tensor:
@@ -109,40 +117,61 @@ def formed(b: Bound, names: Sequence[str], weights: Tensor | None = None, out: T
     Returns:
         ``{name: result}``.
     """
+    if weights is None and set(names) == {"total", "sample_norms"} and _has_few_positions(b):
+        return {"total": total(b), "sample_norms": sample_norms(b)}
+    n, o = b.g.shape[1], b.g.shape[4]
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-    for samples, vectors, x in _blocks(b):
-        g = b.g[vectors, samples].permute(1, 2, 0, 4, 3)  # [m, q, v, o, s]
+    begun: set[int] = set()  # output features of which there was a block
+    for samples, vectors, outputs, x in _blocks(b, o if "sample_squares" in names else _rows(b)):
+        g = b.g[vectors, samples, ..., outputs].permute(1, 2, 0, 4, 3)  # [m, q, v, o, s]
         block = (g.flatten(2, 3) @ x).unflatten(2, g.shape[2:4])  # [m, q, v, o, k]
+        first = vectors.start == 0 and outputs.start == 0  # of these samples
         if "total" in found:
-            _add(found["total"], block.sum((0, 2)))
+            _add(found["total"], block, outputs, o, outputs.start not in begun)
         squared = block.square_() if may_overwrite() else block.square()
         if weights is not None:
             w = weights[vectors, samples].mT[:, None, None]  # [m, 1, 1, v]
             squared = (w @ squared.flatten(3)).unflatten(3, squared.shape[3:])
         if "squares" in found:
-            _add(found["squares"], squared.sum((0, 2)))
+            _add(found["squares"], squared, outputs, o, outputs.start not in begun)
         if "sample_squares" in found:
-            _place(found["sample_squares"], squared.sum(2), vectors, samples, b.g.shape[1], out)
+            _place(found["sample_squares"], squared.sum(2), first, samples, n, out)
         if "sample_norms" in found:
-            _place(found["sample_norms"], squared.flatten(1).sum(1), vectors, samples, b.g.shape[1])
+            _place(found["sample_norms"], squared.flatten(1).sum(1), first, samples, n)
+        begun.add(outputs.start)
     results = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in found.items()}
     return {name: r if name == "sample_norms" else arranged(b, r) for name, r in results.items()}
 
 
-def _add(parts: list[Tensor], part: Tensor) -> None:
-    """Add to the only entry of a list, in place where no graph needs the old value."""
+def _add(parts: list[Tensor], block: Tensor, outputs: slice, num: int, first: bool) -> None:
+    """Add the sum of a block [m, q, v, o, k] over samples and vectors to the only entry of a list.
+
+    Args:
+        parts: The list. Its entry is changed in place where no graph needs the old value.
+        block: The block.
+        outputs: Its output features.
+        num: Number of all of these.
+        first: Whether it is the first block with them.
+    """
+    if not may_overwrite() or torch.compiler.is_compiling():
+        parts[:] = [parts[0] + block.sum((0, 2)) if parts else block.sum((0, 2))]
+        return
+    m, q, v, _, k = block.shape
     if not parts:
-        parts.append(part)
-    elif may_overwrite():
-        parts[0] += part
+        parts.append(block.new_empty(q, num, k))
+    to, single = parts[0][:, outputs], m == v == 1
+    if not first:
+        to += block[0, :, 0] if single else block.sum((0, 2))
+    elif single:
+        to.copy_(block[0, :, 0])
     else:
-        parts[0] = parts[0] + part
+        torch.sum(block, (0, 2), out=to)
 
 
-def _place(parts: list[Tensor], part: Tensor, vectors: slice, samples: slice, num: int, out: Tensor | None = None) -> None:
-    """Put the results of a block of ``num`` samples in their place, or add them to those of the vectors before."""
+def _place(parts: list[Tensor], part: Tensor, first: bool, samples: slice, num: int, out: Tensor | None = None) -> None:
+    """Put the results of a block of ``num`` samples in their place, or add them to those of the blocks before."""
     if not may_overwrite():
-        if vectors.start == 0:
+        if first:
             parts.append(part)
         else:  # blocks of samples are the same for all vectors
             k = samples.start // (samples.stop - samples.start) if samples.stop < num else -1
@@ -153,10 +182,28 @@ def _place(parts: list[Tensor], part: Tensor, vectors: slice, samples: slice, nu
             parts.append(part)
             return
         parts.append(pages.empty(part, num, *part.shape[1:]) if out is None else out.view(num, *part.shape[1:]))
-    if vectors.start == 0:
+    if first:
         parts[0][samples] = part
     else:
         parts[0][samples] += part
+
+
+def _has_few_positions(b: Bound) -> bool:
+    """Whether products of positions and the gradient as one product take less time than forming gradients in memory.
+
+    A gradient that is larger than the cache is written and read some times; two products of an entry take as long as that.
+    """
+    s, o, k = b.positions, b.g.shape[4], b.features
+    return s * s * (o + k) < FEWER * o * k
+
+
+def _rows(b: Bound) -> int:
+    """How many output features are formed together: not all where gradients of several samples would not stay in cache."""
+    v, n, q, _, o = b.g.shape
+    if not may_overwrite() or torch.compiler.is_compiling():
+        return o
+    fit = room(forms.BLOCK_BYTES, b.g) // hint(max(1, q * b.features * b.g.element_size()))
+    return o if 2 * o <= fit else min(o, max(LEAST_ROWS, fit // hint(max(1, n * v))))
 
 
 def squared_inputs(b: Bound, batched: bool) -> Tensor:
@@ -194,15 +241,16 @@ def condensed(b: Bound) -> Bound:
     return replace(b, g=b.g.square().sum(0, keepdim=True).sqrt())
 
 
-def _blocks(b: Bound) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Samples, vectors and inputs x whose gradients [m, q, v, o, k] are formed together, so that they stay in cache."""
+def _blocks(b: Bound, rows: int) -> Iterator[tuple[slice, slice, slice, Tensor]]:
+    """Samples, vectors, so many output features, and inputs x whose gradients stay in cache."""
     v, _, q, _, o = b.g.shape
-    one = max(1, q * o * b.features)
+    one = max(1, q * rows * b.features)
     size = max(1, min(hint(v), room(forms.BLOCK_BYTES, b.g) // (hint(one) * b.g.element_size())))
     for samples in sample_blocks(b, one * size):
         x = b.part(samples)
         for start, stop in ranges(v, size):
-            yield samples, slice(start, stop), x
+            for j, end in ranges(o, rows):
+                yield samples, slice(start, stop), slice(j, end), x
 
 
 def _same_row(b: Bound) -> Tensor:

@@ -41,12 +41,21 @@ TRANSPOSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
+DENSE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "dense": (lambda: nn.Conv2d(3, 4, (3, 2), padding=1), (3, 6, 5)),
+    "dense, strided": (lambda: nn.Conv2d(3, 4, 3, stride=(2, 1), padding=(1, 2), bias=False), (3, 6, 5)),
+    "dense, dilated": (lambda: nn.Conv2d(3, 2, 2, dilation=(1, 2)), (3, 6, 5)),
+    "dense, same": (lambda: nn.Conv2d(3, 4, (2, 4), padding="same"), (3, 6, 5)),
+    "dense, one output": (lambda: nn.Conv2d(3, 1, 3, padding="valid"), (3, 6, 5)),
+}
+
+
 class Frames(nn.Module):
     """Several images in each sample."""
 
-    def __init__(self) -> None:
+    def __init__(self, groups: int = 3) -> None:
         super().__init__()
-        self.conv, self.head = nn.Conv2d(3, 3, 3, groups=3), nn.Linear(24, C)
+        self.conv, self.head = nn.Conv2d(3, 3, 3, groups=groups), nn.Linear(24, C)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.tanh(self.conv(x.flatten(0, 1))).reshape(len(x), -1))
@@ -55,9 +64,9 @@ class Frames(nn.Module):
 class Twice(nn.Module):
     """One convolution at two places."""
 
-    def __init__(self) -> None:
+    def __init__(self, groups: int = 3) -> None:
         super().__init__()
-        self.conv, self.head = nn.Conv2d(3, 3, 3, padding=1, groups=3), nn.Linear(48, C)
+        self.conv, self.head = nn.Conv2d(3, 3, 3, padding=1, groups=groups), nn.Linear(48, C)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.conv(self.conv(x).tanh()).flatten(1))
@@ -65,12 +74,13 @@ class Twice(nn.Module):
 
 def problem(name: str) -> tuple[Any, dict[str, Tensor], Tensor, Tensor]:
     torch.manual_seed(0)
-    if name == "frames":
-        net, X = Frames(), torch.randn(N, 2, 3, 4, 4)
-    elif name == "twice":
-        net, X = Twice(), torch.randn(N, 3, 4, 4)
+    groups = 1 if name.startswith("dense") else 3
+    if name.endswith("frames"):
+        net, X = Frames(groups), torch.randn(N, 2, 3, 4, 4)
+    elif name.endswith("twice"):
+        net, X = Twice(groups), torch.randn(N, 3, 4, 4)
     else:
-        build, shape = (NETS | TRANSPOSED)[name]
+        build, shape = (NETS | TRANSPOSED | DENSE)[name]
         net, X = nn.Sequential(build(), nn.Tanh(), nn.Flatten(), nn.LazyLinear(C)), torch.randn(N, *shape)
         net(X)
     return *curvfunc.functionalize(net), X, torch.arange(N) % C
@@ -97,6 +107,62 @@ def test_gradients(name: str, chunk_size: int | None, monkeypatch: pytest.Monkey
     assert_close(got[2], {k: g.square().sum(0) for k, g in grads.items()}, rtol=1e-10)
     columns = got[SPECS.index(curvfunc.SqrtGGN())]
     assert_close(got[5], {k: c.square().sum(0) for k, c in columns.items()}, rtol=1e-10)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="the rule was measured with oneDNN")
+@pytest.mark.parametrize("name", [*DENSE, "dense frames", "dense, twice"])
+def test_samples_as_groups(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One vector of a dense convolution in single precision needs no patches; several vectors share them."""
+    monkeypatch.setattr(conv, "CHANNELS_OF_VECTORS", 1)
+    monkeypatch.setattr(conv, "LEAST_POSITIONS", 0)
+    model_fn, params, X, y = problem(name)
+    wide = reference.batch_grad(model_fn, params, X, y)
+    columns = reference.sqrt_ggn(model_fn, params, X, y)
+    params, X = {k: p.float() for k, p in params.items()}, X.float()
+    made: list[int] = []
+    unfold = conv.unfold
+    monkeypatch.setattr(conv, "unfold", lambda *args, **kwargs: (made.append(1), unfold(*args, **kwargs))[1])
+    grads = {k: g.float() for k, g in wide.items()}
+    first = (curvfunc.Grad(), curvfunc.BatchGrad(), curvfunc.BatchL2(), curvfunc.SumGradSquared(), curvfunc.BatchDot())
+    total, *got, dot = curvfunc.compute(model_fn, params, X, y, first)
+    assert not made
+    close: dict[str, float] = {"rtol": 1e-4, "atol": 1e-6}
+    torch.testing.assert_close(total, {k: g.sum(0) for k, g in grads.items()}, **close)
+    torch.testing.assert_close(got[0], grads, **close)
+    torch.testing.assert_close(got[1], {k: g.flatten(1).square().sum(1) for k, g in grads.items()}, **close)
+    torch.testing.assert_close(got[2], {k: g.square().sum(0) for k, g in grads.items()}, **close)
+    torch.testing.assert_close(dot, {k: g.flatten(1) @ g.flatten(1).mT for k, g in grads.items()}, **close)
+    squared = {k: c.square().sum((0, 1)).float() for k, c in columns.items()}
+    for chunk_size in (None, 1, 2):  # of which the last has one vector
+        made.clear()
+        spec = (curvfunc.DiagGGN(), curvfunc.SqrtGGN())
+        diagonal, root = curvfunc.compute(model_fn, params, X, y, spec, chunk_size=chunk_size)
+        assert made
+        torch.testing.assert_close(diagonal, squared, **close)
+        torch.testing.assert_close({k: c.square().sum((0, 1)) for k, c in root.items()}, squared, **close)
+    out = {k: torch.empty_like(g) for k, g in grads.items()}
+    curvfunc.compute(model_fn, params, X, y, curvfunc.BatchGrad(), out=out)
+    torch.testing.assert_close(out, grads, **close)
+
+
+def test_where_samples_are_groups() -> None:
+    """Only where that was found to pay."""
+    x = torch.zeros(8, 64, 32, 32, dtype=torch.float32)
+
+    def pays(x: Tensor, *shape: int, **settings: Any) -> bool:
+        return conv._samples_as_groups(conv.Call(x, torch.Size(shape), len(shape) - 2, **settings))
+
+    assert pays(x, 64, 64, 3, 3)
+    assert pays(x, 450, 64, 3, 3)  # 900 positions
+    assert not pays(x, 451, 64, 3, 3)
+    assert pays(x, 512, 64, 3, 3, padding="same")
+    assert pays(x, 112, 64, 3, 3, stride=2)
+    assert not pays(x, 113, 64, 3, 3, stride=2)
+    assert not pays(x, 64, 8, 3, 3)
+    assert not pays(x.flatten(2), 64, 64, 3)
+    assert not pays(x.double(), 64, 64, 3, 3)
+    assert not pays(x.to("meta"), 64, 64, 3, 3)
+    assert not pays(x.repeat(64, 1, 1, 1), 64, 64, 3, 3)  # too large to be formed at once
 
 
 @pytest.mark.parametrize("name", [*NETS, *TRANSPOSED, "frames", "twice"])

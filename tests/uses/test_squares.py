@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import curvfunc
 from curvfunc import reference
 from curvfunc.rules import conv
-from curvfunc.uses import forms
+from curvfunc.uses import forms, squares
 from curvfunc.uses.forms import Bound, Outer, per_sample
 from curvfunc.uses.second_moments import second_moment
 from curvfunc.uses.squares import formed
@@ -50,6 +50,36 @@ def test_blocks(monkeypatch: Any, v: int, gradients: int, weighted: bool, graph:
     with torch.set_grad_enabled(graph):
         found = formed(b, names, weights if weighted else None)
     assert_close(found, {name: naive(b, weights)[name] for name in names})
+
+
+@pytest.mark.parametrize("size", [1, 60, 10**6])  # of a block, in entries
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("names", [["squares"], ["squares", "sample_norms"], ["total", "squares", "sample_norms"]])
+@pytest.mark.parametrize("v", [1, V])
+def test_blocks_of_output_features(monkeypatch: Any, v: int, names: list[str], rows: int, size: int) -> None:
+    """Gradients larger than a block are formed in parts."""
+    monkeypatch.setattr(forms, "BLOCK_BYTES", size * 8)
+    monkeypatch.setattr(squares, "LEAST_ROWS", rows)
+    b = bound(v)
+    weights = torch.randn(v, N)
+    names = [name for name in names if name != "total" or v == 1]
+    with torch.no_grad():
+        assert squares._rows(b) == (P if size == 10**6 else rows)
+        assert_close(formed(b, names, weights), {name: naive(b, weights)[name] for name in names})
+
+
+@pytest.mark.parametrize("positions", [2, 4])
+def test_norms_and_sum_of_few_positions(monkeypatch: Any, positions: int) -> None:
+    """From products of positions, or from gradients where there are more."""
+    g, x = torch.randn(1, N, Q, positions, 8), torch.randn(N, Q, positions, 9)
+    b = Bound(Outer(lambda: x, lambda g: g, torch.Size((Q * 8, 9))), g, x)
+    gradients = torch.einsum("nqso,nqsk->nqok", g[0], x).flatten(1, 2)
+    made: list[int] = []
+    monkeypatch.setattr(squares, "_blocks", lambda *a, of=squares._blocks: (made.append(1), of(*a))[1])
+    with torch.no_grad():
+        found = formed(b, ["total", "sample_norms"])
+    assert_close(found, {"total": gradients.sum(0), "sample_norms": gradients.square().sum((1, 2))})
+    assert bool(made) == (positions == 4)
 
 
 @pytest.mark.parametrize("samples", [1, 100])  # whose patches fit into a block
