@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curvfunc.tensors.sizes import has_symbols
+
 __all__ = [
     "batch_norm",
+    "batch_norm_of_any_size",
     "group_norm",
     "in_order_of_torch",
     "instance_norm",
@@ -45,6 +48,25 @@ def batch_norm(
         out = F.batch_norm(input.flatten(2), mean, var, weight, bias, False, momentum, eps)
         return torch.ops.aten._unsafe_view(out, input.shape)  # of a view, the graph does not tell what changes it in place
     return F.batch_norm(input, mean, var, weight, bias, False, momentum, eps)
+
+
+def batch_norm_of_any_size(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """As `batch_norm`; where sizes are symbols, written out: second derivatives of the kernel ask for them as numbers."""
+    if training or running_mean is None or running_var is None or not has_symbols():
+        return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    own = (-1, *[1] * (input.ndim - 2))
+    out = (input - running_mean.reshape(own)) * (running_var + eps).rsqrt().reshape(own)
+    out = out if weight is None else out * weight.reshape(own)
+    return (out if bias is None else out + bias.reshape(own)).to(input.dtype)
 
 
 def torch_batch_norm(
