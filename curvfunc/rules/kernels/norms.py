@@ -22,6 +22,7 @@ __all__ = [
     "standardized",
     "torch_batch_norm",
     "weight_norm",
+    "weight_norm_of_any_size",
 ]
 
 
@@ -207,3 +208,8 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """The derivative of the backward kernel is wrong."""
     others = [d for d in range(v.ndim) if dim == -1 or d != dim % v.ndim]
     return (v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1))).contiguous()
+
+
+def weight_norm_of_any_size(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Written out where sizes are symbols, so that as many gradients as there are samples go together."""
+    return weight_norm(v, g, dim) if has_symbols() else torch._weight_norm(v, g, dim)

@@ -44,6 +44,7 @@ from curvfunc.rules.kernels.norms import (
     running_instance_norm,
     torch_batch_norm,
     weight_norm,
+    weight_norm_of_any_size,
 )
 from curvfunc.rules.kernels.reductions import cdist, linear_cross_entropy, logcumsumexp
 
@@ -84,6 +85,7 @@ _FIRST: Functions = {
     F.embedding: embedding,
     torch.batch_norm: torch_batch_norm,
     torch.instance_norm: in_order_of_torch(running_instance_norm),
+    torch._weight_norm: weight_norm_of_any_size,
     torch.lu_solve: lambda b, LU_data, LU_pivots: lu_solve(LU_data, LU_pivots, b),
     Tensor.lu_solve: lambda b, LU_data, LU_pivots: lu_solve(LU_data, LU_pivots, b),
     torch.linalg.lu_solve: lu_solve,
