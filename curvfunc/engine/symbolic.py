@@ -22,7 +22,7 @@ Rule = Callable[..., Any]
 
 
 class NoRule(RuntimeError):
-    """What cannot be taken column by column: changes in place of what is no column."""
+    """What cannot be taken column by column: changes in place of what is no column, or may have views."""
 
 
 def batched(backward: Callable[..., Any], *columns: Tensor) -> Any:
@@ -33,7 +33,7 @@ def batched(backward: Callable[..., Any], *columns: Tensor) -> Any:
         *columns: [v, ...] each.
 
     Returns:
-        What vmap does; None if the backward pass keeps a graph, or changes what is no column in place.
+        What vmap does; None if the backward pass keeps a graph, or changes in place what is no column or has views.
     """
     num = columns[0].shape[0]
     if any(isinstance(c, _Columns) for c in columns):  # columns of columns, which are as many columns
@@ -42,7 +42,7 @@ def batched(backward: Callable[..., Any], *columns: Tensor) -> Any:
         return None if found is None else pytree.tree_map(lambda t: _Columns(t.unflatten(0, (outer, num))), found)
     try:
         found = backward(*map(_Columns, columns))
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, IndexError):
         return None
     if any(t.requires_grad for t in pytree.tree_leaves(found)):
         return None
@@ -53,6 +53,7 @@ class _Columns(Tensor):
     """Stands for one of the columns [v, ...]."""
 
     values_: Tensor
+    shared_ = False  # whether it is a view or has one, which here may be a copy
 
     @staticmethod
     def __new__(cls, values: Tensor) -> "_Columns":
@@ -74,6 +75,10 @@ class _Columns(Tensor):
         if rule is not None:
             found = rule(func, *args, **kwargs)
             if found is not NotImplemented:
+                if func.is_view:
+                    for t in pytree.tree_leaves((args, found)):
+                        if isinstance(t, _Columns):
+                            t.shared_ = True
                 return found
         if not func._schema.is_mutable:
             found = func.decompose(*args, **kwargs)
@@ -133,7 +138,7 @@ def _all(t: Tensor, num: Any) -> Tensor:
 def _pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
     flat, spec = pytree.tree_flatten((args, kwargs))
     rank = max(t.ndim for t in flat if isinstance(t, Tensor))
-    if func._schema.is_mutable and not isinstance(args[0], _Columns):
+    if func._schema.is_mutable and (not isinstance(args[0], _Columns) or args[0].shared_):
         raise NoRule
     lifted = [
         t.values_.reshape(t.values_.shape[0], *[1] * (rank - t.ndim), *t.shape)
@@ -309,8 +314,10 @@ def _index_select(func: Any, x: Any, dim: int, index: Any) -> Any:
 
 @_rule(aten.index_add.default, aten.index_add_.default)
 def _index_add(func: Any, x: Any, dim: int, index: Any, source: Any, **kwargs: Any) -> Any:
-    if isinstance(index, _Columns) or not x.ndim or (func._schema.is_mutable and not isinstance(x, _Columns)):
+    if isinstance(index, _Columns) or not x.ndim:
         return NotImplemented
+    if func._schema.is_mutable and (not isinstance(x, _Columns) or x.shared_):
+        raise NoRule
     num = _count(x, source)
     found = func(_all(x, num), dim % x.ndim + 1, index, _all(source, num), **kwargs)
     return x if func._schema.is_mutable else _Columns(found)
