@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
+from curvfunc.engine.symbolic import batched
+from curvfunc.tensors.sizes import has_symbols
+
 __all__ = ["over_columns", "without_fallback_warnings"]
 
 
@@ -16,6 +19,10 @@ def over_columns(backward: Callable[..., Any], *columns: Tensor) -> Any:
 
     Complex numbers have such: the gradient of an imaginary part may be a view that negates.
     """
+    if has_symbols() and _functorch.peek_interpreter_stack() is None:
+        found = batched(backward, *columns)
+        if found is not None:
+            return found
     try:
         with without_fallback_warnings():
             # what a checkpoint draws in the backward pass is what it drew in the forward pass

@@ -56,8 +56,8 @@ def _columns_behind(found: Curvature) -> list[tuple[int, int]]:
     """For each residual and pair, the parameters that take columns of it, and how many these are."""
     columns = [(pair.targets, hint(pair.columns)) for pair in found.pairs]
     for r in found.smooth:
-        own = found.meeting(r.input, r.shape.numel())
-        columns.append((r.reached & own.rest, hint(r.shape.numel() // max(1, r.shape[r.axis]))))
+        own = found.meeting(r.input, math.prod(r.shape))
+        columns.append((r.reached & own.rest, hint(math.prod(r.shape)) // max(1, hint(r.shape[r.axis]))))
     return columns
 
 

@@ -15,6 +15,7 @@ before any other operation that curves (`curvfunc.hessian.residuals`), and those
 held fixed.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -122,7 +123,7 @@ def root_columns(
         of the second term, φ''(z) δ.
     """
     run = _Columns(trace, None, False)
-    weights = gradient.new_ones(columns.num, len(gradient)) if columns.weights is None else columns.weights
+    weights = gradient.new_ones(columns.num, gradient.shape[0]) if columns.weights is None else columns.weights
     for i, chunk, b in run.at_uses([trace.out], lambda a, b: [columns.get(a, b)], columns.num, -1):
         yield i, b, weights[chunk], False
     for residual, r in run.weights(residuals, gradient):
@@ -287,7 +288,7 @@ class _Diagonal(_Columns):
             self.own(source, r_x, flat, targets)
             targets &= ~_union(flat.own.values())
             rows: Callable[[int, int], Sequence[Tensor]] = lambda a, b: [weight[a:b, None].expand(-1, *x_shape)]
-            self.contract([source], rows, len(weight), r.mT, targets, x_shape.numel())
+            self.contract([source], rows, len(weight), r.mT, targets, math.prod(x_shape))
             return
         self.contract([residual.input], _units(r, residual.axis), *_by_sample(r, residual.axis), targets, r.numel())
 

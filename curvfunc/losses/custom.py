@@ -138,7 +138,7 @@ def mean_terms(loss: Loss, out: Tensor, y: Any, g: Tensor) -> Tensor:
         twice = autodiff_gradient(loss, torch.cat([out, out]), tree_map(lambda t: torch.cat([t, t]), y))
     except (RuntimeError, ValueError, IndexError) as error:
         raise ValueError(f"{label(loss)} cannot be evaluated on the batch twice, {remedy}: {error}") from error
-    first = twice[: len(out)]
+    first = twice[: out.shape[0]]
     share = (first * g).sum() / (g * g).sum()
     if values_visible(share, y) and share.isfinite():
         factor = min((0.5, 1.0), key=lambda factor: abs(factor - share.item()))
@@ -147,7 +147,7 @@ def mean_terms(loss: Loss, out: Tensor, y: Any, g: Tensor) -> Tensor:
                 f"{label(loss)} is neither a sum nor a mean over samples: on the batch twice, gradients are {share.item():.3g} "
                 f"times as large, {remedy}."
             )
-    return torch.where(share < 0.75, len(out), 1.0)
+    return torch.where(share < 0.75, out.shape[0], 1.0)
 
 
 def check_sum(loss: Loss, out: Tensor, y: Any, g: Tensor) -> None:
@@ -164,7 +164,7 @@ def check_sum(loss: Loss, out: Tensor, y: Any, g: Tensor) -> None:
         twice = autodiff_gradient(loss, torch.cat([out, out]).detach(), tree_map(lambda t: torch.cat([t, t]), y))
     except (RuntimeError, ValueError, IndexError) as error:
         raise ValueError(f"{label(loss)} cannot be evaluated on the batch twice: {error} {remedy}") from error
-    moved = (twice[: len(out)] - g.detach()).abs().amax() > tolerance(out.dtype) * g.detach().abs().amax()
+    moved = (twice[: out.shape[0]] - g.detach()).abs().amax() > tolerance(out.dtype) * g.detach().abs().amax()
     why = (
         f"{label(loss)} is no sum over samples: its gradients on the batch twice are others. {remedy} What a mean would divide "
         "by is left to you."

@@ -126,7 +126,7 @@ def summed_gradient(loss: Loss, out: Tensor, y: Any, *, create_graph: bool = Fal
     """
     refuse_means(loss)
     g = gradient(loss, out, y, create_graph=create_graph)
-    if loss.name is None and len(out):
+    if loss.name is None and out.shape[0]:
         check_sum(loss, out, y, g)
     return g
 

@@ -315,7 +315,7 @@ class Run:
 
     def _samples(self, spec: Quantity) -> int:
         """The number of samples that a spec is of."""
-        return len(self.chosen) if self.chosen is not None and not spec.whole_batch else self.batch.size
+        return self.chosen.shape[0] if self.chosen is not None and not spec.whole_batch else self.batch.size
 
     def _finish(self, spec: Quantity, key: Any, out: Tensor, parts: dict[tuple[Any, str], list[Any]]) -> Any:
         if spec.forward == "output":  # a detached one is another tensor than the model's own
@@ -330,7 +330,7 @@ class Run:
 
 def shaped(spec: Quantity, values: list[Any], shape: torch.Size) -> list[Any]:
     """The results of a quantity of the output's entries with the axes of the output, whose shape is ``shape`` for a sample."""
-    return [v.reshape(len(v), *shape, *v.shape[2:]) for v in values] if spec.of_entries else values
+    return [v.reshape(v.shape[0], *shape, *v.shape[2:]) for v in values] if spec.of_entries else values
 
 
 def of_nothing(spec: Quantity, params: Sequence[Tensor], samples: int, entries: int) -> list[Any]:

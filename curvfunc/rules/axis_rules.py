@@ -131,8 +131,11 @@ def _layout(x: Tensor, axis: int | None, index: Any) -> list[Any] | None:
 
 
 def _is_full(item: slice, n: int) -> bool:
-    plain = all(p is None or type(p) is int for p in (item.start, item.stop, item.step))
-    return plain and item.indices(n) == (0, n, 1)
+    if any(p is not None and type(p) is not int for p in (item.start, item.stop, item.step)):
+        return False
+    if type(n) is not int:  # a symbol, which ``indices`` would bind
+        return item.start in (None, 0) and item.step in (None, 1) and (item.stop is None or bool(item.stop >= n))
+    return item.indices(n) == (0, n, 1)
 
 
 def getitem(args: Args, kwargs: Kwargs, out: Any, axis_of: AxisOf) -> Axes:

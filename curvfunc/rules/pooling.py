@@ -38,12 +38,12 @@ def _max_pool2d(
 def _pays(input: Any) -> bool:
     return (
         isinstance(input, Tensor)
+        and not torch.compiler.is_compiling()  # where sizes may be symbols
         and input.ndim == 4
         and input.device.type == "cpu"
         and input.dtype in (torch.float32, torch.float64)
         and input.is_contiguous()
         and input.numel() >= SMALLEST
-        and not torch.compiler.is_compiling()
         and _functorch.peek_interpreter_stack() is None
         and not _hooked()
     )

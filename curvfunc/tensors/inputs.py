@@ -48,7 +48,7 @@ class Batch:
     @property
     def size(self) -> int:
         """Number of samples that are computed."""
-        return self.total if self.index is None else len(self.index)
+        return self.total if self.index is None else self.index.shape[0]
 
     def whole(self) -> "Batch":
         """The same without a subset."""

@@ -4,10 +4,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-__all__ = ["hint", "ranges", "room"]
+__all__ = ["has_symbols", "hint", "ranges", "room"]
 
 ON_GPU = 64  # times as much goes together where there is no cache to stay in, and each step costs its launch
+
+
+def has_symbols() -> bool:
+    """Whether operations are traced for sizes that are symbols."""
+    if not is_in_torch_dispatch_mode():
+        return False
+    mode = detect_fake_mode()
+    return mode is not None and mode.shape_env is not None and bool(mode.shape_env.backed_var_to_val)
 
 
 def hint(size: Any) -> int:

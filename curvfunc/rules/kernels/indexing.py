@@ -8,7 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch
 
-__all__ = ["as_strided_scatter", "embedding", "embedding_bag", "index_fill", "roll", "scatter_reduce", "select_scatter"]
+from curvfunc.tensors.sizes import has_symbols
+
+__all__ = [
+    "as_strided_scatter",
+    "embedding",
+    "embedding_bag",
+    "embedding_of_any_size",
+    "index_fill",
+    "roll",
+    "scatter_reduce",
+    "select_scatter",
+]
 
 
 def select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
@@ -59,6 +70,25 @@ def embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *ar
         return F.embedding(input, weight, padding_idx, *args, **kwargs)
     out = F.embedding(input, weight, None, *args, **kwargs)
     return torch.where((input == padding_idx % len(weight)).unsqueeze(-1), out.detach(), out)
+
+
+def embedding_of_any_size(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Where sizes are symbols, rows by their numbers: the second derivative of the kernel asks for sizes as numbers."""
+    unusual = max_norm is not None or scale_grad_by_freq or sparse
+    if unusual or not has_symbols() or _functorch.peek_interpreter_stack() is not None:
+        return embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    out = weight.index_select(0, input.reshape(-1)).reshape(*input.shape, weight.shape[1])
+    if padding_idx is None:
+        return out
+    return torch.where((input == padding_idx % weight.shape[0]).unsqueeze(-1), out.detach(), out)
 
 
 def embedding_bag(

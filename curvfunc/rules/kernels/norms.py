@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curvfunc.tensors.sizes import has_symbols
+
 __all__ = [
     "batch_norm",
+    "batch_norm_of_any_size",
     "group_norm",
     "in_order_of_torch",
     "instance_norm",
@@ -19,6 +22,7 @@ __all__ = [
     "standardized",
     "torch_batch_norm",
     "weight_norm",
+    "weight_norm_of_any_size",
 ]
 
 
@@ -45,6 +49,25 @@ def batch_norm(
         out = F.batch_norm(input.flatten(2), mean, var, weight, bias, False, momentum, eps)
         return torch.ops.aten._unsafe_view(out, input.shape)  # of a view, the graph does not tell what changes it in place
     return F.batch_norm(input, mean, var, weight, bias, False, momentum, eps)
+
+
+def batch_norm_of_any_size(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """As `batch_norm`; where sizes are symbols, written out: second derivatives of the kernel ask for them as numbers."""
+    if training or running_mean is None or running_var is None or not has_symbols():
+        return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    own = (-1, *[1] * (input.ndim - 2))
+    out = (input - running_mean.reshape(own)) * (running_var + eps).rsqrt().reshape(own)
+    out = out if weight is None else out * weight.reshape(own)
+    return (out if bias is None else out + bias.reshape(own)).to(input.dtype)
 
 
 def torch_batch_norm(
@@ -185,3 +208,8 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """The derivative of the backward kernel is wrong."""
     others = [d for d in range(v.ndim) if dim == -1 or d != dim % v.ndim]
     return (v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1))).contiguous()
+
+
+def weight_norm_of_any_size(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Written out where sizes are symbols, so that as many gradients as there are samples go together."""
+    return weight_norm(v, g, dim) if has_symbols() else torch._weight_norm(v, g, dim)

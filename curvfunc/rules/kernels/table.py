@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from curvfunc.rules.kernels.convolutions import CONVOLUTIONS
 from curvfunc.rules.kernels.elementwise import angle, hardsigmoid, i1, precise_hardsigmoid, sgn, sinc
 from curvfunc.rules.kernels.indexing import (
     as_strided_scatter,
     embedding,
     embedding_bag,
+    embedding_of_any_size,
     index_fill,
     roll,
     scatter_reduce,
@@ -33,6 +35,7 @@ from curvfunc.rules.kernels.linear_algebra import (
 )
 from curvfunc.rules.kernels.norms import (
     batch_norm,
+    batch_norm_of_any_size,
     group_norm,
     in_order_of_torch,
     instance_norm,
@@ -41,6 +44,7 @@ from curvfunc.rules.kernels.norms import (
     running_instance_norm,
     torch_batch_norm,
     weight_norm,
+    weight_norm_of_any_size,
 )
 from curvfunc.rules.kernels.reductions import cdist, linear_cross_entropy, logcumsumexp
 
@@ -81,6 +85,7 @@ _FIRST: Functions = {
     F.embedding: embedding,
     torch.batch_norm: torch_batch_norm,
     torch.instance_norm: in_order_of_torch(running_instance_norm),
+    torch._weight_norm: weight_norm_of_any_size,
     torch.lu_solve: lambda b, LU_data, LU_pivots: lu_solve(LU_data, LU_pivots, b),
     Tensor.lu_solve: lambda b, LU_data, LU_pivots: lu_solve(LU_data, LU_pivots, b),
     torch.linalg.lu_solve: lu_solve,
@@ -105,6 +110,9 @@ if hasattr(F, "linear_cross_entropy"):
     _FIRST[F.linear_cross_entropy] = linear_cross_entropy
 
 _SECOND: Functions = {
+    **CONVOLUTIONS,
+    F.batch_norm: batch_norm_of_any_size,
+    F.embedding: embedding_of_any_size,
     F.hardsigmoid: hardsigmoid,
     F.embedding_bag: embedding_bag,
     torch._weight_norm: weight_norm,
