@@ -27,8 +27,9 @@ from curvfunc.engine.calls import (
     tensors_in,
 )
 from curvfunc.engine.effects import HIDDEN_WRITES, Effects
-from curvfunc.engine.following import CONSTANT, MIXED, Follower
+from curvfunc.engine.following import CONSTANT, MIXED
 from curvfunc.engine.graph import Opaque, calls_may_hide, edge_of, pullback, viewed
+from curvfunc.engine.layouts import Surveyor
 from curvfunc.engine.plans import Plan, SiteStep, Step, step
 from curvfunc.engine.sites import Layouts, Parameter, Site
 from curvfunc.rules import DECOMPOSITIONS, EXPANSIONS, RULES, SPLITS, TRANSPOSES, Use
@@ -43,7 +44,7 @@ __all__ = ["Observer"]
 UNDER_VMAP: dict[Any, Any] = {f: DECOMPOSITIONS[f] for f in (torch.prelu, F.prelu, Tensor.prelu)}
 
 
-class Observer(Follower):
+class Observer(Surveyor):
     """Records sites, generic parameters and the sample axis. ``level`` is the vmap level, None on the plain path.
 
     Functions in ``instead`` are replaced by those that do the same, faster or with the right derivatives.
@@ -59,16 +60,12 @@ class Observer(Follower):
         layouts: Layouts | None = None,
         instead: Mapping[Any, Any] = MappingProxyType({}),
     ) -> None:
-        super().__init__()
+        super().__init__(level, layouts)
         self.tracked = tracked
         self.instead = instead
-        self.layouts = layouts
-        if layouts is not None:
-            layouts.clear()
         self.index = {id(p): Parameter(p, i) for i, p in tracked.items()}
         if level is None:
             self.marks = {id(p): (ref(p), CONSTANT, p.requires_grad) for p in tracked.values()}
-        self.level = level
         self.depth = _functorch.maybe_current_level() or 0  # of the transformations around the model
         self.samples = samples
         self.guesses: bool | None = None  # whether constants were taken for samples; False forbids it
@@ -418,36 +415,6 @@ class Observer(Follower):
         if _functorch.is_batchedtensor(t) and _functorch.maybe_get_level(t) == self.level:
             return _functorch.get_unwrapped(t).movedim(_functorch.maybe_get_bdim(t), 0)
         return t.expand(self.samples, *t.shape)
-
-    def _raw(self, t: Tensor) -> Tensor:
-        if self.level is not None and _functorch.is_batchedtensor(t) and _functorch.maybe_get_level(t) == self.level:
-            return _functorch.get_unwrapped(t)
-        return t
-
-    # -- samples
-
-    def _laid_out(
-        self, layouts: Layouts, func: Any, run: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
-    ) -> Any:
-        """Run an operation; note before it, since it may change them in place, the layouts of the tensors with a gradient."""
-        source, sampled, graphed = None, set(), torch.is_grad_enabled()
-        for t in tensors:
-            raw = t if self.level is None else self._raw(t)
-            axis = self.axis_or_none(t) if self.level is None else _functorch.maybe_get_bdim(t) if raw is not t else None
-            if axis is not None:
-                sampled.add(id(t))
-            if graphed and t.requires_grad:
-                if axis is not None:
-                    layouts.note(edge_of(raw), axis, raw.shape)
-                if source is None and func in layouts.functions:
-                    source = edge_of(raw)
-        out = run(*args, **kwargs)
-        if isinstance(out, Tensor) and (source is not None or len(sampled) > 1) and (raw := self._raw(out)).grad_fn is not None:
-            if source is not None and not out.is_complex():
-                layouts.note_composite(edge_of(raw).node, source)
-            if len(sampled) > 1:
-                layouts.note_several(edge_of(raw).node)
-        return out
 
 
 def _squeezed(form: Form) -> Form:

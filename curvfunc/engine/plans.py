@@ -13,17 +13,15 @@ from dataclasses import dataclass
 from itertools import repeat
 from operator import is_
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch
 
+from curvfunc.engine.sites import Parameter
 from curvfunc.rules.registry import Rule, Use
 from curvfunc.uses.forms import Form
-
-if TYPE_CHECKING:
-    from curvfunc.engine.observer import Observer
 
 __all__ = ["Plan", "SiteStep", "Step", "expected", "keep", "step"]
 
@@ -32,6 +30,18 @@ MANY = 64  # plans
 
 PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 SIMPLE = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, EllipsisType)
+
+
+class Watching(Protocol):
+    """What is known in a forward pass: the parameters by index, what they are by identity, and the marks of other tensors."""
+
+    tracked: dict[int, Tensor]
+    index: dict[int, Parameter]
+    marks: dict[int, tuple[Any, int | None, bool]]
+
+    def axis_of(self, t: Tensor) -> int | None: ...
+
+    def doubt(self, t: Tensor) -> None: ...
 
 
 @dataclass(slots=True)
@@ -98,7 +108,7 @@ class Step:
     requires_grad: bool = False
     site: SiteStep | None = None
 
-    def meets(self, mode: "Observer", values: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor] | None:
+    def meets(self, mode: Watching, values: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor] | None:
         """The tensors of a call but for the parameters, if all that was decided depends on is the same again."""
         if len(values) != self.count or (kwargs and tuple(kwargs) != self.keys):
             return None
@@ -138,7 +148,7 @@ class Step:
         return not any(map(is_, data, repeat(out)))
 
 
-def step(mode: "Observer", func: Any, values: Sequence[Any], kwargs: dict[str, Any]) -> Step | None:
+def step(mode: Watching, func: Any, values: Sequence[Any], kwargs: dict[str, Any]) -> Step | None:
     """A call, before it, on its way to be a step; None where decisions may depend on more than a step has."""
     if _functorch.peek_interpreter_stack() is not None:
         return None

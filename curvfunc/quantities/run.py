@@ -21,8 +21,9 @@ from curvfunc.engine.cotangents import AveragedHessian, FullHessian, LossGradien
 from curvfunc.engine.effects import Attributes
 from curvfunc.engine.leaves import leaf
 from curvfunc.engine.model import check_function, without_recomputation
+from curvfunc.engine.nothing import sums_of_nothing
 from curvfunc.engine.outputs import check_output
-from curvfunc.engine.passes import FACTORS, BackwardPass, Prepared, check_unchanged, sums_of_nothing
+from curvfunc.engine.passes import FACTORS, BackwardPass, Prepared, check_unchanged
 from curvfunc.engine.sites import Layouts, Trace
 from curvfunc.hessian import diagonal as hessian
 from curvfunc.hessian import estimates, kfra
