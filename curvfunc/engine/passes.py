@@ -201,7 +201,7 @@ class BackwardPass:
             if plain:
                 found = contracted(wanted, bound, start == 0, single)
             else:
-                if blocks and type(bound.form) is Direct and bound.form.shape.numel() >= LARGE_BLOCK:
+                if blocks and type(bound.form) is Direct:
                     check_block(bound, f"parameter {self.names[i]!r}")
                 buffers = {n: b[i][start:stop] if n == "per_sample" else b[i] for n, b in outs.items()} if outs else {}
                 own = {n: data[i] for n, data in operands.items()} if operands else None

@@ -97,7 +97,8 @@ def cross_entropy_gradient(loss: Loss, work: Tensor, y: Tensor) -> Tensor:
 
 def cross_entropy_root(loss: Loss, work: Tensor, y: Tensor, dtype: torch.dtype, fewest: bool) -> Root:
     """Columns sqrt(m p_c) (e_c - p) at each position, or C - 1 others."""
-    return _softmax_root(work, class_mass(loss, work, y), dtype, fewest and work.shape[1] > 1)
+    uniform = uniform_mass(loss, y) if _has_hard_labels(loss, y) else None
+    return _softmax_root(work, class_mass(loss, work, y) if uniform is None else uniform, dtype, fewest and work.shape[1] > 1)
 
 
 def squared_error_gradient(loss: Loss, work: Tensor, y: Tensor) -> Tensor:
@@ -150,15 +151,16 @@ def binary_weights(loss: Loss, work: Tensor, y: Tensor) -> tuple[Tensor, Tensor]
     return positive * weight.to(work.dtype) * scale, mass * weight.to(work.dtype) * scale
 
 
-def _softmax_root(work: Tensor, mass: Tensor, dtype: torch.dtype, fewest: bool = False) -> Root:
-    """Columns sqrt(m p_c) (e_c - p) at position d, for v = (c, d); or the fewest. work [N, C, *d], mass [N, 1, *d]."""
+def _softmax_root(work: Tensor, mass: Tensor | float, dtype: torch.dtype, fewest: bool = False) -> Root:
+    """Columns sqrt(m p_c) (e_c - p) at position d, for v = (c, d); or the fewest. work [N, C, *d], mass [N, 1, *d] or one."""
     num, num_classes, positions = work.shape[0], work.shape[1], math.prod(work.shape[2:])
     shape, device = work.shape, work.device
     log_probs = work.log_softmax(1).reshape(num, num_classes, positions)
     probs = log_probs.exp()
     # sqrt(p) in log space: it survives where p underflows, and its derivative stays finite
     roots = (log_probs / 2).exp()
-    scale = (mass.reshape(num, 1, positions).sqrt() * roots).flatten(1)
+    root_mass = mass.reshape(num, 1, positions).sqrt() if isinstance(mass, Tensor) else math.sqrt(mass)
+    scale = (root_mass * roots).flatten(1)
     skipped = positions if fewest else 0
     if fewest:
         probs = torch.cat([roots[:, :1], probs[:, 1:] / (1 + roots[:, :1])], dim=1)

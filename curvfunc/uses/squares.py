@@ -121,24 +121,24 @@ def formed(b: Bound, names: Sequence[str], weights: Tensor | None = None, out: T
         return {"total": total(b), "sample_norms": sample_norms(b)}
     n, o = b.g.shape[1], b.g.shape[4]
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-    begun: set[int] = set()  # output features of which there was a block
-    for samples, vectors, outputs, x in _blocks(b, o if "sample_squares" in names else _rows(b)):
+    begun: set[int] = set()  # ranges of output features of which there was a block
+    for samples, vectors, outputs, part, x in _blocks(b, o if "sample_squares" in names else _rows(b)):
         g = b.g[vectors, samples, ..., outputs].permute(1, 2, 0, 4, 3)  # [m, q, v, o, s]
         block = (g.flatten(2, 3) @ x).unflatten(2, g.shape[2:4])  # [m, q, v, o, k]
-        first = vectors.start == 0 and outputs.start == 0  # of these samples
+        first = vectors.start == 0 and part == 0  # of these samples
         if "total" in found:
-            _add(found["total"], block, outputs, o, outputs.start not in begun)
+            _add(found["total"], block, outputs, o, part not in begun)
         squared = block.square_() if may_overwrite() else block.square()
         if weights is not None:
             w = weights[vectors, samples].mT[:, None, None]  # [m, 1, 1, v]
             squared = (w @ squared.flatten(3)).unflatten(3, squared.shape[3:])
         if "squares" in found:
-            _add(found["squares"], squared, outputs, o, outputs.start not in begun)
+            _add(found["squares"], squared, outputs, o, part not in begun)
         if "sample_squares" in found:
             _place(found["sample_squares"], squared.sum(2), first, samples, n, out)
         if "sample_norms" in found:
             _place(found["sample_norms"], squared.flatten(1).sum(1), first, samples, n)
-        begun.add(outputs.start)
+        begun.add(part)
     results = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in found.items()}
     return {name: r if name == "sample_norms" else arranged(b, r) for name, r in results.items()}
 
@@ -203,7 +203,7 @@ def _rows(b: Bound) -> int:
     if not may_overwrite() or torch.compiler.is_compiling():
         return o
     fit = room(forms.BLOCK_BYTES, b.g) // hint(max(1, q * b.features * b.g.element_size()))
-    return o if 2 * o <= fit else min(o, max(LEAST_ROWS, fit // hint(max(1, n * v))))
+    return o if 2 * hint(o) <= fit else min(o, max(LEAST_ROWS, fit // hint(max(1, n * v))))
 
 
 def squared_inputs(b: Bound, batched: bool) -> Tensor:
@@ -241,16 +241,16 @@ def condensed(b: Bound) -> Bound:
     return replace(b, g=b.g.square().sum(0, keepdim=True).sqrt())
 
 
-def _blocks(b: Bound, rows: int) -> Iterator[tuple[slice, slice, slice, Tensor]]:
-    """Samples, vectors, so many output features, and inputs x whose gradients stay in cache."""
+def _blocks(b: Bound, rows: int) -> Iterator[tuple[slice, slice, slice, int, Tensor]]:
+    """Samples, vectors, so many output features, the number of these, and inputs x whose gradients stay in cache."""
     v, _, q, _, o = b.g.shape
     one = max(1, q * rows * b.features)
     size = max(1, min(hint(v), room(forms.BLOCK_BYTES, b.g) // (hint(one) * b.g.element_size())))
     for samples in sample_blocks(b, one * size):
         x = b.part(samples)
         for start, stop in ranges(v, size):
-            for j, end in ranges(o, rows):
-                yield samples, slice(start, stop), slice(j, end), x
+            for part, (j, end) in enumerate(ranges(o, rows)):
+                yield samples, slice(start, stop), slice(j, end), part, x
 
 
 def _same_row(b: Bound) -> Tensor:
