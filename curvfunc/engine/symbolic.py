@@ -41,7 +41,8 @@ def batched(backward: Callable[..., Any], *columns: Tensor) -> Any:
         found = batched(backward, *[_all(c, outer).flatten(0, 1) for c in columns])
         return None if found is None else pytree.tree_map(lambda t: _Columns(t.unflatten(0, (outer, num))), found)
     try:
-        found = backward(*map(_Columns, columns))
+        # of tensors in another order torch does not always know the order that kernels leave (native_dropout_backward)
+        found = backward(*[_Columns(c.contiguous()) for c in columns])
     except (RuntimeError, TypeError, IndexError):
         return None
     if any(t.requires_grad for t in pytree.tree_leaves(found)):
@@ -166,6 +167,11 @@ RULES.update(
         for name in ("softplus", "softshrink", "rrelu_with_noise", "_prelu_kernel")
     }
 )
+
+
+@_rule(aten.native_dropout_backward.default)
+def _dropout_backward(func: Any, grad: Any, mask: Any, scale: float) -> Any:
+    return grad * mask * scale
 
 
 @_rule(aten.detach.default, aten.alias.default, aten.clone.default, aten._to_copy.default, aten.lift_fresh.default)
