@@ -41,12 +41,19 @@ def batched(backward: Callable[..., Any], *columns: Tensor) -> Any:
         found = batched(backward, *[_all(c, outer).flatten(0, 1) for c in columns])
         return None if found is None else pytree.tree_map(lambda t: _Columns(t.unflatten(0, (outer, num))), found)
     try:
-        found = backward(*map(_Columns, columns))
+        found = backward(*map(_given, columns))
     except (RuntimeError, TypeError, IndexError):
         return None
     if any(t.requires_grad for t in pytree.tree_leaves(found)):
         return None
     return pytree.tree_map(lambda t: t.values_ if isinstance(t, _Columns) else t.expand(num, *t.shape), found)
+
+
+def _given(columns: Tensor) -> "_Columns":
+    """Columns of the caller, who takes them elsewhere as they are if there is something without a rule later."""
+    given = _Columns(columns)
+    given.shared_ = True
+    return given
 
 
 class _Columns(Tensor):
