@@ -248,7 +248,8 @@ def keep(model_fn: Any, samples: int, plan: Plan | None) -> None:
     """Remember what a forward pass did."""
     if plan is None or (steps := plan.steps) is None:
         return
+    key = _key(model_fn, samples)
     with _LOCK:
-        if len(_PLANS) >= MANY:
+        if key not in _PLANS and len(_PLANS) >= MANY:
             _PLANS.pop(next(iter(_PLANS)))
-        _PLANS[_key(model_fn, samples)] = steps
+        _PLANS[key] = steps
