@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, repeat
 from operator import attrgetter, is_
 from types import MethodType
 from typing import Any
@@ -119,11 +120,15 @@ class ExtendedForward:
         self.original = original
         self._parameters: _Parameters | None = None
 
-    def parameters(self, module: nn.Module) -> "_Parameters":
-        """Those of the module that require grad."""
-        if self._parameters is None or not self._parameters.hold(module):
-            self._parameters = _Parameters(module)
-        return self._parameters
+    def parameters(self, module: nn.Module) -> "tuple[list[str], list[Tensor], list[weakref.ref[nn.Module]]]":
+        """Those of the module that require grad: names, themselves, and the submodules that have them."""
+        known = self._parameters
+        tensors = None if known is None else known.tensors(module)
+        if known is None or tensors is None:
+            known, tensors = _Parameters.of(module)
+            scripted = any(isinstance(m, torch.jit.ScriptModule) for m in module.modules())  # their entries are no dictionaries
+            self._parameters = None if scripted else known
+        return [*known.names], tensors, [*known.owners]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward, recorded unless it is part of a recorded call."""
@@ -230,12 +235,16 @@ def _record_loss(module: nn.Module, forward: Callable[..., Any], args: tuple[Any
 
 
 def _record_region(
-    module: nn.Module, params: "_Parameters", forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module,
+    params: "tuple[list[str], list[Tensor], list[weakref.ref[nn.Module]]]",
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     called: Any = (args, kwargs)
     leaves, rebuild = flatten(called)
     first = next((t for t in leaves if isinstance(t, Tensor) and t.ndim), None)
-    names, tensors, owners = [*params.names], [*params.tensors], [*params.owners]
+    names, tensors, owners = params
     if first is None or not (tensors or first.requires_grad) or delivery.is_replayed(tensors):
         return forward(*args, **kwargs)
     sampled = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.ndim and len(t) == len(first)]
@@ -267,39 +276,86 @@ def _record_region(
     return out
 
 
+@dataclass(eq=False)
 class _Parameters:
-    """Name, parameter and owner, of those that require grad, each once; and how to tell that they are still these."""
+    """Where a module has parameters that require grad, each once. It keeps none alive, and notices every change.
 
-    def __init__(self, module: nn.Module) -> None:
-        found: dict[int, tuple[str, Tensor, weakref.ref[nn.Module]]] = {}
+    Attributes:
+        names: Of the parameters.
+        owners: The submodules that have them.
+        others: All submodules.
+        sizes: How many entries these and the module have.
+        keys: The names of these entries.
+        values: The entries, submodules before parameters.
+        all: The parameters among these.
+        flags: Whether they require grad.
+        places: Those that do, each once.
+    """
+
+    names: list[str]
+    owners: list["weakref.ref[nn.Module]"]
+    others: list["weakref.ref[nn.Module]"]
+    sizes: list[int]
+    keys: list[str]
+    values: list[Callable[[], Any]]
+    all: list[int]
+    flags: list[bool]
+    places: list[int]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> tuple["_Parameters", list[Tensor]]:
+        """Those of a module, and the parameters."""
+        modules = [*module.modules()]
+        held = _dictionaries(modules)
+        values = _values(held)
+        place = {id(value): k for k, value in reversed([*enumerate(values)])}
+        found: dict[int, tuple[str, weakref.ref[nn.Module]]] = {}
         for prefix, m in module.named_modules():
             for name, p in m._parameters.items():
-                if p is not None and p.requires_grad and id(p) not in found:
-                    found[id(p)] = (f"{prefix}.{name}" if prefix else name, p, weakref.ref(m))
-        self.names = [name for name, *_ in found.values()]
-        self.tensors = [p for _, p, _ in found.values()]
-        self.owners = [owner for *_, owner in found.values()]
-        _, *self._others = module.modules()  # the module itself would be a cycle
-        self._held = self._dictionaries(module)
-        self._sizes = [len(held) for held in self._held]
-        entries = [(held, key, value) for held in self._held for key, value in held.items()]
-        self._places, self._keys = [held for held, *_ in entries], [key for _, key, _ in entries]
-        self._values = [value for *_, value in entries]
-        self._all = [p for p in self._values if isinstance(p, Tensor)]
-        self._flags = [p.requires_grad for p in self._all]
-
-    def _dictionaries(self, module: nn.Module) -> list[dict[str, Any]]:
-        modules = module, *self._others
-        return [*map(attrgetter("_modules"), modules), *map(attrgetter("_parameters"), modules)]
-
-    def hold(self, module: nn.Module) -> bool:
-        """Whether nothing has changed since: no submodule, no parameter, no flag."""
-        return (
-            all(map(is_, self._dictionaries(module), self._held))
-            and [*map(len, self._held)] == self._sizes
-            and all(map(is_, map(dict.get, self._places, self._keys), self._values))
-            and [*map(attrgetter("requires_grad"), self._all)] == self._flags
+                if p is not None and p.requires_grad:
+                    found.setdefault(place[id(p)], (f"{prefix}.{name}" if prefix else name, weakref.ref(m)))
+        every = [k for k, value in enumerate(values) if isinstance(value, Tensor)]
+        known = cls(
+            [name for name, _ in found.values()],
+            [owner for _, owner in found.values()],
+            [*map(weakref.ref, modules[1:])],
+            [*map(len, held)],
+            [key for entries in held for key in entries.keys()],  # noqa: SIM118
+            [_nothing if value is None else weakref.ref(value) for value in values],
+            every,
+            [values[k].requires_grad for k in every],
+            [*found],
         )
+        return known, [values[k] for k in found]
+
+    def tensors(self, module: nn.Module) -> list[Tensor] | None:
+        """The parameters; None if anything has changed since: a submodule, a parameter, a flag."""
+        modules: list[Any] = [module, *[other() for other in self.others]]
+        if any(map(is_, modules, repeat(None))):
+            return None
+        held = _dictionaries(modules)
+        if [*map(len, held)] != self.sizes or [*chain.from_iterable(held)] != self.keys:
+            return None
+        values = [*chain.from_iterable(map(dict.values, held))]
+        if not all(map(is_, values, [value() for value in self.values])):
+            return None
+        own = map(values.__getitem__, self.all)  # None by now in place of one that is gone, which has no flag
+        if [*map(getattr, own, repeat("requires_grad"), repeat(None))] != self.flags:
+            return None
+        return [values[k] for k in self.places]
+
+
+def _dictionaries(modules: list[nn.Module]) -> list[Any]:
+    """The entries of modules: first all of their submodules, then all of their parameters."""
+    return [*map(attrgetter("_modules"), modules), *map(attrgetter("_parameters"), modules)]
+
+
+def _values(held: list[Any]) -> list[Any]:
+    return [value for entries in held for value in entries.values()]
+
+
+def _nothing() -> None:
+    """What there is of a parameter that a module has not."""
 
 
 def _generators() -> list[Tensor]:

@@ -110,7 +110,7 @@ class Step:
 
     def meets(self, mode: Watching, values: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor] | None:
         """The tensors of a call but for the parameters, if all that was decided depends on is the same again."""
-        if len(values) != self.count or (kwargs and tuple(kwargs) != self.keys):
+        if len(values) != self.count or (tuple(kwargs) if kwargs else ()) != self.keys:
             return None
         if _functorch.peek_interpreter_stack() is not None:
             return None
@@ -157,7 +157,7 @@ def step(mode: Watching, func: Any, values: Sequence[Any], kwargs: dict[str, Any
         if not isinstance(value, Tensor):
             if not _is_constant(value):
                 return None
-            found.constants.append((place, value))
+            found.constants.append((place, [*value] if type(value) is list else value))  # lists may change until then
         elif type(value) not in PLAIN:
             return None
         elif (p := mode.index.get(id(value))) is None:
@@ -232,7 +232,8 @@ _LOCK, _PLANS = threading.Lock(), dict[tuple[int, int], "list[Step | None]"]()
 
 def _key(model_fn: Any, samples: int) -> tuple[int, int]:
     """Where to look; an address that another model has by now does no harm."""
-    what = getattr(model_fn, "module", None) or getattr(model_fn, "__code__", model_fn)
+    if (what := getattr(model_fn, "module", None)) is None:  # modules may have a truth value, or none
+        what = getattr(model_fn, "__code__", model_fn)
     return id(what), samples
 
 
@@ -247,7 +248,8 @@ def keep(model_fn: Any, samples: int, plan: Plan | None) -> None:
     """Remember what a forward pass did."""
     if plan is None or (steps := plan.steps) is None:
         return
+    key = _key(model_fn, samples)
     with _LOCK:
-        if len(_PLANS) >= MANY:
+        if key not in _PLANS and len(_PLANS) >= MANY:
             _PLANS.pop(next(iter(_PLANS)))
-        _PLANS[_key(model_fn, samples)] = steps
+        _PLANS[key] = steps

@@ -41,13 +41,22 @@ def batched(backward: Callable[..., Any], *columns: Tensor) -> Any:
         found = batched(backward, *[_all(c, outer).flatten(0, 1) for c in columns])
         return None if found is None else pytree.tree_map(lambda t: _Columns(t.unflatten(0, (outer, num))), found)
     try:
-        # of tensors in another order torch does not always know the order that kernels leave (native_dropout_backward)
-        found = backward(*[_Columns(c.contiguous()) for c in columns])
+        found = backward(*map(_given, columns))
     except (RuntimeError, TypeError, IndexError):
         return None
     if any(t.requires_grad for t in pytree.tree_leaves(found)):
         return None
     return pytree.tree_map(lambda t: t.values_ if isinstance(t, _Columns) else t.expand(num, *t.shape), found)
+
+
+def _given(columns: Tensor) -> "_Columns":
+    """Columns of the caller, who takes them elsewhere as they are if there is something without a rule later.
+
+    Of tensors in another order torch does not always know the order that kernels leave (native_dropout_backward).
+    """
+    given = _Columns(columns.contiguous())
+    given.shared_ = True
+    return given
 
 
 class _Columns(Tensor):

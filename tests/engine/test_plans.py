@@ -372,3 +372,48 @@ def test_models_in_threads() -> None:
     for thread in threads:
         thread.join()
     assert not failed
+
+
+AXES = [1]
+
+
+def test_lists_that_change() -> None:
+    params, X, y = data()
+    model = layer(lambda p, h: h.flip(AXES).tanh())
+    for _ in range(2):
+        verify(model, params, X, y, hessian=False)
+    AXES[0] = 0
+    try:
+        with pytest.raises(ValueError, match="mixes the samples"):
+            compute(model, params, X, y, SPECS)
+    finally:
+        AXES[0] = 1
+
+
+def test_arguments_by_position_after_those_by_keyword() -> None:
+    params, X, y = data()
+    for _ in range(2):
+        compute(layer(lambda p, h: torch.roll(h, dims=1, shifts=0).tanh()), params, X, y, SPECS)
+    with pytest.raises(ValueError, match="mixes the samples"):
+        compute(layer(lambda p, h: torch.roll(h, 1, 0).tanh()), params, X, y, SPECS)
+
+
+class Longer(nn.Linear):
+    def __len__(self) -> int:
+        raise RuntimeError("it has no length")
+
+
+class Holder:
+    """A model with an attribute that has nothing to do with modules."""
+
+    def __init__(self) -> None:
+        self.module = torch.ones(3)
+
+    def __call__(self, p: dict[str, Tensor], x: Tensor) -> Tensor:
+        return F.linear(x, p["a"]) * self.module
+
+
+def test_models_without_a_truth_value() -> None:
+    params, X, y = data()
+    verify(*curvfunc.functionalize(Longer(3, 3)), X, y)
+    verify(Holder(), {"a": params["a"]}, X, y)

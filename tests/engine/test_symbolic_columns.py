@@ -152,6 +152,18 @@ def test_where_vmap_has_to_do_it() -> None:
     assert_close(over_columns(lambda c: c * 2, columns), columns * 2)
 
 
+def test_what_vmap_gets_is_unchanged() -> None:
+    columns = torch.randn(V, N, 6)
+    before = columns.clone()
+
+    def backward(c: Tensor) -> Tensor:
+        c.mul_(2.0)
+        return torch.zeros(N, 6).add_(c)
+
+    assert symbolic.batched(backward, columns) is None
+    assert torch.equal(columns, before)
+
+
 @pytest.mark.parametrize("name", ["max_pool2d", "conv2d", "slice", "layer_norm", "gelu", "index_select"])
 def test_no_symbol_is_bound(name: str) -> None:
     function, shape = WITH_RULES[name]
