@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch.autograd import forward_ad
 
 __all__ = ["leaf", "will_be_differentiated"]
 
@@ -17,6 +18,11 @@ def leaf(p: Tensor) -> Tensor:
 def will_be_differentiated(tensors: list[Tensor]) -> bool:
     """Whether results need a graph: under torch.func's grad and jvp, or with tensors that require grad."""
     stack = _functorch.get_interpreter_stack() or ()
+    if not stack and forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "params or X have tangents (torch.autograd.forward_ad), which results would silently lack. Differentiate the call "
+            "by torch.func.jvp, which takes the same tangents."
+        )
     if any(level.key() in (_functorch.TransformType.Grad, _functorch.TransformType.Jvp) for level in stack):
         return True
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

@@ -27,6 +27,7 @@ __all__ = ["Plan", "SiteStep", "Step", "expected", "keep", "step"]
 
 LARGEST = 1 << 12  # calls of one forward pass that are remembered
 MANY = 64  # plans
+ALL = 1 << 14  # calls of all of them together, of about 1 kB each
 
 PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 SIMPLE = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, EllipsisType)
@@ -250,6 +251,7 @@ def keep(model_fn: Any, samples: int, plan: Plan | None) -> None:
         return
     key = _key(model_fn, samples)
     with _LOCK:
-        if key not in _PLANS and len(_PLANS) >= MANY:
+        _PLANS.pop(key, None)
+        while _PLANS and (len(_PLANS) >= MANY or sum(map(len, _PLANS.values())) + len(steps) > ALL):
             _PLANS.pop(next(iter(_PLANS)))
         _PLANS[key] = steps

@@ -13,6 +13,7 @@ from helpers import assert_close
 from problems import PROBLEMS, Instance
 from quantities import EXACT, QUANTITIES, SAMPLED
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import grad, jvp, stack_module_state, vmap
 
 import curvfunc
@@ -468,3 +469,22 @@ def test_compiled_by_the_default_backend(compile_backend: str) -> None:
     """Code generation included; a preconditioned step as in the example, sampled and exact."""
     problem = network("cnn")
     check_compiled(problem, (Loss(), BatchL2(), Variance(), DiagGGN(), SqrtGGN(), KFLR()), compile_backend, rtol=1e-9)
+
+
+@pytest.mark.parametrize("where", ["params", "X"])
+def test_tangents_without_jvp_are_refused(where: str) -> None:
+    """Results would lack them, without a word."""
+    model_fn, params = curvfunc.functionalize(nn.Linear(3, 2))
+    X, y = torch.randn(4, 3), torch.arange(4) % 2
+    with forward_ad.dual_level():
+        if where == "X":
+            X = forward_ad.make_dual(X, torch.ones_like(X))
+        else:
+            params["bias"] = forward_ad.make_dual(params["bias"], torch.ones(2))
+        for call in (
+            lambda: curvfunc.batch_grad(model_fn, params, X, y),
+            lambda: curvfunc.ggn_vp(model_fn, params, X, y, {k: torch.ones_like(p) for k, p in params.items()}),
+        ):
+            with pytest.raises(NotImplementedError, match=r"torch\.func\.jvp"):
+                call()
+        curvfunc.batch_grad(model_fn, curvfunc.functionalize(nn.Linear(3, 2))[1], torch.randn(4, 3), y)
