@@ -12,7 +12,7 @@ region notes its input only, and the backward pass runs the functional core on i
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -241,19 +241,23 @@ def _record_region(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    called: Any = (args, kwargs)
-    leaves, rebuild = flatten(called)
+    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+        leaves: list[Any] = [args[0]]
+        rebuild: Callable[[Sequence[Any]], Any] = _alone
+    else:
+        leaves, rebuild = flatten((args, kwargs))
     first = next((t for t in leaves if isinstance(t, Tensor) and t.ndim), None)
     names, tensors, owners = params
     if first is None or not (tensors or first.requires_grad) or delivery.is_replayed(tensors):
         return forward(*args, **kwargs)
-    sampled = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.ndim and len(t) == len(first)]
+    samples = first.shape[0]
+    sampled = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.ndim and t.shape[0] == samples]
     call = Call(weakref.ref(module), list(leaves), rebuild, sampled, _generators() if module.training else None)
     before = [edge_of(t) for t in leaves if isinstance(t, Tensor) and t.grad_fn is not None]
-    region = Region(type(module).__name__, tensors, names, owners, len(first), call, before)
+    region = Region(type(module).__name__, tensors, names, owners, samples, call, before)
     twice = CTX.is_extension_active(DiagHessian, BatchDiagHessian, MatrixProduct)
-    mode = _Recording(dict(enumerate(tensors)), None, len(first), NodeLayouts(), INSTEAD[2 if twice else 1])
-    mode.plan = plans.expected(module, len(first))
+    mode = _Recording(dict(enumerate(tensors)), None, samples, NodeLayouts(), INSTEAD[2 if twice else 1])
+    mode.plan = plans.expected(module, samples)
     for i in sampled:
         leaves[i] = mode.marked(leaves[i])
     args, kwargs = rebuild(leaves)
@@ -266,7 +270,7 @@ def _record_region(
             out = forward(*args, **kwargs)
     finally:
         _LOCAL.region = None
-    plans.keep(module, len(first), mode.plan)
+    plans.keep(module, samples, mode.plan)
     outputs = [t for t in _tensors_in(out) if t.grad_fn is not None]
     if tensors and not outputs and state().active_exts and any(t.is_floating_point() for t in _tensors_in(out)):
         warnings.warn(hooks.NOTHING_USED.format(region.name, "its output has no graph"), stacklevel=2)
@@ -274,6 +278,11 @@ def _record_region(
     _judge(region, mode, outputs)
     _attach(region, mode, outputs)
     return out
+
+
+def _alone(values: Sequence[Any]) -> Any:
+    """The arguments of a call with one tensor."""
+    return (values[0],), {}
 
 
 @dataclass(eq=False)
