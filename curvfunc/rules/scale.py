@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curvfunc.rules.kernels.elementwise import prelu
 from curvfunc.rules.registry import DECOMPOSITIONS, Use, rule
 from curvfunc.uses.forms import Direct, Form, sum_to_shape
 
@@ -93,13 +94,6 @@ def div(input: Any, other: Any, rounding_mode: str | None = None, *, use: Use) -
     if rounding_mode is not None or "other" in use.parameters:
         return NotImplemented
     return _both(input, other, use, lambda g, x: g / x, lambda g, x: g)
-
-
-def prelu(input: Tensor, weight: Tensor) -> Tensor:
-    """Z = x where x > 0, else w x, written out: torch's own cannot be differentiated under nested vmap."""
-    if weight.numel() > 1:
-        weight = weight.reshape(-1, *[1] * (input.ndim - 2))
-    return torch.where(input > 0, input, weight * input)
 
 
 DECOMPOSITIONS[torch.prelu] = DECOMPOSITIONS[F.prelu] = DECOMPOSITIONS[Tensor.prelu] = prelu

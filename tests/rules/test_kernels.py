@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close
+from one_by_one import verify
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -423,3 +424,31 @@ def test_recurrent_modules_on_a_gpu(make: Any, monkeypatch: pytest.MonkeyPatch) 
         got = [[call(params), torch.vmap(call)(ensemble)] for call in calls]
     assert_close(got, want)
     assert {name: p.data_ptr() for name, p in params.items()} == before
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_prelu_at_zeros(channels: int) -> None:
+    """Rounding gives many of them; torch's second derivatives there are those of the other side."""
+    x, w = torch.tensor([[0.0, -0.0, 0.5, -0.5], [1.0, 0.0, -2.0, 0.0]]), torch.linspace(0.3, 0.6, channels)
+    for function in (F.prelu, torch.prelu, torch.Tensor.prelu):
+        same(function, x, w)
+        with torch.no_grad():
+            assert torch.equal(torch.signbit(INSTEAD[2][function](x, w)), torch.signbit(function(x, w)))
+    X, y = torch.tensor([[0.0, 1.0], [2.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1, 2])
+    params = {"w": torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.5, -0.5]]), "b": torch.randn(3, 3)}
+    slope = torch.tensor([0.3])  # no parameter of the call
+
+    def model(activation: Any) -> Any:
+        return lambda p, x: F.linear(activation(F.linear(x, p["w"])), p["b"])
+
+    written_out = model(lambda h: torch.where(h > 0, h, slope * h))
+    verify(written_out, params, X, y)
+    v = {k: torch.randn_like(p) for k, p in params.items()}
+    for ask in (
+        lambda f: curvfunc.compute(f, params, X, y, (curvfunc.BatchGrad(), curvfunc.DiagGGN(), curvfunc.DiagHessian())),
+        lambda f: curvfunc.diag_hessian(f, params, X, y, mc_samples=2, generator=torch.Generator().manual_seed(0)),
+        lambda f: curvfunc.ggn_vp(f, params, X, y, v),
+        lambda f: curvfunc.hessian_vp(f, params, X, y, v),
+        lambda f: curvfunc.jvp(f, params, X, v),
+    ):
+        assert_close(ask(model(lambda h: F.prelu(h, slope))), ask(written_out), 1e-12)

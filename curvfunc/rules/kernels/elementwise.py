@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["angle", "hardsigmoid", "i1", "precise_hardsigmoid", "sgn", "sinc"]
+__all__ = ["angle", "hardsigmoid", "i1", "precise_hardsigmoid", "prelu", "sgn", "sinc"]
 
 
 def precise_hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
@@ -18,6 +18,13 @@ def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """The backward kernel has no derivative."""
     out = F.relu6(input + 3) / 6
     return input.copy_(out) if inplace else out
+
+
+def prelu(input: Tensor, weight: Tensor) -> Tensor:
+    """x where x > 0, else w x: at 0 the kernel's second derivatives are those of x, its first ones those of w x."""
+    if weight.numel() > 1:
+        weight = weight.reshape(-1, *[1] * (input.ndim - 2))
+    return torch.where(input > 0, input, weight * input)
 
 
 def sinc(input: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from curvfunc.rules.kernels.convolutions import CONVOLUTIONS
-from curvfunc.rules.kernels.elementwise import angle, hardsigmoid, i1, precise_hardsigmoid, sgn, sinc
+from curvfunc.rules.kernels.elementwise import angle, hardsigmoid, i1, precise_hardsigmoid, prelu, sgn, sinc
 from curvfunc.rules.kernels.indexing import (
     as_strided_scatter,
     embedding,
@@ -114,9 +114,10 @@ _SECOND: Functions = {
     F.batch_norm: batch_norm_of_any_size,
     F.embedding: embedding_of_any_size,
     F.hardsigmoid: hardsigmoid,
+    F.prelu: prelu,
     F.embedding_bag: embedding_bag,
     torch._weight_norm: weight_norm,
-    **_functions(logcumsumexp=logcumsumexp, sinc=_unary(sinc), angle=_unary(angle), sgn=_unary(sgn)),
+    **_functions(prelu=prelu, logcumsumexp=logcumsumexp, sinc=_unary(sinc), angle=_unary(angle), sgn=_unary(sgn)),
 }
 
 _THIRD: Functions = {
