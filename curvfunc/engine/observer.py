@@ -101,8 +101,9 @@ class Observer(Surveyor):
             if func in BATCH_NORMS and takes_batch_statistics(args, kwargs):
                 if func is not F.batch_norm or self.normalizes_samples(args, kwargs):
                     raise ValueError(BATCH_STATISTICS)
-                with self:
-                    return standardized(*args, **kwargs)
+                if torch.is_grad_enabled():  # without, as for running statistics alone, there are no derivatives
+                    with self:
+                        return standardized(*args, **kwargs)
             if (what := ESCAPES.get(func)) is not None:
                 if what == "set":  # autograd itself sets attributes, while it holds what a look at the graph would wait for
                     return func(*args, **kwargs)

@@ -122,3 +122,39 @@ def test_statistics_of_samples_are_refused(name: str) -> None:
             f(MIXED[name], params, X, y)
     with pytest.raises(ValueError, match="mixes the samples"):
         vmap(lambda w: cf.batch_grad(MIXED[name], {"w": w}, X, y))(torch.randn(2, C, 4))
+
+
+class Tracked(nn.Module):
+    """Weights normalized by `nn.BatchNorm1d` in training mode, which keeps running statistics of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.norm = nn.Parameter(torch.randn(C, 4)), nn.BatchNorm1d(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.norm(self.weight[None]).squeeze(0))
+
+
+def test_running_statistics_of_weights() -> None:
+    model_fn, params = cf.functionalize(Tracked())
+    verify(model_fn, params, torch.randn(N, 4), torch.arange(N) % C)
+
+
+class Clipped(nn.Module):
+    """A weight that the forward pass changes in place, and samples that batch normalization mixes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.norm = nn.Parameter(torch.randn(4, C)), nn.BatchNorm1d(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.clamp_(-1, 1)
+        return self.norm((x @ self.weight).mT).mean(2)
+
+
+@pytest.mark.parametrize("function", [cf.batch_grad, cf.diag_ggn, cf.diag_hessian])
+def test_samples_mixed_beside_a_parameter_that_is_changed(function: Callable[..., object]) -> None:
+    model_fn, params = cf.functionalize(Clipped())
+    with pytest.raises(ValueError, match="mixes the samples"):
+        function(model_fn, params, torch.randn(N, 2, 4), torch.arange(N) % C)
