@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 import curvfunc
 from curvfunc import compat, functionalize
-from curvfunc.rules.kernels import INSTEAD
+from curvfunc.rules.kernels import INSTEAD, Instead
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -452,3 +452,44 @@ def test_prelu_at_zeros(channels: int) -> None:
         lambda f: curvfunc.jvp(f, params, X, v),
     ):
         assert_close(ask(model(lambda h: F.prelu(h, slope))), ask(written_out), 1e-12)
+
+
+KINKS: dict[str, Callable[[Tensor], Tensor]] = {
+    **{
+        f.__name__: f
+        for f in (F.relu, F.elu, F.celu, F.selu, F.relu6, F.hardtanh, F.hardsigmoid, F.hardswish, F.hardshrink, F.softshrink)
+    },
+    **{f.__name__: f for f in (torch.abs, torch.frac, torch.sinc, F.logsigmoid, F.mish, F.silu, F.gelu, F.softsign)},
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.3),
+    "prelu": lambda x: F.prelu(x, torch.tensor([0.3])),
+    "rrelu": lambda x: F.rrelu(x, 0.1, 0.3, training=False),
+    "threshold": lambda x: F.threshold(x, 0.5, 0.0),
+    "softplus": lambda x: F.softplus(x, threshold=1.0),
+    "clamp": lambda x: x.clamp(-1, 1),
+    "clamp from below": lambda x: x.clamp(min=0),
+    "maximum": lambda x: torch.maximum(x, torch.zeros_like(x)),
+    "minimum": lambda x: torch.minimum(x, torch.ones_like(x)),
+    "fmax": lambda x: torch.fmax(x, torch.zeros_like(x)),
+    "largest": lambda x: x.clamp(-1, 1).amax(1, keepdim=True),
+    "largest so far": lambda x: x.clamp(0, 1).cummax(1)[0],
+    "pooled": lambda x: F.max_pool1d(x.clamp(0, 1)[None], 3),
+    "huber": lambda x: F.huber_loss(x, torch.zeros_like(x), reduction="none"),
+    "smooth_l1": lambda x: F.smooth_l1_loss(x, torch.zeros_like(x), reduction="none"),
+    "l1": lambda x: F.l1_loss(x, torch.zeros_like(x), reduction="none"),
+    "norm": lambda x: x.norm(dim=1),
+    "where": lambda x: torch.where(x > 0, x, 0.3 * x),
+}
+
+
+@pytest.mark.parametrize("name", KINKS)
+def test_directional_derivatives_at_kinks(name: str) -> None:
+    """J v from the derivative of Jᵀu by u is J v from the rows of J: both backward passes are of the same side."""
+    x = torch.tensor([[-6.0, -3.0, -2.0, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, 2.0, 3.0, 6.0]]).requires_grad_()
+    v = torch.linspace(0.3, 1.7, x.numel()).view_as(x)
+    with Instead(INSTEAD[2]):
+        out = KINKS[name](x)
+        rows = [torch.autograd.grad(o, x, retain_graph=True)[0] for o in out.flatten()]
+        u = torch.zeros_like(out, requires_grad=True)
+        (pulled,) = torch.autograd.grad(out, x, u, create_graph=True)
+        (got,) = torch.autograd.grad(pulled, u, v)
+    assert_close(got, torch.stack([(row * v).sum() for row in rows]).view_as(got), 1e-12)
