@@ -30,7 +30,7 @@ def imports(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Static types of the package."""
-    session.install(*CONSTRAINTS, "-e", ".", "mypy")
+    session.install(*CONSTRAINTS, "-e", ".", "mypy", "numpy")
     session.run("mypy")
 
 

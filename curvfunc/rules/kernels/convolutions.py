@@ -135,7 +135,7 @@ def _biased(out: Tensor, bias: Tensor | None, dims: int) -> Tensor:
     return out if bias is None else out + bias.reshape(-1, *[1] * dims)
 
 
-CONVOLUTIONS = {
+CONVOLUTIONS: dict[Any, Callable[..., Any]] = {
     **{f: _convolution(f, d) for d, f in enumerate((F.conv1d, F.conv2d, F.conv3d), 1)},
     **{f: _transposed(f, d) for d, f in enumerate((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), 1)},
 }
