@@ -325,15 +325,15 @@ class _Parameters:
                     found.setdefault(place[id(p)], (f"{prefix}.{name}" if prefix else name, weakref.ref(m)))
         every = [k for k, value in enumerate(values) if isinstance(value, Tensor)]
         known = cls(
-            [name for name, _ in found.values()],
-            [owner for _, owner in found.values()],
-            [*map(weakref.ref, modules[1:])],
-            [*map(len, held)],
-            [key for entries in held for key in entries.keys()],  # noqa: SIM118
-            [_nothing if value is None else weakref.ref(value) for value in values],
-            every,
-            [values[k].requires_grad for k in every],
-            [*found],
+            names=[name for name, _ in found.values()],
+            owners=[owner for _, owner in found.values()],
+            others=[*map(weakref.ref, modules[1:])],
+            sizes=[*map(len, held)],
+            keys=[key for entries in held for key in entries.keys()],  # noqa: SIM118 (those of scripted modules are no iterables)
+            values=[_nothing if value is None else weakref.ref(value) for value in values],
+            all=every,
+            flags=[values[k].requires_grad for k in every],
+            places=[*found],
         )
         return known, [values[k] for k in found]
 
