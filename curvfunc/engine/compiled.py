@@ -18,7 +18,7 @@ except ImportError:
 
 def refuse_export() -> None:
     """Raise inside of ``torch.export``, which looks into no backward pass, neither torch's own nor ours."""
-    if torch.compiler.is_exporting():
+    if getattr(torch.compiler, "_is_exporting_flag", False):  # dynamo of torch 2.11 takes is_exporting() for true throughout
         raise NotImplementedError(
             "torch.export cannot trace backward passes. Trace the call into operations first, graph = "
             "torch.fx.experimental.proxy_tensor.make_fx(call, tracing_mode='symbolic')(params, X, y), and export the graph: "

@@ -168,6 +168,7 @@ def _traced(
 def _no_constants() -> Iterator[None]:
     """Refuse tensors that operations meet although they are no arguments: the compiled code would keep them for ever."""
     before, fake_tensor_tls.allow_non_fake_inputs_override = fake_tensor_tls.allow_non_fake_inputs_override, False
+    compiling, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True  # which torch 2.11 forgets here
     try:
         yield
     except AssertionError as error:
@@ -179,7 +180,7 @@ def _no_constants() -> Iterator[None]:
             f"({str(error).rpartition('Found in ')[2]})"
         ) from error
     finally:
-        fake_tensor_tls.allow_non_fake_inputs_override = before
+        fake_tensor_tls.allow_non_fake_inputs_override, torch.compiler._is_compiling_flag = before, compiling
 
 
 class _Arguments(TorchFunctionMode):
