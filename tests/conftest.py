@@ -3,6 +3,7 @@
 ``CURVFUNC_TEST_DEVICE=cuda python -m pytest -n 8`` makes the tensors, modules and generators of all tests on that device.
 """
 
+import contextlib
 import os
 import shutil
 import sysconfig
@@ -33,12 +34,20 @@ if "CURVFUNC_TEST_DEVICE" in os.environ:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
-    if torch.cuda.is_available():
-        return
+    """Skip what needs a GPU where there is none, and what is of the CPU alone where tensors are elsewhere."""
+    lacking = {"gpu": not torch.cuda.is_available(), "cpu": torch.get_default_device().type != "cpu"}
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        for marker, lacks in lacking.items():
+            if lacks and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device" if marker == "gpu" else "tells of CPUs"))
+
+
+@pytest.fixture(autouse=True)
+def _differentiable_recurrence(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Keeps cuDNN from recurrent modules, whose backward pass it has for training mode alone, and not under torch.func."""
+    recurrent = any(name in request.node.nodeid.lower() for name in ("lstm", "gru", "rnn", "recurrent", "script"))
+    with torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

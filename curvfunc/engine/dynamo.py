@@ -342,7 +342,7 @@ def _object(context: ComptimeContext, name: str, variable: Any) -> Any:
     output = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output
     whole = functools.partial(_object, context, name)
     if variable.source is not None:
-        return output.resolve_source_value(variable.source)
+        return variable.source.get_value({"G": output.root_tx.f_globals, "L": output.root_tx.f_locals}, {}, {})
     if isinstance(variable, UserMethodVariable):
         return types.MethodType(variable.fn, whole(variable.obj))
     if isinstance(variable, FunctoolsPartialVariable):

@@ -236,6 +236,7 @@ class Counted(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("spec", [curvfunc.BatchL2(), curvfunc.SumGradSquared(), DiagGGN()])
 def test_what_goes_together_on_a_gpu(spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that stay in the CPU's cache would be hundreds of launches."""

@@ -91,7 +91,7 @@ def test_expressions(name: str) -> None:
     trees = A.unflatten(torch.randn(P, 3))
     assert_close(operator.flatten(operator @ trees), want @ operator.flatten(trees), rtol=1e-12)
     pytest.importorskip("scipy")
-    np.testing.assert_allclose(operator.to_scipy() @ np.ones(P), want.sum(1).numpy(), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(operator.to_scipy() @ np.ones(P), want.sum(1).cpu().numpy(), rtol=0, atol=1e-12)
 
 
 def test_matrices_of_other_kinds_are_added() -> None:

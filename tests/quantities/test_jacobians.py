@@ -374,6 +374,7 @@ def test_ntk_among_other_quantities() -> None:
     assert_close(buffers, got["ntk"])
 
 
+@pytest.mark.cpu
 def test_ntk_of_two_batches_makes_no_other_products() -> None:
     """One sample against many takes no memory for the products of the many with each other, and no Jacobian."""
     model_fn, params = curvfunc.functionalize(nn.Sequential(nn.Linear(50, 60), nn.ReLU(), nn.Linear(60, 2)))

@@ -109,6 +109,7 @@ def test_gradients(name: str, chunk_size: int | None, monkeypatch: pytest.Monkey
     assert_close(got[5], {k: c.square().sum(0) for k, c in columns.items()}, rtol=1e-10)
 
 
+@pytest.mark.cpu
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="the rule was measured with oneDNN")
 @pytest.mark.parametrize("name", [*DENSE, "dense frames", "dense, twice"])
 def test_samples_as_groups(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

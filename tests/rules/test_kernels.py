@@ -344,6 +344,7 @@ ELEMENTWISE = [torch.angle, torch.sgn, torch.sinc, torch.special.i1, torch.logcu
 REAL = (torch.special.i1, F.hardsigmoid)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("function", "is_complex"), [(f, z) for f in ELEMENTWISE for z in (False, True) if not z or f not in REAL]
 )

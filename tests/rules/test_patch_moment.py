@@ -118,6 +118,7 @@ class Twice(nn.Module):
         return self.head(self.conv(self.conv(x.unflatten(1, (2, 8, 6))).tanh()).flatten(1))
 
 
+@pytest.mark.cpu
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("approximation", [None, "expand", "reduce"])
 @pytest.mark.parametrize("joined", [False, True])
@@ -143,6 +144,7 @@ def test_factors_are_the_same(name: str, joined: bool, approximation: str | None
     assert bool(made) == (name != "twice" and approximation != "reduce")
 
 
+@pytest.mark.cpu
 @pytest.mark.usefixtures("float64")
 def test_the_shim_shares_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from curvfunc.compat import backpack, extend, extensions

@@ -34,6 +34,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     return calls
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -70,6 +71,7 @@ def net(checkpointed: bool = False) -> nn.Module:
     return Net()
 
 
+@pytest.mark.cpu
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_quantities_of_nets_with_pooling(checkpointed: bool, always: list[int]) -> None:
