@@ -19,9 +19,10 @@ from curvfunc.compat.extensions import HMP, PCHMP, MatrixProduct
 from curvfunc.compat.memory import earlier
 from curvfunc.compat.notes import Call, LossCall, Repeated, nodes, notes
 from curvfunc.compat.upstream import Curved, Upstream, whole_model
+from curvfunc.engine.contractions import CONTRACTIONS, check_block, combine, contracted, keep
 from curvfunc.engine.cotangents import AveragedHessian, FullHessian, LossRoot, chunks, common
 from curvfunc.engine.effects import shares_memory
-from curvfunc.engine.passes import CONTRACTIONS, Prepared, check_block, combine, contracted, keep
+from curvfunc.engine.passes import Prepared
 from curvfunc.hessian import diagonal as hessian
 from curvfunc.hessian.kfra import factors
 from curvfunc.operators import products

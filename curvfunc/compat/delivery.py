@@ -19,8 +19,8 @@ from curvfunc.compat.context import LOCK, State, no_op, state
 from curvfunc.compat.memory import earlier
 from curvfunc.compat.notes import LossCall, ModuleUse, Region, RegionOutput, nodes, notes
 from curvfunc.engine.capture import capture
+from curvfunc.engine.contractions import contracted
 from curvfunc.engine.cotangents import pull
-from curvfunc.engine.passes import contracted
 from curvfunc.engine.sites import Trace
 from curvfunc.quantities.quantity import Quantity
 from curvfunc.quantities.run import of_nothing

@@ -136,6 +136,7 @@ def pull(
     sites: bool = True,
     create_graph: bool,
     retain_graph: bool,
+    flat: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Backpropagate columns [v, n, ...] of the output.
 
@@ -146,15 +147,24 @@ def pull(
         sites: Whether the cotangents of the sites are wanted.
         create_graph: Whether the results will be differentiated.
         retain_graph: Whether another backward pass follows.
+        flat: Whether there is one column only, [n, ...], as the cotangents then are.
 
     Returns:
         Per site the cotangent of its output [v, n, ...], and per leaf the gradient. Zeros where the output does not
         depend on it.
     """
     wanted = trace.sites if sites else []
+    if flat and trace.out.requires_grad:
+        return _pull_one(trace, columns, leaves, wanted, create_graph, retain_graph)
+    if flat:
+        columns = columns[None]
     if not trace.out.requires_grad:
         check_used(trace.out, not leaves or bool(trace.sites))
-        return [_zeros(s, trace, columns) for s in wanted], [torch.zeros_like(p) for p in leaves]
+        zeros = [_zeros(s, trace, columns) for s in wanted]
+        return [z[0] for z in zeros] if flat else zeros, [torch.zeros_like(p) for p in leaves]
+    if len(columns) == 1:
+        found, totals = _pull_one(trace, columns[0], leaves, wanted, create_graph, retain_graph)
+        return [g.unsqueeze(0) for g in found], totals
     end = edge_of(trace.out)
     inner = [s for s in wanted if s.edge.node is not end.node or s.edge.output_nr != end.output_nr]
     targets: list[Any] = [s.edge for s in inner] + list(leaves)
@@ -162,30 +172,55 @@ def pull(
     def backward(column: Tensor) -> tuple[Tensor | None, ...]:
         return gradients(trace.out, targets, column, retain_graph=retain_graph, create_graph=create_graph)
 
-    grads: list[Tensor | None]
-    if not targets:
-        grads = []
-    elif len(columns) == 1:
-        grads = list(backward(columns[0]))
-        grads[: len(inner)] = [None if g is None else g.unsqueeze(0) for g in grads[: len(inner)]]
-    else:
-        reached: list[bool] = []
+    reached: list[bool] = []
 
-        def reached_only(column: Tensor) -> tuple[Tensor, ...]:
-            grads = backward(column)
-            reached[:] = [g is not None for g in grads]
-            return tuple(g for g in grads if g is not None)
+    def reached_only(column: Tensor) -> tuple[Tensor, ...]:
+        # vmap may run the backward of an operation column by column
+        grads = gradients(trace.out, targets, column, retain_graph=True, create_graph=create_graph)
+        reached[:] = [g is not None for g in grads]
+        return tuple(g for g in grads if g is not None)
 
-        retain_graph = True  # vmap may run the backward of an operation column by column
-        found = iter(over_columns(reached_only, columns))
-        grads = [next(found) if r else None for r in reached]
+    grads: list[Tensor | None] = []
+    if targets:
+        arrived = iter(over_columns(reached_only, columns))
+        grads = [next(arrived) if r else None for r in reached]
     pulled = dict(zip(inner, grads, strict=False))
     at_sites = [(s, pulled.get(s, columns)) for s in wanted]  # at the output, nothing is to be done
-    found_at = [_zeros(s, trace, columns) if g is None else _samples_first(g, s) for s, g in at_sites]
+    found = [_zeros(s, trace, columns) if g is None else _samples_first(g, s) for s, g in at_sites]
+    return found, _totals(trace, leaves, grads[len(inner) :], grads)
+
+
+def _pull_one(
+    trace: Trace, column: Tensor, leaves: Sequence[Tensor], wanted: Sequence[Site], create_graph: bool, retain_graph: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """As `pull`, of one column and to cotangents [n, ...]."""
+    end, nr, *_ = edge_of(trace.out)
+    targets: list[Any] = [s.edge for s in wanted if s.edge.node is not end or s.edge.output_nr != nr]
+    inner = len(targets)
+    targets += leaves
+    grads: Sequence[Tensor | None] = ()
+    if targets:
+        grads = gradients(trace.out, targets, column, retain_graph=retain_graph, create_graph=create_graph)
+    arrived = iter(grads)
+    found: list[Tensor] = []
+    for s in wanted:
+        g = column if s.edge.node is end and s.edge.output_nr == nr else next(arrived)
+        if g is None:
+            found.append(_zeros(s, trace, column[None])[0])
+        elif g.shape != s.shape or s.axis:
+            found.append(_samples_first(g[None], s)[0])
+        else:
+            found.append(g)
+    return found, _totals(trace, leaves, grads[inner:], grads)
+
+
+def _totals(
+    trace: Trace, leaves: Sequence[Tensor], totals: Sequence[Tensor | None], all_of_them: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """The gradients of the leaves, zeros where there are none."""
     if leaves and not trace.sites:
-        check_used(trace.out, any(g is not None for g in grads))
-    totals = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads[len(inner) :], strict=True)]
-    return found_at, totals
+        check_used(trace.out, any(g is not None for g in all_of_them))
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, totals, strict=True)]
 
 
 def stream(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvfunc.engine.passes import MEASURED, check_block
+from curvfunc.engine.contractions import MEASURED, check_block
 from curvfunc.tensors.precision import wide
 from curvfunc.uses.forms import direct
 

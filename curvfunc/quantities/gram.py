@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 
 from curvfunc import losses
 from curvfunc.engine.company import are_apart
+from curvfunc.engine.contractions import CONTRACTIONS
 from curvfunc.engine.cotangents import LossRoot, OutputEntries
-from curvfunc.engine.passes import CONTRACTIONS
 from curvfunc.quantities.call import compute
 from curvfunc.quantities.functions import batch_jac
 from curvfunc.quantities.laws import Refused

@@ -17,13 +17,14 @@ from curvfunc.engine.capture import capture
 from curvfunc.engine.chance import Chance
 from curvfunc.engine.clipping import ClippedLossGradient, clipped_sum
 from curvfunc.engine.company import Entangled, check_apart, check_subset
+from curvfunc.engine.contractions import FACTORS
 from curvfunc.engine.cotangents import AveragedHessian, FullHessian, LossGradient, LossRoot, OutputEntries, common
 from curvfunc.engine.effects import Attributes
 from curvfunc.engine.leaves import leaf
 from curvfunc.engine.model import check_function, without_recomputation
 from curvfunc.engine.nothing import sums_of_nothing
 from curvfunc.engine.outputs import check_output
-from curvfunc.engine.passes import FACTORS, BackwardPass, Prepared, check_unchanged
+from curvfunc.engine.passes import BackwardPass, Prepared, check_unchanged
 from curvfunc.engine.sites import Layouts, Trace
 from curvfunc.hessian import diagonal as hessian
 from curvfunc.hessian import estimates, kfra

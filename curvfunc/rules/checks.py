@@ -96,7 +96,8 @@ def guarded(
             sums: Any = form.sums if form.sums is None else replaced.get(id(form.sums), form.sums)
             found[argument] = replace(form, cotangent=guard.gradient, sums=sums)
         else:
-            found[argument] = replaced[id(form)] = replace(form, cotangent=guard.features, inputs=guard.inputs)
+            given: dict[str, Any] = {"vectors": None} if isinstance(form, Outer) else {}  # which nobody would look at
+            found[argument] = replaced[id(form)] = replace(form, cotangent=guard.features, inputs=guard.inputs, **given)
     return found
 
 

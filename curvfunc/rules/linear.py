@@ -11,7 +11,8 @@ from curvfunc.uses.forms import Form, Outer
 @rule(F.linear, arguments="input weight bias", parameters="weight bias")
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> dict[str, Form]:
     """dW[v,n] = Σ_s g[v,n,s] x[n,s]ᵀ and db[v,n] = Σ_s g[v,n,s]; x [n, *s, i], g [v, n, *s, o]."""
-    outer = Outer(inputs=lambda: _positions(input, 1), cotangent=lambda g: _positions(g, 2), shape=weight.shape)
+    vectors = input if input.ndim == 2 else None
+    outer = Outer(lambda: _positions(input, 1), lambda g: _positions(g, 2), weight.shape, vectors=vectors)
     return affine(outer, bias)
 
 

@@ -49,7 +49,7 @@ class Block:
         if isinstance(b.form, Direct):
             given = {"sums": None}
         elif isinstance(b.form, Outer):
-            given |= dict.fromkeys(("part", "moment", "sums", "instead", "alone"))
+            given |= dict.fromkeys(("part", "moment", "sums", "instead", "alone", "vectors"))
         form: Any = replace(b.form, cotangent=_gone, **given)  # type: ignore[arg-type]
         g = b.g.detach()
         return cls(Bound(form, g, g if b.x is b.g else b.x.detach()), weights)

@@ -78,6 +78,7 @@ class Outer:
         part: Gives x of some samples, where x is larger than what it is made of, and no wider than the output.
         instead: A form of the same use that takes less work, where no Kronecker factors are wanted.
         alone: As ``instead``, for a vector that is the only one: nothing is prepared for others.
+        vectors: x [n, k], where there is one group and one position, and the cotangent [v, n, o] needs no mapping.
     """
 
     inputs: Callable[[], Tensor]
@@ -91,6 +92,7 @@ class Outer:
     part: Callable[[slice], Tensor] | None = None
     instead: "Outer | Direct | None" = None
     alone: "Direct | None" = None
+    vectors: Tensor | None = None
 
 
 @dataclass(eq=False)  # by identity, and quicker to make than if it were frozen
@@ -400,7 +402,8 @@ def transposed(form: Form) -> Form | None:
     if not isinstance(form, Outer) or form.arrange is not None or len(form.shape) != 2:
         return None
     shape, cotangent = torch.Size(form.shape[::-1]), partial(_of_one_group, form.cotangent)
-    return replace(form, cotangent=cotangent, inputs_first=not form.inputs_first, shape=shape, instead=None, alone=None)
+    given: dict[str, Any] = dict.fromkeys(("instead", "alone", "vectors"))
+    return replace(form, cotangent=cotangent, inputs_first=not form.inputs_first, shape=shape, **given)
 
 
 def block_of(form: Form, dim: int, start: int, shape: torch.Size) -> Form | None:
@@ -419,9 +422,10 @@ def block_of(form: Form, dim: int, start: int, shape: torch.Size) -> Form | None
     around = (start, shape[dim] - start - form.shape[dim])
     cotangent = partial(_of_one_group, form.cotangent)
     if (dim == 0) != form.inputs_first:
-        return replace(form, cotangent=lambda g: F.pad(cotangent(g), around), shape=shape, instead=None, alone=None)
+        given: dict[str, Any] = dict.fromkeys(("instead", "alone", "vectors"))
+        return replace(form, cotangent=lambda g: F.pad(cotangent(g), around), shape=shape, **given)
     inputs: Callable[[], Tensor] = lambda: F.pad(form.inputs(), around)
-    given: dict[str, Any] = dict.fromkeys(("moment", "sums", "part", "instead", "alone"))
+    given = dict.fromkeys(("moment", "sums", "part", "instead", "alone", "vectors"))
     return replace(form, inputs=inputs, cotangent=cotangent, shape=shape, **given)
 
 

@@ -13,7 +13,7 @@ from zoo import ZOO
 
 import curvfunc
 from curvfunc import KFAC, BatchGrad, BatchL2, DiagGGN, Grad, SumGradSquared, Variance, compute
-from curvfunc.engine import passes
+from curvfunc.engine import contractions, passes
 
 MAKE = {**{name: p.make for name, p in PROBLEMS.items()}, **{f"zoo: {name}": make for name, make in ZOO.items()}}
 SPECS: tuple[Any, ...] = (
@@ -106,7 +106,7 @@ def test_what_a_later_pass_needs_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_errors_inside_of_the_backward_pass_are_those_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "LARGEST_BLOCK", 3)
+    monkeypatch.setattr(contractions, "LARGEST_BLOCK", 3)
     streamed(monkeypatch)
     model_fn, params = curvfunc.functionalize(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3)))
     with pytest.raises(NotImplementedError, match=r"parameter '1\.weight' of shape \(4,\) has no Kronecker structure"):
