@@ -101,7 +101,7 @@ def clipped_sum(
     select = backward.select
 
     def weighted(columns: Tensor) -> Tensor:
-        g = select(columns)
+        g = columns if select is None else select(columns)
         return g * weights[0].to(g.device).reshape(1, -1, *[1] * (g.ndim - 2))
 
     return replace(backward, select=weighted).run(root, ["total"], retain_graph, {})["total"]

@@ -47,8 +47,8 @@ class LossGradient:
 
     def root(self, loss: losses.Loss, out: Tensor, y: object, generator: Generator | None) -> losses.Root:
         """The column as a root of one vector."""
-        g = losses.gradient(loss, out, y, create_graph=out.requires_grad)[None]
-        return losses.Root(1, lambda start, stop: g[start:stop])
+        g = losses.gradient(loss, out, y, create_graph=out.requires_grad)
+        return losses.Root(1, lambda start, stop: g[None][start:stop], g)
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class BackwardPass:
         trace: The forward pass.
         leaves: The parameters.
         names: Their names.
-        select: Takes columns [v, n, ...] of the whole batch to the samples that ``trace`` is of.
+        select: Takes columns [v, n, ...] of the whole batch to the samples that ``trace`` is of; None for all.
         chunk_size: Number of columns that are backpropagated together; by default chosen by memory.
         differentiable: Whether the results will be differentiated.
         chosen: Samples of ``trace`` that the results are of, [B], where they may repeat; None for all.
@@ -98,7 +98,7 @@ class BackwardPass:
     trace: Trace
     leaves: Sequence[Tensor]
     names: Sequence[str]
-    select: Callable[[Tensor], Tensor]
+    select: Callable[[Tensor], Tensor] | None
     chunk_size: int | None
     differentiable: bool
     chosen: Tensor | None = None
@@ -106,7 +106,12 @@ class BackwardPass:
     operands: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def run(
-        self, root: losses.Root, contracted_as: Sequence[str], retain_graph: bool, outs: dict[str, list[Tensor]]
+        self,
+        root: losses.Root,
+        contracted_as: Sequence[str],
+        retain_graph: bool,
+        outs: dict[str, list[Tensor]],
+        bare: bool = False,
     ) -> dict[str, list[Any]]:
         """Each named contraction per parameter, over all columns of the root.
 
@@ -115,6 +120,7 @@ class BackwardPass:
             contracted_as: Keys of `CONTRACTIONS`.
             retain_graph: Whether another pass follows.
             outs: Memory for the results of some contractions.
+            bare: Whether gradients of samples, of one column, may come in a list of one in place of with an axis for it.
         """
         trace, leaves, names = self.trace, self.leaves, list(contracted_as)
         uses: list[list[tuple[Site, Form]]] = [[] for _ in leaves]
@@ -166,15 +172,15 @@ class BackwardPass:
 
         totals: Sequence[Tensor] = ()
         if large:
-            column = self._columns(root, 0, 1)[0]
+            column = self._column(root)
             totals = self._stream(column, uses, [leaves[i] for i in others], contract, per_site, retain_graph)
         simple = single and not (operands or outs) and self._maps_vectors(per_site)
         for start, stop in () if large else ranges:
-            columns = self._columns(root, start, stop)
-            flat = single and len(columns) == 1
+            flat = single and type(root.num) is int and root.num == 1
+            columns = self._column(root) if flat else self._columns(root, start, stop)
             gs, totals = pull(
                 trace,
-                columns[0] if flat else columns,
+                columns,
                 [leaves[i] for i in others],
                 sites=bool(per_site or summed),
                 create_graph=self.differentiable,
@@ -185,10 +191,9 @@ class BackwardPass:
                 continue
             for site in trace.sites:
                 check_unchanged(site)
-            done: set[int] = set()
+            done: Collection[int] = ()
             if simple:
-                for site, g in zip(trace.sites, gs, strict=True):
-                    done.update(_contract_vectors(site, g, uses, per_site, summed, results))
+                done = self._contract_vectors(gs, uses, per_site, summed, results, bare if flat else None)
                 if len(done) == len(leaves):
                     break
             at = dict(zip(trace.sites, [g.unsqueeze(0) for g in gs] if flat else gs, strict=True))
@@ -206,13 +211,73 @@ class BackwardPass:
         return results
 
     def _columns(self, root: losses.Root, start: int, stop: int) -> Tensor:
-        return self.select(root.columns(start, stop)).to(self.trace.out.dtype)
+        columns = root.columns(start, stop)
+        return (columns if self.select is None else self.select(columns)).to(self.trace.out.dtype)
+
+    def _column(self, root: losses.Root) -> Tensor:
+        """The only one, [n, ...]."""
+        if root.only is None or self.select is not None:
+            return self._columns(root, 0, 1)[0]
+        return root.only if root.only.dtype is self.trace.out.dtype else root.only.to(self.trace.out.dtype)
 
     def _maps_vectors(self, names: Sequence[str]) -> bool:
         """Whether what linear maps of vectors need no more for goes by itself."""
         if self.differentiable or self.chosen is not None or not vectors.COVERED.issuperset(names):
             return False
         return bool(names) and pages.may_overwrite() and not torch.compiler.is_compiling()
+
+    def _contract_vectors(
+        self,
+        gs: Sequence[Tensor],
+        uses: list[list[tuple[Site, Form]]],
+        names: Sequence[str],
+        summed: Collection[int],
+        results: dict[str, list[Any]],
+        bare: bool | None,
+    ) -> Collection[int]:
+        """Put the contractions of linear maps of vectors, each the only use of its parameters, in their places.
+
+        Args:
+            gs: The cotangents of the sites.
+            uses: Of each parameter.
+            names: The contractions.
+            summed: Parameters of which the total is wanted.
+            results: The places.
+            bare: As for `run` where there is one column and cotangents have no axis for it, else None.
+
+        Returns:
+            The parameters that are done.
+        """
+        maps: list[tuple[int, int | None, Outer, Tensor]] = []
+        done: set[int] = set()
+        for site, g in zip(self.trace.sites, gs, strict=True):
+            (i, form), *others = site.forms.items()
+            if type(form) is not Outer or len(uses[i]) > 1 or i in summed or not vectors.fits(form, g):
+                continue
+            if g.shape[-1] >= LARGE_BLOCK:  # of which a bias's factor is not to go unnoticed
+                continue
+            done.add(i)
+            j = None
+            if others and type(beside := others[0][1]) is Direct and beside.sums is form and len(uses[others[0][0]]) == 1:
+                j = others[0][0]
+                done.add(j)
+                if j in summed:
+                    results["total"][j] = g.sum(0)
+            maps.append((i, j, form, g))
+        if not maps:
+            return done
+        weights, biases, every, cotangents = zip(*maps, strict=True)
+        squared = () if vectors.SQUARES.isdisjoint(names) else vectors.squares(cotangents)
+        for name in names:
+            found = vectors.contract(name, every, cotangents, squared)
+            if name == "per_sample" and bare is not None:
+                found = [([w], [b]) if bare else (w.unsqueeze(0), b.unsqueeze(0)) for w, b in found]
+            into = results[name]
+            for i, j, (w, b) in zip(weights, biases, found, strict=True):
+                into[i] = w
+                if j is not None:
+                    into[j] = b
+        return done
 
     def _is_large(self) -> bool:
         """Whether it pays to contract inside of the backward pass, and can be done."""
@@ -262,35 +327,6 @@ class BackwardPass:
         return forms.at_samples(self.prepared.bind(form, g, names, alone=False), self.chosen)
 
 
-def _contract_vectors(
-    site: Site,
-    g: Tensor,
-    uses: list[list[tuple[Site, Form]]],
-    names: Sequence[str],
-    summed: Collection[int],
-    results: dict[str, list[Any]],
-) -> Sequence[int]:
-    """Put the contractions of a linear map of vectors, the only use of its parameters, in their places; returns these."""
-    (i, form), *others = site.forms.items()
-    if type(form) is not Outer or form.vectors is None or len(uses[i]) > 1 or not vectors.fits(form, g) or i in summed:
-        return ()
-    if g.shape[-1] >= LARGE_BLOCK:  # of which a bias's factor is not to go unnoticed
-        return ()
-    of_weight, of_bias = vectors.contract(names, form, g)
-    for name in names:
-        results[name][i] = of_weight[name]
-    if not others:
-        return (i,)
-    j, beside = others[0]
-    if type(beside) is not Direct or beside.sums is not form or len(uses[j]) > 1 or beside.shape.numel() != g.shape[-1]:
-        return (i,)
-    for name in names:
-        results[name][j] = of_bias[name]
-    if j in summed:
-        results["total"][j] = g.sum(0)
-    return i, j
-
-
 def check_unchanged(site: Site) -> None:
     """Raise if what a form takes from the forward pass was overwritten since."""
     for t, version in site.inputs:
@@ -302,7 +338,7 @@ def check_unchanged(site: Site) -> None:
 
 
 def _is_as(result: Any, p: Tensor) -> bool:
-    return result.dtype is p.dtype and result.layout is torch.strided
+    return type(result) is list or (result.dtype is p.dtype and result.layout is torch.strided)
 
 
 def _as_parameter(result: Tensor, p: Tensor) -> Tensor:

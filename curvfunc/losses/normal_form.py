@@ -81,10 +81,12 @@ class Root:
         num: The number V of columns.
         columns: ``columns(start, stop)`` computes the columns ``start <= v < stop``, [stop - start, N, *out], at
             the cost and in the memory of these columns only.
+        only: The only one, [N, *out], where it is there.
     """
 
     num: int
     columns: Callable[[int, int], Tensor]
+    only: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,8 @@ class ClosedForm:
     options: Mapping[str, Any] = field(default_factory=lambda: {"reduction": "mean"})
     tensors: tuple[str, ...] = ()
 
+
+FEW = 128  # targets that Python reads sooner than torch finds the largest of them
 
 CLOSED_FORMS: dict[str, ClosedForm] = {}  # filled by curvfunc.losses.roots
 
@@ -283,7 +287,11 @@ def check_classes(loss: Loss, out: Tensor, y: Tensor) -> bool:
         )
     if y.device.type != "cpu" or not values_visible(y) or y.numel() == 0:
         return False
-    low, high = (t.item() for t in y.aminmax())
+    if y.numel() <= FEW:
+        values = y.flatten().tolist()
+        low, high = min(values), max(values)
+    else:
+        low, high = (t.item() for t in y.aminmax())
     ignored = dict(loss.options)["ignore_index"]
     if low >= 0 and high < num_classes:
         return not low <= ignored <= high

@@ -34,6 +34,7 @@ class Quantity:
     whole_batch: ClassVar[bool] = False
     averages: ClassVar[bool] = False  # over samples, so that there has to be one
     entrywise: ClassVar[bool] = False  # whether ``finish`` makes each entry of its parts' entries there, so that shards will do
+    of_one_column: ClassVar[bool] = False  # whether ``finish`` takes the only column from gradients of samples, by index
     of_entries: ClassVar[bool] = False  # of each sample's output: axis 1 of a result, which gets the shape of the output
 
     @property

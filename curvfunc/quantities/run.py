@@ -151,6 +151,7 @@ class Run:
                 parts[key, "factors"] = kfra.factors(trace, leaves, self.names, layouts, summed, differentiable)
             columns: dict[Any, losses.Root] = {}
             prepared, operands = Prepared(), self._operands(specs)
+            select = None if self.batch.index is None else self.batch.select
             ordered = [*wanted.items()]
             if ClippedLossGradient in kinds:  # which need norms
                 ordered.sort(key=lambda item: isinstance(item[0][0], ClippedLossGradient))
@@ -161,13 +162,16 @@ class Run:
                 last = i == len(ordered) - 1
                 outs = {} if self.buffers is None else self._outs(leaves, specs, keys, key, root.num, out.shape[1:])
                 given = (self.chunk_size, differentiable, self.chosen if picks else None)
-                backward = BackwardPass(trace, leaves, self.names, self.batch.select, *given, prepared, operands)
+                backward = BackwardPass(trace, leaves, self.names, select, *given, prepared, operands)
                 if isinstance(cotangent, ClippedLossGradient):
                     norms = parts.get(((LossGradient(), False), "sample_norms"))
                     (name,) = names
                     parts[key, name] = clipped_sum(backward, cotangent, root, not last, norms)
                     continue
-                for name, result in backward.run(root, list(names), retain_graph=not last, outs=outs).items():
+                bare = "per_sample" in names and all(
+                    s.of_one_column for s, k in zip(specs, keys, strict=True) if k == key and "per_sample" in s.contractions
+                )
+                for name, result in backward.run(root, list(names), not last, outs, bare).items():
                     parts[key, name] = result
             results = [self._finish(s, key, out, parts) for s, key in zip(specs, keys, strict=True)]
         return trace.out, self._delivered(specs, results)

@@ -1,7 +1,7 @@
 """The quantities, one row each; see `curvfunc.quantities.functions` for what they are."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,7 @@ class BatchGrad(Quantity):
 
     contractions = ("per_sample",)
     laws = (Joined(1),)
+    of_one_column = True
 
     def lead(self, columns: int, samples: int) -> tuple[int, ...]:
         """N."""
@@ -169,6 +170,15 @@ class Variance(Quantity):
             return squared / samples - (total / samples).square()
         scaled = torch.addcmul(squared, total, total, value=-1 / samples)
         return scaled.div_(samples) if may_overwrite() else scaled / samples
+
+    def finish_all(self, samples: int, *parts: Sequence[Tensor]) -> list[Tensor]:
+        """All parameters' in two operations."""
+        squared, totals = parts
+        if not may_overwrite() or torch.compiler.is_compiling():
+            return super().finish_all(samples, *parts)
+        found = torch._foreach_addcmul([*squared], [*totals], [*totals], -1 / samples)
+        torch._foreach_div_(found, samples)
+        return [*found]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Contractions of linear maps of vectors, dW[n] = g[n] x[n]ᵀ, and of the biases beside them, db[n] = g[n].
 
 The same as of an `Outer` form with one group and one position, without the axes for these: in small networks the views that
-make them take as long as the work, and what a weight and its bias have in common is formed once.
+make them take as long as the work. What a weight and its bias have in common is formed once, and all maps' squares together.
 """
 
 from collections.abc import Sequence
@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvfunc.tensors import pages
 from curvfunc.uses.forms import Outer, outer
 from curvfunc.uses.second_moments import InputFactor, second_moment
 
-__all__ = ["COVERED", "contract", "fits"]
+__all__ = ["COVERED", "OUTPUTS", "contract", "fits"]
 
 SQUARES = frozenset({"squares", "sample_squares", "sample_norms"})
 OUTPUTS = frozenset({"output_factor", "output_factor_expand", "output_factor_reduce"})
@@ -29,40 +30,51 @@ def fits(form: Outer, g: Tensor) -> bool:
     return x is not None and g.dtype is x.dtype and g.dtype in PRECISE
 
 
-def contract(names: Sequence[str], form: Outer, g: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Each contraction for the weight, and for a bias beside it.
+def contract(name: str, maps: Sequence[Outer], gs: Sequence[Tensor], squared: Sequence[Tensor]) -> list[tuple[Any, Any]]:
+    """A contraction of each map, for the weight, and for a bias beside it.
 
     Args:
-        names: Among `COVERED`.
-        form: The use of the weight, with ``vectors``.
-        g: The cotangent [n, o] of the output, or those of several vectors [v, n, o].
+        name: Among `COVERED`. Gradients of samples have no axis of columns where there is one column only.
+        maps: The uses of the weights, which have ``vectors``.
+        gs: The cotangents [n, o] of the outputs, or those of several columns [v, n, o].
+        squared: Their squares, summed over columns, for what has a use for these.
     """
-    x = form.vectors
-    assert x is not None
-    weight: dict[str, Any] = {}
-    bias: dict[str, Any] = {}
-    squared = None if SQUARES.isdisjoint(names) else g.square() if g.ndim == 2 else g.square().sum(0)
-    for name in names:
-        if name == "per_sample":
-            column, row = g.unsqueeze(-1), x.unsqueeze(-2)
-            found = outer(x.unsqueeze(-1), g.unsqueeze(-2), None) if form.inputs_first else outer(column, row, None)
-            weight[name], bias[name] = (found[None], g[None]) if g.ndim == 2 else (found, g)
-        elif name in OUTPUTS:
-            B = second_moment((g if g.ndim == 2 else g.flatten(0, 1)).mT)
-            weight[name], bias[name] = B, B.clone()  # whoever gets one may change it
-        elif name in INPUTS:
-            weight[name], bias[name] = InputFactor(second_moment(x.mT, 1 / len(x)), form.inputs_first), None
-        else:
-            assert squared is not None
-            if name == "sample_norms":
-                norms = squared.sum(1)
-                weight[name], bias[name] = norms * x.square().sum(1), norms
-            elif name == "squares":
-                xx = x.square()
-                weight[name] = xx.mT @ squared if form.inputs_first else squared.mT @ xx
-                bias[name] = squared.sum(0)
-            else:
-                xx = x.square()
-                a, b = (xx, squared) if form.inputs_first else (squared, xx)
-                weight[name], bias[name] = outer(a.unsqueeze(-1), b.unsqueeze(-2), None), squared
-    return weight, bias
+    xs: list[Any] = [form.vectors for form in maps]
+    flipped = [form.inputs_first for form in maps]
+    if name in OUTPUTS:
+        factors = [_moment(g if g.ndim == 2 else g.flatten(0, 1)) for g in gs]
+        return [(B, B.clone()) for B in factors]  # whoever gets one may change it
+    if name in INPUTS:
+        return [(InputFactor(_moment(x, 1 / len(x)), first), None) for x, first in zip(xs, flipped, strict=True)]
+    if name == "per_sample":
+        return [(_products(g, x, first), g) for g, x, first in zip(gs, xs, flipped, strict=True)]
+    triples = [*zip(squared, squares(xs), flipped, strict=True)]
+    if name == "squares":
+        return [(xx.mT @ gg if first else gg.mT @ xx, gg.sum(0)) for gg, xx, first in triples]
+    if name == "sample_squares":
+        return [(_products(gg, xx, first), gg) for gg, xx, first in triples]
+    return [(norms * xx.sum(1), norms) for gg, xx, _ in triples for norms in (gg.sum(1),)]
+
+
+def squares(gs: Sequence[Tensor]) -> list[Tensor]:
+    """The squares of cotangents, summed over columns."""
+    found = torch._foreach_mul([*gs], [*gs])
+    return [g if g.ndim == 2 else g.sum(0) for g in found]
+
+
+def _products(g: Tensor, x: Tensor, flipped: bool) -> Tensor:
+    """g xᵀ for each sample, or x gᵀ."""
+    first, last = (x, g) if flipped else (g, x)
+    first, last = first.unsqueeze(-1), last.unsqueeze(-2)
+    if first.is_contiguous() and not pages.is_large((*first.shape[:-1], last.shape[-1]), g):
+        return first * last
+    return outer(first, last, None)
+
+
+def _moment(rows: Tensor, scale: float = 1.0) -> Tensor:
+    """``scale`` Σ_n x xᵀ."""
+    n, k = rows.shape
+    if (k >= 256 and n >= 512) or pages.is_large((k, k), rows):
+        return second_moment(rows.mT, scale)
+    found = rows.mT @ rows
+    return found if scale == 1.0 else found.mul_(scale)
