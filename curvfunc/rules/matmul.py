@@ -51,7 +51,8 @@ def einsum_form(inputs: Sequence[str], output: str, operands: Sequence[Tensor], 
 
     shape = operands[p].shape
     if not q and list(own) in (o + k, k + o):
-        vectors = tensors[0] if len(tensors) == 1 and not s and list(data[0]) == k and list(out) == o else None
+        of_vectors = len(tensors) == len(o) == len(k) == 1 and list(data[0]) == k and list(out) == o
+        vectors = tensors[0] if of_vectors else None
         return Outer(x, cotangent, shape, inputs_first=list(own) != o + k, vectors=vectors)
 
     def arrange(result: Tensor) -> Tensor:

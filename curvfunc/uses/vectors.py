@@ -45,7 +45,7 @@ def contract(name: str, maps: Sequence[Outer], gs: Sequence[Tensor], squared: Se
         factors = [_moment(g if g.ndim == 2 else g.flatten(0, 1)) for g in gs]
         return [(B, B.clone()) for B in factors]  # whoever gets one may change it
     if name in INPUTS:
-        return [(InputFactor(_moment(x, 1 / len(x)), first), None) for x, first in zip(xs, flipped, strict=True)]
+        return [(InputFactor(_moment(x, 1 / x.shape[0]), first), None) for x, first in zip(xs, flipped, strict=True)]
     if name == "per_sample":
         return [(_products(g, x, first), g) for g, x, first in zip(gs, xs, flipped, strict=True)]
     triples = [*zip(squared, squares(xs), flipped, strict=True)]
@@ -71,10 +71,10 @@ def _products(g: Tensor, x: Tensor, flipped: bool) -> Tensor:
     return outer(first, last, None)
 
 
-def _moment(rows: Tensor, scale: float = 1.0) -> Tensor:
+def _moment(rows: Tensor, scale: float | None = None) -> Tensor:
     """``scale`` Σ_n x xᵀ."""
     n, k = rows.shape
     if (k >= 256 and n >= 512) or pages.is_large((k, k), rows):
-        return second_moment(rows.mT, scale)
+        return second_moment(rows.mT, 1.0 if scale is None else scale)
     found = rows.mT @ rows
-    return found if scale == 1.0 else found.mul_(scale)
+    return found if scale is None else found.mul_(scale)
