@@ -2,9 +2,10 @@
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from operator import is_not
+from operator import getitem, is_not, setitem
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class ModelFunction:
         self._submodules = [(m._modules, key, child) for m in changeable for key, child in m._modules.items()]
         self._columns: Any = tuple(zip(*self._submodules, strict=True)) or ((), (), ())
         self._known: list[str] | None = None  # names of params that were looked at
+        self._slots = _Slots.of(self._places, ())
 
     @property
     def keepers(self) -> list[nn.Module]:
@@ -78,14 +80,17 @@ class ModelFunction:
             state = self.frozen(params)
         args, kwargs = _arguments(X)
         values = state | params if state else params
+        if self._slots.names != [*values]:
+            self._slots = _Slots.of(self._places, values)
+        slots = self._slots  # of this call, whatever another thread asks for
         lists = [(m, m._flat_weights, m._flat_weight_refs) for m in self._recurrent]  # where they keep what they ran with
         try:
             silent = self._talkers.silent() if self._talks else nullcontext()
-            with silent, nullcontext() if self._are_own(values) else without_recomputation():
+            with silent, nullcontext() if self._are_own(values, slots) else without_recomputation():
                 if torch.compiler.is_compiling() and not self.scripted:
                     out = self._functional_call(values, args, kwargs)
                 else:
-                    out = _call(self.module, self._places, values, args, kwargs)
+                    out = _call(self.module, slots, values, args, kwargs)
         finally:
             for m, weights, refs in lists:
                 m._flat_weights, m._flat_weight_refs = weights, refs
@@ -112,16 +117,16 @@ class ModelFunction:
         named = {place: t for name, t in values.items() for place, *_ in self._places[name]}
         return functional_call(self.module, named, args, kwargs, tie_weights=False)
 
-    def _are_own(self, values: dict[str, Tensor]) -> bool:
+    def _are_own(self, values: dict[str, Tensor], slots: "_Slots") -> bool:
         """Whether the module's tensors are these, or detached ones, so that what runs again later has the same values."""
         if torch.compiler.is_dynamo_compiling():
             return True
         with torch._C.DisableTorchFunction():  # for whoever watches the forward pass, these are none of its operations
-            own = [held[key] for (_, held, key), *_ in map(self._places.__getitem__, values)]
+            given, own = slots.spread(values), slots.read()
             try:
-                return [t.data_ptr() for t in values.values()] == [t.data_ptr() for t in own]
+                return [*map(Tensor.data_ptr, given)] == [*map(Tensor.data_ptr, own)]
             except RuntimeError:  # tensors of torch.func's transformations have no memory of their own
-                return all(t is o or shares_memory(t, o) for t, o in zip(values.values(), own, strict=True))
+                return all(t is o or shares_memory(t, o) for t, o in zip(given, own, strict=True))
 
     def frozen(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """The module's parameters that ``params`` does not name, without gradient."""
@@ -190,26 +195,57 @@ class ModelFunction:
         return f"ModelFunction({type(self.module).__name__}, {len(self._parameters)} parameters)"
 
 
-def _call(module: nn.Module, places: "Places", values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+class _Slots:
+    """Where a module holds tensors of some names.
+
+    Attributes:
+        names: These names.
+        held: For each place, a submodule's dictionary.
+        keys: The key there.
+        which: The name's number, where a tensor has several places; None where each has one.
+    """
+
+    def __init__(self, names: list[str], places: list[tuple[Any, str, int]]) -> None:
+        self.names = names
+        self.held, self.keys = [held for held, _, _ in places], [key for _, key, _ in places]
+        self.which = None if len(places) == len(names) else [k for _, _, k in places]
+
+    @classmethod
+    def of(cls, places: "Places", names: Iterable[str]) -> "_Slots":
+        """All places of these names."""
+        names = [*names]
+        return cls(names, [(held, key, k) for k, name in enumerate(names) for _, held, key in places[name]])
+
+    def spread(self, values: dict[str, Tensor]) -> list[Tensor]:
+        """A tensor for each place."""
+        given = [*values.values()]
+        return given if self.which is None else [given[k] for k in self.which]
+
+    def read(self) -> list[Tensor]:
+        """The tensors that are there."""
+        return [*map(getitem, self.held, self.keys)]
+
+    def write(self, tensors: list[Tensor]) -> None:
+        """Put tensors there."""
+        deque(map(setitem, self.held, self.keys, tensors), 0)
+
+
+def _call(module: nn.Module, slots: _Slots, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """As ``functional_call``, without what it looks up at each call, and also for scripted parts."""
-    before: list[tuple[Any, str, Any]] = []
+    before = slots.read()
     optimized = torch._C._get_graph_executor_optimize(False)  # what scripted parts specialize on, transformations change
     try:
-        for name, t in values.items():
-            for _, held, key in places[name]:
-                before.append((held, key, held[key]))
-                held[key] = t
+        slots.write(slots.spread(values))
         return module(*args, **kwargs)
     finally:
         torch._C._get_graph_executor_optimize(optimized)
-        for held, key, t in before:
-            held[key] = t
+        slots.write(before)
 
 
 def call(module: nn.Module, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The module's result with these tensors in place of its own; ``functional_call``, also for scripted parts."""
     if any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
-        return _call(module, _places(module), values, args, kwargs)
+        return _call(module, _Slots.of(_places(module), values), values, args, kwargs)
     return functional_call(module, values, args, kwargs)
 
 
@@ -220,7 +256,7 @@ def _arguments(X: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return ((), dict(X)) if isinstance(X, Mapping) else ((X,), {})
 
 
-class _Slots:
+class _Scripted:
     """Tensors of a scripted module, which are no entries of a dictionary, as if they were."""
 
     def __init__(self, module: Any) -> None:
@@ -237,7 +273,7 @@ def _held(module: nn.Module, kind: str) -> tuple[Any, list[tuple[str, Tensor]]]:
     """Where a submodule itself holds its parameters or buffers, and these."""
     held = getattr(module, kind)
     found = [(key, t) for key, t in held.items() if t is not None]
-    return _Slots(module) if isinstance(module, torch.jit.ScriptModule) else held, found
+    return _Scripted(module) if isinstance(module, torch.jit.ScriptModule) else held, found
 
 
 _CHECKPOINTS = torch.utils.checkpoint.CheckpointFunction, torch.utils.checkpoint._checkpoint_without_reentrant_generator

@@ -124,15 +124,20 @@ class BackwardPass:
         """
         trace, leaves, names = self.trace, self.leaves, list(contracted_as)
         uses: list[list[tuple[Site, Form]]] = [[] for _ in leaves]
+        costly = set()  # parameters whose gradients of samples take more work than their sum: those of vectors' matrices
         for site in trace.sites:
             for i, form in site.forms.items():
                 uses[i].append((site, form))
+                if type(form) is Direct:
+                    continue
                 retain_graph |= type(form) is Through  # what a parameter is made of by has a pullback to come
+                if type(form) is not Outer or len(site.shape) <= 2:
+                    costly.add(i)
         retain_graph |= self.differentiable
         per_site = [n for n in names if n != "total"]
         # where gradients of samples are formed anyway, their sum is at hand; else autograd's is faster
         totals_of: Sequence[int] = range(len(leaves)) if "total" in names else ()
-        summed = {i for i in totals_of if self.chosen is not None or (per_site and _forms_gradients(uses[i]))}
+        summed = {i for i in totals_of if self.chosen is not None or (per_site and uses[i] and i not in costly)}
         others = [i for i in totals_of if i not in summed]
         large = bool(per_site or summed) and root.num == 1 and self._is_large()
         ranges = [(0, 1)] if large else chunks(root.num, trace, self.chunk_size)
@@ -207,7 +212,7 @@ class BackwardPass:
         for (n, i), p in parts.items():
             results[n][i] = combine(n, p, outs[n][i] if n in outs else None)
         for n in GRADIENTS.intersection(results):  # in low precision, sums of squares stay in single precision
-            results[n] = [r if _is_as(r, p) else _as_parameter(r, p) for r, p in zip(results[n], leaves, strict=True)]
+            results[n] = [_as_parameter(r, p) if _differs(r, p) else r for r, p in zip(results[n], leaves, strict=True)]
         return results
 
     def _columns(self, root: losses.Root, start: int, stop: int) -> Tensor:
@@ -337,19 +342,11 @@ def check_unchanged(site: Site) -> None:
             )
 
 
-def _is_as(result: Any, p: Tensor) -> bool:
-    return type(result) is list or (result.dtype is p.dtype and result.layout is torch.strided)
+def _differs(result: Any, p: Tensor) -> bool:
+    return type(result) is not list and (result.dtype is not p.dtype or result.layout is not torch.strided)
 
 
 def _as_parameter(result: Tensor, p: Tensor) -> Tensor:
     """A gradient, dense where that of an embedding is sparse, in the parameter's own type."""
     result = result if result.layout is torch.strided else result.to_dense()
     return result if result.dtype == p.dtype else result.to(p.dtype)
-
-
-def _forms_gradients(uses: list[tuple[Site, Form]]) -> bool:
-    """Whether a parameter's gradients of samples take as much work as their sum: all but those of vectors' matrices."""
-    for site, form in uses:
-        if type(form) is not Direct and (type(form) is not Outer or len(site.shape) <= 2):
-            return False
-    return bool(uses)

@@ -28,21 +28,30 @@ __all__ = [
 
 def _labels(loss: Loss, work: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of class indices y [N, *d]: a valid index, R (0 if ignored), and R times the weight of the label; [N, 1, *d]."""
-    options, weight = dict(loss.options), loss.tensors.get("weight")
     if (uniform := uniform_mass(loss, y)) is not None:
         index = y.unsqueeze(1).long()
         mass = work.new_full((), uniform).expand(index.shape)
         return index, mass, mass
+    if loss.found is None:
+        return _read_labels(loss, work, y)
+    key = id(y), work.dtype
+    if key not in loss.found:
+        loss.found[key] = (*_read_labels(loss, work, y), y)  # held, so that its identity stays its own
+    index, scale, mass, _ = loss.found[key]
+    return index, scale, mass
+
+
+def _read_labels(loss: Loss, work: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    options, weight = dict(loss.options), loss.tensors.get("weight")
     kept = (y != options["ignore_index"]).unsqueeze(1)
     index = torch.where(kept, y.unsqueeze(1).long(), 0)
-    scale = kept.to(work.dtype)
+    mean = options["reduction"] == "mean"
     if weight is None:
-        if options["reduction"] == "mean":
-            # where all positions are ignored, torch's loss is nan, but its gradient is zero
-            scale = scale / scale.sum().clamp(min=1)
+        # where all positions are ignored, torch's loss is nan, but its gradient is zero
+        scale = kept / kept.sum(dtype=work.dtype).clamp(min=1) if mean else kept.to(work.dtype)
         return index, scale, scale
-    label_weight = weight.to(work.dtype)[index]
-    if options["reduction"] == "mean":  # torch divides by the weights of the labels, also when it smooths them
+    scale, label_weight = kept.to(work.dtype), weight.to(work.dtype)[index]
+    if mean:  # torch divides by the weights of the labels, also when it smooths them
         total = (scale * label_weight).sum()
         scale = torch.where(total == 0, 0.0, scale / total)
     return index, scale, scale * label_weight
@@ -90,6 +99,8 @@ def cross_entropy_gradient(loss: Loss, work: Tensor, y: Tensor) -> Tensor:
             # rounded as autograd does it, where p is nearly 1
             return probs.mul_(mass_of_all).scatter_(1, y.unsqueeze(1).long(), -mass_of_all, reduce="add")
         index, _, mass = _labels(loss, work, y)
+        if may_overwrite():
+            return probs.mul_(mass).scatter_add_(1, index, -mass)
         return (mass * probs).scatter_add(1, index, -mass)
     target = _class_weights(loss, work, y)
     return target.sum(1, keepdim=True) * probs - target

@@ -33,7 +33,7 @@ __all__ = [
 Constants = tuple[tuple[str, Any], ...]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # quicker to make than if it were frozen
 class Loss:
     """A loss in normal form: what it is called, and its options as constants and as tensors.
 
@@ -44,6 +44,7 @@ class Loss:
             one those of a partial.
         tensors: The options that are tensors, without those that are None.
         kept: Whether the targets were seen, and none of them is ignored; `check` says so.
+        found: What was made of the targets, for all that needs it; of a loss that `check` gave, for these alone.
     """
 
     name: str | None
@@ -51,6 +52,7 @@ class Loss:
     options: Constants = ()
     tensors: dict[str, Tensor] = field(default_factory=dict)
     kept: bool = False
+    found: dict[Any, Any] | None = None
 
     def __call__(self, out: Tensor, y: Any) -> Tensor:
         """Evaluate the loss.
@@ -73,7 +75,7 @@ class Loss:
         return value
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # quicker to make than if it were frozen
 class Root:
     """A root S of the loss Hessian with respect to the output: for each n, sum_v S[v, n] S[v, n]^T = R Hessian of l_n.
 
@@ -238,7 +240,7 @@ def check(loss: Loss, out: Tensor, y: Any) -> Loss:
     if not isinstance(y, Tensor):
         raise TypeError(f"{what} needs a tensor of targets and got {type(y).__name__}. Pass y as a tensor.")
     kept = CLOSED_FORMS[loss.name].check(loss, out, y)
-    return Loss(loss.name, loss.fn, loss.options, loss.tensors, kept)
+    return Loss(loss.name, loss.fn, loss.options, loss.tensors, kept, {})
 
 
 def check_entries(loss: Loss, out: Tensor, y: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, ClassVar
 
 from curvfunc.engine.clipping import ClippedLossGradient
@@ -18,6 +19,8 @@ from curvfunc.quantities.laws import Law
 __all__ = ["GaussNewton", "Quantity", "Sampled"]
 
 Cotangent = LossGradient | ClippedLossGradient | LossRoot | EmpiricalRoot | OutputEntries | FullHessian | AveragedHessian
+
+LOSS_GRADIENT = LossGradient()
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Quantity:
     @property
     def cotangent(self) -> Cotangent:
         """What is backpropagated."""
-        return LossGradient()
+        return LOSS_GRADIENT
 
     def lead(self, columns: int, samples: int) -> tuple[int, ...] | None:
         """Axes before the parameter's in a result that is formed in the caller's memory; None where it is copied there."""
@@ -95,4 +98,9 @@ class GaussNewton(Sampled):
     @property
     def cotangent(self) -> LossRoot:
         """Columns of a root of the loss Hessian."""
-        return LossRoot(self.mc_samples, fewest=not self.mc_samples)
+        return _root(self.mc_samples)
+
+
+@cache
+def _root(mc_samples: int) -> LossRoot:
+    return LossRoot(mc_samples, fewest=not mc_samples)

@@ -174,10 +174,11 @@ class Variance(Quantity):
     def finish_all(self, samples: int, *parts: Sequence[Tensor]) -> list[Tensor]:
         """All parameters' in two operations."""
         squared, totals = parts
-        if not may_overwrite() or torch.compiler.is_compiling():
+        if type(samples) is not int or not may_overwrite() or torch.compiler.is_compiling():
             return super().finish_all(samples, *parts)
         found = torch._foreach_addcmul([*squared], [*totals], [*totals], -1 / samples)
-        torch._foreach_div_(found, samples)
+        # numbers are dear on the CPU, where they become a tensor for each parameter
+        torch._foreach_div_(found, samples if found[0].is_cuda else found[0].new_full((), samples))
         return [*found]
 
 
