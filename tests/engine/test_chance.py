@@ -146,7 +146,7 @@ def test_all_at_once_in_chunks_and_in_memory() -> None:
 
 
 def test_large_results_inside_of_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curvfunc.engine.passes, "STREAMED_BYTES", 1)
+    monkeypatch.setattr(curvfunc.engine.passes, "STREAMED_BYTES", {"cpu": 1, "cuda": 1})
     model, (X, y) = Masked(numbers), data()
     model_fn, seen = with_masks(model)
     specs = [Grad(), BatchGrad(), Variance(), BatchL2()]

@@ -31,7 +31,7 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Stream whatever can be, from here on; a list that gets an entry for each backward pass of that kind."""
     passed: list[int] = []
     stream = passes.stream
-    monkeypatch.setattr(passes, "STREAMED_BYTES", 0)
+    monkeypatch.setattr(passes, "STREAMED_BYTES", {"cpu": 0, "cuda": 0})
     monkeypatch.setattr(passes, "stream", lambda *args, **kwargs: (passed.append(1), stream(*args, **kwargs))[1])
     return passed
 
