@@ -124,6 +124,12 @@ class BackwardPass:
             bare: Whether gradients of samples, of one column, may come in a list of one in place of with an axis for it.
         """
         trace, leaves, names = self.trace, self.leaves, list(contracted_as)
+        alone = type(root.num) is int and root.num == 1
+        if alone and names == ["total"] and self.chosen is None:
+            create = self.differentiable
+            given: dict[str, Any] = {"create_graph": create, "retain_graph": retain_graph or create, "flat": True}
+            _, sums = pull(trace, self._column(root), leaves, sites=False, **given)
+            return {"total": _as_parameters(sums, leaves)}
         uses: list[list[tuple[Site, Form]]] = [[] for _ in leaves]
         costly = set()  # parameters whose gradients of samples take more work than their sum: those of vectors' matrices
         for site in trace.sites:
@@ -140,7 +146,7 @@ class BackwardPass:
         totals_of: Sequence[int] = range(len(leaves)) if "total" in names else ()
         summed = {i for i in totals_of if self.chosen is not None or (per_site and uses[i] and i not in costly)}
         others = [i for i in totals_of if i not in summed]
-        large = bool(per_site or summed) and root.num == 1 and self._is_large()
+        large = alone and self._is_large()
         ranges = [(0, 1)] if large else chunks(root.num, trace, self.chunk_size)
         self.prepared.whole |= len(ranges) > 1
         results: dict[str, list[Any]] = {n: [None] * len(leaves) for n in names}
@@ -182,19 +188,16 @@ class BackwardPass:
             totals = self._stream(column, uses, [leaves[i] for i in others], contract, per_site, retain_graph)
         simple = single and not (operands or outs) and self._maps_vectors(per_site)
         for start, stop in () if large else ranges:
-            flat = single and type(root.num) is int and root.num == 1
+            flat = single and alone
             columns = self._column(root) if flat else self._columns(root, start, stop)
             gs, totals = pull(
                 trace,
                 columns,
                 [leaves[i] for i in others],
-                sites=bool(per_site or summed),
                 create_graph=self.differentiable,
                 retain_graph=retain_graph or stop < root.num,
                 flat=flat,
             )
-            if not (per_site or summed):
-                continue
             for site in trace.sites:
                 check_unchanged(site)
             done: Collection[int] = ()
@@ -213,7 +216,7 @@ class BackwardPass:
         for (n, i), p in parts.items():
             results[n][i] = combine(n, p, outs[n][i] if n in outs else None)
         for n in GRADIENTS.intersection(results):  # in low precision, sums of squares stay in single precision
-            results[n] = [_as_parameter(r, p) if _differs(r, p) else r for r, p in zip(results[n], leaves, strict=True)]
+            results[n] = _as_parameters(results[n], leaves)
         return results
 
     def _columns(self, root: losses.Root, start: int, stop: int) -> Tensor:
@@ -343,6 +346,11 @@ def check_unchanged(site: Site) -> None:
                 f"the input of {site.name} was changed in place after the call, so its gradient is lost (autograd would "
                 "refuse it too). Use the out-of-place operation instead."
             )
+
+
+def _as_parameters(results: Sequence[Any], leaves: Sequence[Tensor]) -> list[Any]:
+    """Gradients in the types of their parameters; those in a list are."""
+    return [_as_parameter(r, p) if _differs(r, p) else r for r, p in zip(results, leaves, strict=True)]
 
 
 def _differs(result: Any, p: Tensor) -> bool:
