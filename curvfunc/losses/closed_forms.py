@@ -178,12 +178,15 @@ def _softmax_root(work: Tensor, mass: Tensor | float, dtype: torch.dtype, fewest
 
     def columns(start: int, stop: int) -> Tensor:
         start, stop = start + skipped, stop + skipped
-        entry = torch.arange(start, stop, device=device)
-        position = entry if positions == 1 else entry % positions
-        own = _one_hot(entry if positions == 1 else entry // positions, num_classes, probs.dtype).unsqueeze(1)  # [v, 1, C]
-        at = probs.squeeze(2) if positions == 1 else probs[:, :, position].permute(2, 0, 1)
-        column = scale[:, start:stop].T.unsqueeze(2) * (own - at)  # [v, N, C]
-        if positions > 1:
+        scaled = scale[:, start:stop].T.unsqueeze(2)
+        if positions == 1:
+            units = torch.eye(stop - start, num_classes - start, dtype=probs.dtype, device=device)
+            column = scaled * (F.pad(units, (start, 0)).unsqueeze(1) - probs.squeeze(2))
+        else:
+            entry = torch.arange(start, stop, device=device)
+            position = entry % positions
+            own = _one_hot(entry // positions, num_classes, probs.dtype).unsqueeze(1)  # [v, 1, C]
+            column = scaled * (own - probs[:, :, position].permute(2, 0, 1))  # [v, N, C]
             column = column.unsqueeze(3) * _one_hot(position, positions, probs.dtype)[:, None, None]
         return column.reshape(stop - start, *shape).to(dtype)
 

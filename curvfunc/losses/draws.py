@@ -8,15 +8,14 @@ from torch import Tensor
 __all__ = ["draw_bits", "draw_categories", "draw_normal"]
 
 
-def draw_categories(logits: Tensor, mc_samples: int, generator: torch.Generator | None) -> Tensor:
-    """Draw classes from softmax(logits) for logits [N, C, *d]: [M, N, *d], an exponential race (argmin_c E_c / p_c).
+def draw_categories(probs: Tensor, mc_samples: int, generator: torch.Generator | None) -> Tensor:
+    """Draw classes from probabilities [N, C, *d]: [M, N, *d], an exponential race (argmin_c E_c / p_c).
 
     Out of place, so it runs under ``vmap(randomness="different")`` and compiled. E = -log u with 0 < u < 1 is positive
     and finite, so no class can win because of its noise alone: u = 0, which ``torch.rand`` may draw, is moved up.
     """
-    u = _drawn(torch.rand, logits, mc_samples, generator)
-    exponential = -u.clamp(min=torch.finfo(u.dtype).tiny).log()
-    return (logits.log_softmax(1) - exponential.log()).argmax(2)
+    u = _drawn(torch.rand, probs, mc_samples, generator)
+    return (probs / u.clamp(min=torch.finfo(u.dtype).tiny).log()).argmin(2)  # the largest p / E, with its sign
 
 
 def draw_bits(logits: Tensor, mc_samples: int, generator: torch.Generator | None) -> Tensor:

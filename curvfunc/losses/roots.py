@@ -313,7 +313,7 @@ def _sampled_cross_entropy(
     uniform = uniform_mass(loss, y)
     scale = (class_mass(loss, work, y) / mc_samples).sqrt() if uniform is None else math.sqrt(uniform / mc_samples)
     probs = work.softmax(1)
-    drawn = draw_categories(work, mc_samples, generator)
+    drawn = draw_categories(probs, mc_samples, generator)
     if mc_samples == 1 and may_overwrite() and not torch.compiler.is_compiling():
         column = probs.scatter_(1, drawn[0].unsqueeze(1), -1.0, reduce="add").mul_(scale)[None]
         return lambda start, stop: column[start:stop]

@@ -335,7 +335,7 @@ def test_expectation_over_normal_noise(
 def test_draws_have_their_distribution() -> None:
     logits, num, generator = torch.tensor([[2.0, -1.0, 0.5, -torch.inf]]), 200_000, torch.Generator().manual_seed(1)
     probs = logits.softmax(1)[0]
-    counts = torch.bincount(losses.draw_categories(logits, num, generator)[:, 0], minlength=4)
+    counts = torch.bincount(losses.draw_categories(logits.softmax(1), num, generator)[:, 0], minlength=4)
     assert ((counts - num * probs).abs() <= 4 * (num * probs * (1 - probs)).sqrt()).all()
     ones = losses.draw_bits(logits, num, generator).sum((0, 1))
     chance = logits.sigmoid()[0]
@@ -348,8 +348,8 @@ def test_draws_have_their_distribution() -> None:
 def test_draws_survive_uniform_noise_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.zeros(shape, dtype=options["dtype"]))
     logits = torch.tensor([[-1e4, 0.0], [-torch.inf, 0.0]])
-    assert losses.draw_categories(logits, 1, None).tolist() == [[1, 1]]
-    assert losses.draw_categories(logits.float(), 1, None).tolist() == [[1, 1]]
+    assert losses.draw_categories(logits.softmax(1), 1, None).tolist() == [[1, 1]]
+    assert losses.draw_categories(logits.float().softmax(1), 1, None).tolist() == [[1, 1]]
     assert not losses.draw_bits(torch.tensor([-1e4]), 1, None).any()
 
 
