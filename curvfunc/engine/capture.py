@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from curvfunc.tensors.inputs import check_used
 
 __all__ = ["capture"]
 
+_VERSION = attrgetter("_version")
 FASTEST = {order: instead | FASTER for order, instead in INSTEAD.items()}
 
 
@@ -86,7 +88,7 @@ def _attempt(run: "Runs", generic: Sequence[int], layouts: Layouts | None, faste
     """On the whole batch; if that does not hold, under vmap; if that does not run, sample by sample."""
     leaves, samples = run.leaves, run.samples
     instead = (FASTEST if faster else INSTEAD)[run.order]
-    versions = [] if torch.compiler.is_dynamo_compiling() else [p._version for p in leaves]
+    versions = [] if torch.compiler.is_dynamo_compiling() else [*map(_VERSION, leaves)]
     for guesses in (None, False):
         mode = Observer(dict(enumerate(leaves)), None, samples, layouts, instead)
         mode.guesses, mode.plan = guesses, plans.expected(run.model_fn, samples)
@@ -179,7 +181,7 @@ def _restart(effects: Effects, attributes: Attributes) -> None:
 
 
 def _check_versions(leaves: Sequence[Tensor], versions: Sequence[int]) -> None:
-    if any(p._version != version for p, version in zip(leaves, versions, strict=False)):
+    if versions and versions != [*map(_VERSION, leaves)]:
         raise RuntimeError(
             "the forward pass changed a parameter in place where calls cannot be seen (compiled or scripted code, or a block "
             "that disables torch functions). Change it outside of the model."

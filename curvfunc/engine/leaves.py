@@ -5,7 +5,10 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
-__all__ = ["leaf", "will_be_differentiated"]
+__all__ = ["leaf", "leaves_of", "will_be_differentiated"]
+
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 def leaf(p: Tensor) -> Tensor:
@@ -13,6 +16,16 @@ def leaf(p: Tensor) -> Tensor:
     own = p.detach().requires_grad_()
     own._curvfunc_leaf = True  # type: ignore[attr-defined]  # to be told from others where a model keeps it
     return own
+
+
+def leaves_of(params: list[Tensor]) -> list[Tensor]:
+    """`leaf` of each."""
+    if not _PLAIN.issuperset(map(type, params)):
+        return [*map(leaf, params)]
+    found = [*map(Tensor.requires_grad_, map(Tensor.detach, params))]
+    for t in found:
+        t._curvfunc_leaf = True  # type: ignore[attr-defined]
+    return found
 
 
 def will_be_differentiated(tensors: list[Tensor]) -> bool:

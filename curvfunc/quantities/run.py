@@ -20,7 +20,7 @@ from curvfunc.engine.company import Entangled, check_apart, check_subset
 from curvfunc.engine.contractions import FACTORS
 from curvfunc.engine.cotangents import AveragedHessian, FullHessian, LossGradient, LossRoot, OutputEntries, common
 from curvfunc.engine.effects import Attributes
-from curvfunc.engine.leaves import leaf
+from curvfunc.engine.leaves import leaf, leaves_of
 from curvfunc.engine.model import check_function, without_recomputation
 from curvfunc.engine.nothing import sums_of_nothing
 from curvfunc.engine.outputs import check_output
@@ -76,7 +76,10 @@ class Run:
         differentiable = self.differentiable
         if _functorch.peek_interpreter_stack() is None:
             with torch.enable_grad():
-                leaves = [p.view_as(p) if p.requires_grad and differentiable else leaf(p) for p in params]
+                if differentiable:
+                    leaves = [p.view_as(p) if p.requires_grad else leaf(p) for p in params]
+                else:
+                    leaves = leaves_of(params)
                 return self._results(leaves, specs, differentiable)[1]
 
         def forward(*leaves: Tensor) -> tuple[Tensor, list[Any]]:

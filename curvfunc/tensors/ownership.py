@@ -5,6 +5,8 @@ the model's input. Whoever changes such a result in place, or passes it as memor
 """
 
 from collections.abc import Callable, Iterable
+from itertools import repeat
+from operator import attrgetter, is_not
 from typing import Any
 
 import torch
@@ -25,6 +27,9 @@ def own(results: Iterable[Tensor], given: Callable[[], Iterable[Any]] = tuple) -
     """
     if _functorch.peek_interpreter_stack() is not None or torch.compiler.is_compiling():
         return _own_within(results, [t for t in given() if isinstance(t, Tensor)])
+    results = [*results]
+    if _are_alone(results):
+        return results
     taken: set[int] = set()
     found, strided, holders = [], torch.strided, _holders
     for t in results:
@@ -38,6 +43,14 @@ def own(results: Iterable[Tensor], given: Callable[[], Iterable[Any]] = tuple) -
         taken.add(storage)
         found.append(t)
     return found
+
+
+def _are_alone(results: list[Tensor]) -> bool:
+    """Whether it is plain that all are dense and have memory that nobody else holds; no loop in Python for many of them."""
+    if _address is None or not _LAYOUTS.issuperset(map(_layout_of, results)) or any(map(is_not, map(_base_of, results), _NONE)):
+        return False
+    storages = [*map(_address, results)]
+    return len({*storages}) == len(storages) and {*map(_holders, storages)} <= {1} and all(map(Tensor.is_contiguous, results))
 
 
 def _own_within(results: Iterable[Tensor], given: list[Tensor]) -> list[Tensor]:
@@ -81,6 +94,9 @@ def apart(results: Iterable[Any], *, views: bool = False) -> list[Any]:
         return [*results]
     if views:
         return [t.detach() if isinstance(t, Tensor) and t._base is not None and _is_plain(t) else t for t in results]
+    results = [*results]
+    if _LAYOUTS.issuperset(map(_layout_of, results)) and not any(map(_requires_grad, results)):
+        return [*map(Tensor.detach, results)]
     return [t.detach() if _is_plain(t) else t for t in results]
 
 
@@ -93,8 +109,11 @@ def _everybody(storage: int) -> int:
     return 1 << 30
 
 
-# How many hold a memory: no public interface of torch.
+# How many hold a memory, and which it is: no public interface of torch.
 _holders: Callable[[int], int] = getattr(torch._C, "_storage_Use_Count", _everybody)
+_address: Callable[[Tensor], int] | None = getattr(torch._C, "_storage_address", None)
+_layout_of, _base_of, _requires_grad = attrgetter("layout"), attrgetter("_base"), attrgetter("requires_grad")
+_LAYOUTS, _NONE = frozenset({torch.strided}), repeat(None)
 
 
 def _storages(t: Tensor, dual: bool) -> list[int]:
