@@ -1,6 +1,5 @@
 """Linear maps of vectors are contracted by themselves: with the same results as the general forms, and memory of their own."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -115,12 +114,12 @@ def problem(name: str) -> tuple[Any, Any, Tensor, Tensor, Any]:
 
 
 @pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The contractions that were made by themselves."""
     found: list[str] = []
     contract = vectors.contract
     monkeypatch.setattr(vectors, "contract", lambda name, *args: (found.append(name), contract(name, *args))[1])
-    yield found
+    return found
 
 
 @pytest.mark.parametrize("specs", SPECS)
