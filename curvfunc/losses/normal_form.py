@@ -313,6 +313,8 @@ def label(loss: Loss) -> str:
 
 
 def _check_reduction(loss: Loss) -> None:
+    if ("reduction", "mean") in loss.options:
+        return
     reduction = dict(loss.options).get("reduction", "mean")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"{label(loss)} with reduction={reduction!r} gives no scalar. Use reduction='mean' or 'sum'.")

@@ -41,6 +41,8 @@ from curvfunc.tensors.signs import random_signs
 
 __all__ = ["DrawnError", "Run", "of_nothing", "trace"]
 
+WITHOUT_SITES = frozenset({(), ("total",)})  # contractions for which nobody has to know where parameters are used
+
 
 class DrawnError(Exception):
     """A forward pass drew random numbers, and another one would draw others."""
@@ -91,12 +93,16 @@ class Run:
 
     def _results(self, leaves: list[Tensor], specs: list[Quantity], differentiable: bool) -> tuple[Tensor, list[Any]]:
         cotangents = common([s.cotangent for s in specs])
-        kinds = {type(c) for c in cotangents}
-        estimated = FullHessian in kinds and any(c.mc_samples for c in cotangents if isinstance(c, FullHessian))
-        curves = FullHessian in kinds and FullHessian() in cotangents
+        kinds = {*map(type, cotangents)}
+        estimated = curves = False
+        if FullHessian in kinds:
+            estimated = any(c.mc_samples for c in cotangents if isinstance(c, FullHessian))
+            curves = FullHessian() in cotangents
         averaged = AveragedHessian in kinds
         layouts = Layouts(COMPOSITES) if curves else Layouts() if averaged else None
-        sites = bool(self.batch.total) and any(s.contractions not in ((), ("total",)) or self._picks(s) for s in specs)
+        picks = [self.chosen is not None and not s.whole_batch for s in specs]
+        asked = {s.contractions for s in specs}
+        sites = bool(self.batch.total) and (not asked <= WITHOUT_SITES or any(picks))
         chance = Chance([*leaves, *tensors_of(self.batch.X)]) if self.watched or (curves and len(specs) > 1) else None
         with chance or nullcontext():
             trace = self._forward(leaves, sites, layouts, faster=layouts is None and not estimated, order=3 if estimated else 1)
@@ -126,7 +132,7 @@ class Run:
             loss = losses.check(self.loss, whole, self.batch.y)
             parts: dict[tuple[Any, str], list[Any]] = {}
             wanted: dict[Any, dict[str, None]] = {}
-            keys = [(cotangent, self._picks(s)) for s, cotangent in zip(specs, cotangents, strict=True)]
+            keys = [*zip(cotangents, picks, strict=True)]
             for s, key in zip(specs, keys, strict=True):
                 if s.contractions:
                     wanted.setdefault(key, {}).update(dict.fromkeys(s.contractions))
@@ -317,10 +323,6 @@ class Run:
                 raise ValueError(f"specs has {type(s).__name__} twice, with data of its own each; ask in two calls of compute.")
             found |= own
         return found
-
-    def _picks(self, spec: Quantity) -> bool:
-        """Whether a spec is of samples chosen from the forward pass."""
-        return self.chosen is not None and not spec.whole_batch
 
     def _samples(self, spec: Quantity) -> int:
         """The number of samples that a spec is of."""
