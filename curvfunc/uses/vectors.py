@@ -21,6 +21,10 @@ OUTPUTS = frozenset({"output_factor", "output_factor_expand", "output_factor_red
 INPUTS = frozenset({"input_factor", "input_factor_expand", "input_factor_reduce"})
 COVERED = SQUARES | OUTPUTS | INPUTS | {"per_sample"}
 
+WIDE = (
+    128  # features of which moments are scaled as they are formed; of fewer, one operation more takes less than a bias of zero
+)
+
 PRECISE = (torch.float32, torch.float64)
 
 
@@ -66,6 +70,8 @@ def _products(g: Tensor, x: Tensor, flipped: bool) -> Tensor:
     """g xᵀ for each sample, or x gᵀ."""
     first, last = (x, g) if flipped else (g, x)
     first, last = first.unsqueeze(-1), last.unsqueeze(-2)
+    if first.ndim < last.ndim:  # inputs are the same for all columns
+        first = first.expand(len(last), *first.shape)
     if first.is_contiguous() and not pages.is_large((*first.shape[:-1], last.shape[-1]), g):
         return first * last
     return outer(first, last, None)
@@ -73,8 +79,8 @@ def _products(g: Tensor, x: Tensor, flipped: bool) -> Tensor:
 
 def _moment(rows: Tensor, scale: float | None = None) -> Tensor:
     """``scale`` Σ_n x xᵀ."""
-    n, k = rows.shape
-    if (k >= 256 and n >= 512) or pages.is_large((k, k), rows):
+    k = rows.shape[1]
+    if k >= WIDE:
         return second_moment(rows.mT, 1.0 if scale is None else scale)
-    found = rows.mT @ rows
+    found = torch.mm(rows.mT, rows, out=pages.empty(rows, k, k)) if pages.is_large((k, k), rows) else rows.mT @ rows
     return found if scale is None else found.mul_(scale)

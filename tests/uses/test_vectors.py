@@ -80,6 +80,11 @@ def plain() -> tuple[Any, dict[str, Tensor]]:
     return lambda p, X: (X @ p["w"] + p["b"]).tanh() @ p["v"] + ((X @ p["w"]) @ p["s"])[:, None], weights
 
 
+def strided() -> tuple[Any, dict[str, Tensor]]:
+    weights = {"w": torch.randn(D, 6), "v": torch.randn(6, C)}
+    return lambda p, X: ((X.T.contiguous().T @ p["w"]).T.contiguous().T).tanh() @ p["v"], weights
+
+
 MODELS: dict[str, Any] = {
     "mlp": lambda: nn.Sequential(nn.Linear(D, 6), nn.ReLU(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, C)),
     "no bias": lambda: nn.Sequential(nn.Linear(D, 6, bias=False), nn.Tanh(), nn.Linear(6, C, bias=False)),
@@ -91,6 +96,7 @@ MODELS: dict[str, Any] = {
     "behind an image": BehindAnImage,
     "samples last": Flipped,
     "products": plain,
+    "strided": strided,
 }
 SPECS: dict[str, Any] = {
     "first order": (Grad(), BatchGrad(), BatchL2(), SumGradSquared(), Variance()),
