@@ -726,6 +726,7 @@ BAD = [
 ]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(("fn", "out", "y", "message"), BAD)
 def test_bad_targets(fn: Any, out: Tensor, y: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -116,7 +116,7 @@ def test_scipy(dtype: torch.dtype) -> None:
     model_fn, params, X, y = make()
     params = {k: p.to(dtype) for k, p in params.items()}
     operator = curvfunc.ggn_operator(model_fn, params, X.to(dtype), y)
-    exported, matrix = operator.to_scipy(), operator.dense().numpy()
+    exported, matrix = operator.to_scipy(), operator.dense().cpu().numpy()
     assert exported.dtype == matrix.dtype
     assert exported.shape == matrix.shape
     rng = np.random.default_rng(0)

@@ -227,6 +227,7 @@ def test_batch_jac_in_low_precision() -> None:
     assert got["bias"].dtype == torch.bfloat16
 
 
+@pytest.mark.cpu
 def test_what_has_no_jacobian_is_refused() -> None:
     w = {"w": torch.randn(3, 2)}
     X = torch.randn(4, 3)

@@ -52,6 +52,7 @@ def test_blocks(monkeypatch: Any, v: int, gradients: int, weighted: bool, graph:
     assert_close(found, {name: naive(b, weights)[name] for name in names})
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("size", [1, 60, 10**6])  # of a block, in entries
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("names", [["squares"], ["squares", "sample_norms"], ["total", "squares", "sample_norms"]])
