@@ -43,6 +43,9 @@ __all__ = ["DrawnError", "Run", "of_nothing", "trace"]
 
 WITHOUT_SITES = frozenset({(), ("total",)})  # contractions for which nobody has to know where parameters are used
 
+# Contractions whose results may be what autograd returns, which a backward pass or a hook of the model's own may keep.
+AS_AUTOGRAD_GIVES = frozenset({("total",), ("weighted_total",), ("per_sample",)})
+
 
 class DrawnError(Exception):
     """A forward pass drew random numbers, and another one would draw others."""
@@ -335,8 +338,7 @@ class Run:
             return apart([self.loss(out, self.batch.y)])[0]
         lists = [parts[key, name] for name in spec.contractions]
         values = shaped(spec, spec.finish_all(self._samples(spec), *lists), out.shape[1:])
-        # autograd may return what a backward pass of the model's own keeps
-        return apart(values, views=spec.contractions not in (("total",), ("weighted_total",)))
+        return apart(values, views=spec.contractions not in AS_AUTOGRAD_GIVES)
 
 
 def shaped(spec: Quantity, values: list[Any], shape: torch.Size) -> list[Any]:

@@ -110,6 +110,15 @@ def test_linear_layers(samples: int, shared: list[int], inputs: int, outputs: in
         compare(lambda p, X: F.linear(X, p["weight"], p.get("bias")).tanh(), params, X)
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("shape", [(), (1,), (1, 3), (1, 1), (3,)])
+@pytest.mark.parametrize("positions", [(), (2,)])
+def test_biases_that_torch_broadcasts(shape: tuple[int, ...], positions: tuple[int, ...]) -> None:
+    params = {"weight": torch.randn(3, 4), "bias": torch.randn(shape)}
+    X = torch.randn(5, *positions, 4)
+    compare(lambda p, X: F.linear(X, p["weight"], p["bias"]), params, X, factors=len(shape) < 2)
+
+
 @SETTINGS
 @given(
     samples=st.integers(1, 3),

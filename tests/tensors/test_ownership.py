@@ -193,6 +193,46 @@ def test_gradients_that_a_backward_pass_keeps() -> None:
     check(compute(lambda p, x: Shift.apply(x @ p["w"], p["a"]), biases(), X, y, Grad()), kept)
 
 
+@pytest.mark.parametrize("where", ["hook", "function", "loss"])
+@pytest.mark.parametrize("specs", [[BatchGrad()], [BatchGrad(), BatchGrad(), Grad(), Variance()]], ids=["one", "several"])
+def test_cotangents_that_somebody_keeps(specs: list[Any], where: str) -> None:
+    """The gradients of a bias's samples are those of the outputs, which hooks, functions and losses see."""
+    kept: list[Tensor] = []
+
+    def keep(g: Tensor) -> Tensor:
+        kept.append(g.mul(1.0))
+        return kept[-1]
+
+    class Kept(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return keep(g)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(C, C), nn.Linear(C, C)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)
+            if where == "hook":
+                hidden.register_hook(keep)
+            return self.last(Kept.apply(hidden) if where == "function" else hidden)
+
+    def loss_fn(out: Tensor, y: Tensor) -> Tensor:
+        return (Kept.apply(out) if where == "loss" else out).square().mean(0).sum()
+
+    model_fn, params = functionalize(Net())
+    X, y = data()
+    results = compute(model_fn, params, X, y, specs, loss_fn=loss_fn)
+    assert kept
+    check(results, kept, params, X)
+
+
 @pytest.mark.parametrize("name", ["mlp: squared error", "conv2d, groups", "resnet", "gpt"])
 def test_nothing_is_copied_that_is_its_own_already(name: str) -> None:
     model_fn, params, X, y, loss_fn = PROBLEMS[name].make()
