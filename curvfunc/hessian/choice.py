@@ -53,11 +53,18 @@ def uses_of(trace: Trace, targets: int) -> dict[int, list[int]]:
 
 
 def _columns_behind(found: Curvature) -> list[tuple[int, int]]:
-    """For each residual and pair, the parameters that take columns of it, and how many these are."""
+    """For each residual, pair and softmax or norm, the parameters that take columns of it, and how many these are."""
     columns = [(pair.targets, hint(pair.columns)) for pair in found.pairs]
     for r in found.smooth:
         own = found.meeting(r.input, math.prod(r.shape))
         columns.append((r.reached & own.rest, hint(math.prod(r.shape)) // max(1, hint(r.shape[r.axis]))))
+    for row in found.rows:
+        own = found.meeting(row.input, math.prod(row.shape))
+        entries = hint(row.rows) * hint(row.width)
+        if row.centers and not row.spared(own.own):
+            columns.append((row.reached, entries))
+        else:
+            columns += [(row.reached & own.rest, entries), (row.reached, hint(row.columns))]
     return columns
 
 
