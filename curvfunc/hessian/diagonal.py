@@ -10,9 +10,9 @@ it, and their squared gradients are added up with the weights rᵢ. Three shortc
 - and the layer before that, if only diagonal Jacobians follow, needs the sums Σ_o r_o W_oi² alone.
 
 Products of two tensors that both depend on a parameter are such weighted squares as well (`curvfunc.hessian.pairs`), and so are
-softmax and norms (`curvfunc.hessian.rows`). Parameters before any other operation that curves (`curvfunc.hessian.residuals`), and those with which this takes fewer columns
-(`curvfunc.hessian.choice`), get the second term as a whole from Hessian-vector products with respect to their sites' outputs, δ
-held fixed.
+softmax and norms (`curvfunc.hessian.rows`). Parameters before any other operation that curves (`curvfunc.hessian.residuals`),
+and those with which this costs less (`curvfunc.hessian.choice`), get the second term as a whole from Hessian-vector products
+with respect to their sites' outputs, δ held fixed.
 """
 
 import math

@@ -22,7 +22,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from curvfunc.engine.sites import Layouts, Site, Trace
 from curvfunc.hessian.pairs import Pair, pair_of
 from curvfunc.hessian.rows import Rows, rows_of
-from curvfunc.rules.nonlinear import MULTILINEAR, Curve, curve, is_diagonal, is_product
+from curvfunc.rules.nonlinear import MULTILINEAR, Curve, curve, is_diagonal
 from curvfunc.tensors.sizes import hint
 from curvfunc.uses.forms import Direct, Outer
 
@@ -102,17 +102,21 @@ class Curvature:
         """The number of entries of the largest tensor with a gradient that an operation took."""
         return max([1, *[hint(math.prod(shape)) for shape in self._layouts.shapes()]])
 
-    def layers(self) -> list[GradientEdge]:
-        """Where the outputs of linear layers, convolutions and products of matrices are, that depend on parameters."""
-        return [GradientEdge(node, 0) for node, mask in self._masks.items() if mask and is_product(node)]
+    def starts(self) -> list[GradientEdge]:
+        """Of smooth operations, products, softmax and norms."""
+        return [*[r.output for r in self.smooth], *[pair.output for pair in self.pairs], *[r.output for r in self.rows]]
+
+    def operations(self) -> list[tuple[Node, int]]:
+        """Those that depend on parameters, each after those that it depends on, and masks of these parameters."""
+        return list(self._masks.items())
 
     def resolved(self, mask: int) -> "Curvature":
         """The same with some of the resolvable parameters resolved."""
         curved = self.curved & ~mask
         residuals = [replace(r, targets=r.reached & ~curved) for r in self.smooth if r.reached & ~curved]
         rows = [replace(r, targets=r.reached & ~curved) for r in self.rows]
-        left = {"curved": curved, "split": self.split & curved, "resolvable": self.resolvable & ~mask}
-        return replace(self, residuals=residuals, rows=rows, **left)
+        left = self.resolvable & ~mask
+        return replace(self, residuals=residuals, rows=rows, curved=curved, split=self.split & curved, resolvable=left)
 
     def meeting(self, edge: GradientEdge, numel: int) -> Meeting:
         """What lies before a tensor of ``numel`` entries."""

@@ -1,8 +1,8 @@
 """Softmax and norms, as weighted squares: closed forms of how they curve, for each row that they normalize.
 
 With δ the gradient of the loss at the row f(z) of m entries, the second derivatives Σₖ δₖ ∂²fₖ/∂z² are a diagonal and few
-squares beside it. With p = softmax(z), a = p ∘ (δ − δᵀp); with c = z − mean(z), ρ = (mean(c²) + ε)^(-1/2), δ already multiplied by
-the norm's weight, b = δ − mean(δ), β = bᵀc, and e = b − 3/2 β ρ² c / m, they are
+squares beside it. For a softmax, p = softmax(z) and a = p ∘ (δ − δᵀp). For a norm, c = z − mean(z), ρ = (mean(c²) + ε)^(-1/2),
+b = δ − mean(δ), where δ has been multiplied by the norm's weight, β = bᵀc, and e = b − 3/2 β ρ² c / m. They are
 
     softmax      diag(a) − (a pᵀ + p aᵀ)           = Σᵢ aᵢ (eᵢ − p)(eᵢ − p)ᵀ
     log_softmax  −(Σδ) (diag(p) − p pᵀ)            = −(Σδ) Σᵢ pᵢ (eᵢ − p)(eᵢ − p)ᵀ
@@ -12,7 +12,7 @@ The diagonal is that of an elementwise operation, whose columns are often spared
 centered, and none comes beside them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -192,18 +192,18 @@ def _norm(node: Any, rows: Rows, delta: Tensor) -> Form:
     x, delta, m = rows.read(node._saved_input), rows.read(delta), rows.width
     c, b = x - x.mean(2, keepdim=True), delta - delta.mean(2, keepdim=True)
     rho, beta = node._saved_result2.reshape(*x.shape[:2]).to(x.dtype), (b * c).sum(2)
-    scale = -rho**3 / m
+    scale = -(rho**3) / m
     vectors, weights = _product(b - (1.5 / m * beta * rho**2).unsqueeze(2) * c, c, scale)
     diagonal = (scale * beta).unsqueeze(2).expand_as(x)
     return Form(diagonal, torch.stack([torch.ones_like(c), *vectors]), torch.stack([-scale * beta / m, *weights]))
 
 
-def _product(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+def _product(x: Tensor, y: Tensor, weight: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Vectors and weights of w (x yᵀ + y xᵀ), as a difference of squares that are alike."""
     sizes = [t.detach().norm(dim=2, keepdim=True) for t in (x, y)]
     scale = torch.where((sizes[0] > 0) & (sizes[1] > 0), sizes[1] / sizes[0], 1.0).sqrt()
     x, y = x * scale, y / scale
-    return (x + y, x - y), (weight / 2, -weight / 2)
+    return [x + y, x - y], [weight / 2, -weight / 2]
 
 
 @dataclass(frozen=True)

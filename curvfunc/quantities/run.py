@@ -31,7 +31,7 @@ from curvfunc.hessian import estimates, kfra
 from curvfunc.hessian.choice import resolve
 from curvfunc.hessian.residuals import Curvature, curvature
 from curvfunc.quantities.quantity import Quantity
-from curvfunc.rules.kernels import INSTEAD, Instead
+from curvfunc.rules.kernels import INSTEAD, PARTS, Instead
 from curvfunc.rules.nonlinear import COMPOSITES
 from curvfunc.tensors.buffers import deliver, parameter_buffers
 from curvfunc.tensors.inputs import Batch, explain_limits, flatten_params, forward_errors, read_batch
@@ -92,7 +92,8 @@ class Run:
         estimated = FullHessian in kinds and any(c.mc_samples for c in cotangents if isinstance(c, FullHessian))
         curves = FullHessian in kinds and FullHessian() in cotangents
         averaged = AveragedHessian in kinds
-        layouts = Layouts(COMPOSITES) if curves else Layouts() if averaged else None
+        in_parts = PARTS[3 if self.differentiable or estimated else 2]
+        layouts = Layouts(COMPOSITES, in_parts) if curves else Layouts() if averaged else None
         sites = bool(self.batch.total) and any(s.contractions not in ((), ("total",)) or self._picks(s) for s in specs)
         chance = Chance([*leaves, *tensors_of(self.batch.X)]) if self.watched or (curves and len(specs) > 1) else None
         with chance or nullcontext():
