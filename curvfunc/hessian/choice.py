@@ -18,7 +18,7 @@ from curvfunc.rules.nonlinear import is_reshape, operation
 from curvfunc.tensors.sizes import hint
 from curvfunc.uses.forms import Outer
 
-__all__ = ["resolve"]
+__all__ = ["columns_beside", "resolve", "uses_of"]
 
 # What operations cost, in multiplications; measured on gated MLPs, networks with squeeze and excitation, transformers, and
 # networks with norms.
@@ -119,17 +119,26 @@ class _Work:
         return total
 
 
+def columns_beside(found: Curvature) -> int:
+    """The number of columns of the resolved parameters that are not of elementwise operations."""
+    return sum(c.number for c in _of_pairs_and_rows(found) if c.targets & ~found.curved)
+
+
 def _columns_behind(found: Curvature) -> list[_Columns]:
     """Of each residual, pair, and softmax or norm."""
-    columns = []
-    masks = dict(found.operations())
-    for pair in found.pairs:
-        node = pair.output.node
-        columns.append(_Columns(node, pair.targets, masks[node], hint(pair.columns)))
+    columns = _of_pairs_and_rows(found)
     for r in found.smooth:
         own = found.meeting(r.input, math.prod(r.shape))
         number = hint(math.prod(r.shape)) // max(1, hint(r.shape[r.axis]))
         columns.append(_Columns(r.output.node, r.reached & own.rest, r.reached, number))
+    return columns
+
+
+def _of_pairs_and_rows(found: Curvature) -> list[_Columns]:
+    columns, masks = [], dict(found.operations())
+    for pair in found.pairs:
+        node = pair.output.node
+        columns.append(_Columns(node, pair.targets, masks[node], hint(pair.columns)))
     for row in found.rows:
         node, own, entries = row.output.node, found.meeting(row.input, math.prod(row.shape)), hint(row.rows) * hint(row.width)
         if row.centers and not row.spared(own.own):

@@ -30,12 +30,12 @@ from curvfunc.engine.columns import over_columns
 from curvfunc.engine.cotangents import together
 from curvfunc.engine.passes import Prepared
 from curvfunc.engine.sites import Site, Trace
-from curvfunc.hessian.choice import uses_of
+from curvfunc.hessian.choice import columns_beside, uses_of
 from curvfunc.hessian.products import HessianProducts, num_columns
 from curvfunc.hessian.residuals import Curvature, Meeting, Residual
 from curvfunc.hessian.rows import Rows
 from curvfunc.tensors.precision import wide
-from curvfunc.tensors.sizes import hint, ranges
+from curvfunc.tensors.sizes import ranges
 from curvfunc.uses.forms import Bound, Outer, bind, merge
 from curvfunc.uses.squares import sample_squares, squared_inputs, squares, weighted_sample_squares, weighted_squares
 
@@ -84,8 +84,7 @@ def diagonal(
     curved = curvature.curved
     pairs = [pair for pair in curvature.pairs if pair.targets & ~curved]
     rows = [r for r in curvature.rows if r.targets]
-    beside = sum(hint(pair.columns) for pair in pairs) + sum(hint(r.columns) for r in rows)
-    _warn(num_columns(trace, uses_of(trace, curved)) + beside)
+    _warn(num_columns(trace, uses_of(trace, curved)) + (columns_beside(curvature) if pairs or rows else 0))
     run = _Diagonal(trace, chunk_size, differentiable, curvature.widest(), leaves=leaves, batched=batched)
     everything = (1 << len(leaves)) - 1
     # A gradient with a graph is not fixed: Hessian-vector products then contain the first term.

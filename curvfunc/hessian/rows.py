@@ -180,18 +180,20 @@ def _log_softmax(node: Any, rows: Rows, delta: Tensor) -> Form:
 
 def _layer_norm(node: Any, rows: Rows, delta: Tensor) -> Form:
     weight = node._saved_weight
-    return _norm(node, rows, delta if weight is None else delta * weight)
+    rho = rows.read(node._saved_result2.expand(rows.shape))[..., 0]
+    return _norm(node, rows, delta if weight is None else delta * weight, rho)
 
 
 def _group_norm(node: Any, rows: Rows, delta: Tensor) -> Form:
     weight = node._saved_weight
-    return _norm(node, rows, delta if weight is None else delta * weight.reshape(-1, *[1] * (delta.ndim - 2)))
+    rho = node._saved_result2  # [n, group]
+    return _norm(node, rows, delta if weight is None else delta * weight.reshape(-1, *[1] * (delta.ndim - 2)), rho)
 
 
-def _norm(node: Any, rows: Rows, delta: Tensor) -> Form:
+def _norm(node: Any, rows: Rows, delta: Tensor, rho: Tensor) -> Form:
     x, delta, m = rows.read(node._saved_input), rows.read(delta), rows.width
     c, b = x - x.mean(2, keepdim=True), delta - delta.mean(2, keepdim=True)
-    rho, beta = node._saved_result2.reshape(*x.shape[:2]).to(x.dtype), (b * c).sum(2)
+    rho, beta = rho.to(x.dtype), (b * c).sum(2)
     scale = -(rho**3) / m
     vectors, weights = _product(b - (1.5 / m * beta * rho**2).unsqueeze(2) * c, c, scale)
     diagonal = (scale * beta).unsqueeze(2).expand_as(x)
