@@ -1,6 +1,6 @@
 """What a forward pass leaves behind: where it uses the parameters."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,9 +117,11 @@ class Layouts:
 
     Attributes:
         functions: Python functions of one tensor that count as one operation.
+        parts: What runs in place of functions, its operations watched one by one; NotImplemented if it does not hold.
     """
 
     functions: frozenset[Any] = frozenset()
+    parts: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
     _of: dict[tuple[Node, int], tuple[int, torch.Size]] = field(default_factory=dict)
     _composites: dict[Node, GradientEdge] = field(default_factory=dict)
     _several: set[Node] = field(default_factory=set)

@@ -1,23 +1,33 @@
-"""Which parameters are resolved, where there is a choice: by the number of columns that go back through the model.
+"""Which parameters are resolved, where there is a choice: by what columns and products cost that go back through the model.
 
-Parameters that are curved by products of pairs alone have their Hessian's second term either from columns of these and of
-residuals, which all parameters before an operation share, or from Hessian-vector products of their own.
+Parameters that are curved by pairs, softmax and norms alone have their Hessian's second term either from columns of these and
+of residuals, which all parameters before an operation share, or from Hessian-vector products of their own. The former go
+through what is before the operation, the latter, more than once, through what is behind the parameter.
 """
 
 import math
+from dataclasses import dataclass
 
-from curvfunc.engine.sites import Site, Trace
-from curvfunc.hessian.products import num_columns
+from torch.autograd.graph import GradientEdge, Node
+
+from curvfunc.engine.sites import Trace
+from curvfunc.hessian.products import columns_of
 from curvfunc.hessian.residuals import Curvature
-from curvfunc.rules.graph_axis import shape_of
+from curvfunc.rules.graph_axis import inputs_of, shape_of
+from curvfunc.rules.nonlinear import is_reshape, operation
 from curvfunc.tensors.sizes import hint
 from curvfunc.uses.forms import Outer
 
-__all__ = ["resolve", "uses_of"]
+__all__ = ["columns_beside", "resolve", "uses_of"]
 
-# What columns cost, in backward passes of one; measured on gated MLPs and networks with squeeze and excitation.
-PRODUCT = 3.0  # a Hessian-vector product
-FORMED = 1.5  # forming the gradients of samples in all layers that have shared positions
+# What operations cost, in multiplications; measured on gated MLPs, networks with squeeze and excitation, transformers, and
+# networks with norms.
+ENTRY = 8  # to make or read an entry
+PRODUCT = 1.75  # a Hessian-vector product, in backward passes through the same operations
+AGAIN = {"Convolution": 3, "NativeLayerNorm": 3, "NativeGroupNorm": 5}  # times more where it goes through these
+CALL = 3e6  # what comes once for columns that go together, whatever their number; for products, twice
+
+CHOICES = 16  # at most so many are compared
 
 
 def resolve(trace: Trace, found: Curvature) -> Curvature:
@@ -28,15 +38,18 @@ def resolve(trace: Trace, found: Curvature) -> Curvature:
     """
     if not found.resolvable:
         return found
-    behind = _columns_behind(found)
+    behind, work = _columns_behind(found), _work(trace, found)
     mine = [1 << i for i in range(found.resolvable.bit_length()) if found.resolvable >> i & 1]
-    alone = {mask: _needed(behind, mask) for mask in mine}
-    column = 1 + FORMED * _share(trace, found)
+    alone = {mask: sum(c.number for c in behind if c.targets & mask) for mask in mine}
+    bounds = sorted(set(alone.values()))
+    compared = [-1, *bounds[: -1 : -(-len(bounds) // CHOICES)], bounds[-1]]
     best, least = 0, None
-    for bound in (-1, *sorted(set(alone.values()))):
+    for bound in compared:
         chosen = sum(mask for mask in mine if alone[mask] <= bound)
         curved = found.curved & ~chosen
-        cost = PRODUCT * num_columns(trace, uses_of(trace, curved)) + column * _needed(behind, ~curved)
+        products = columns_of(trace, uses_of(trace, curved))
+        cost = sum(2 * work.call + number * work.behind(mask) for mask, number in products)
+        cost += sum(work.call + c.number * work.before(c, ~curved) for c in behind if c.targets & ~curved)
         if least is None or cost < least:
             best, least = chosen, cost
     return found.resolved(best)
@@ -52,27 +65,121 @@ def uses_of(trace: Trace, targets: int) -> dict[int, list[int]]:
     return found
 
 
-def _columns_behind(found: Curvature) -> list[tuple[int, int]]:
-    """For each residual and pair, the parameters that take columns of it, and how many these are."""
-    columns = [(pair.targets, hint(pair.columns)) for pair in found.pairs]
+@dataclass(frozen=True)
+class _Columns:
+    """Columns that start before an operation: which parameters take them, all those that it depends on, how many."""
+
+    start: Node
+    targets: int
+    reached: int
+    number: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Operations that follow each other.
+
+    Attributes:
+        mask: The parameters that they depend on.
+        once: What columns cost that go back through them.
+        product: What Hessian-vector products cost.
+        formed: What forming gradients costs, for layers among them: masks of parameters, and the costs.
+    """
+
+    mask: int
+    once: float
+    product: float
+    formed: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Costs for one sample.
+
+    Attributes:
+        parts: What it goes through, in the order of the forward pass.
+        place: The number of parts before an operation.
+        call: The share of what comes once for all samples.
+    """
+
+    parts: list[_Part]
+    place: dict[Node, int]
+    call: float
+
+    def behind(self, mask: int) -> float:
+        """Of a Hessian-vector product with respect to the output of these parameters' layer."""
+        return sum(part.product for part in self.parts if part.mask & mask)
+
+    def before(self, columns: _Columns, resolved: int) -> float:
+        """Of a column."""
+        mine, total = columns.targets & resolved, 0.0
+        for part in self.parts[: self.place[columns.start]]:
+            if part.mask & mine and not part.mask & ~columns.reached:
+                total += part.once + sum(cost for own, cost in part.formed if own & mine)
+        return total
+
+
+def columns_beside(found: Curvature) -> int:
+    """The number of columns of the resolved parameters that are not of elementwise operations."""
+    return sum(c.number for c in _of_pairs_and_rows(found) if c.targets & ~found.curved)
+
+
+def _columns_behind(found: Curvature) -> list[_Columns]:
+    """Of each residual, pair, and softmax or norm."""
+    columns = _of_pairs_and_rows(found)
     for r in found.smooth:
         own = found.meeting(r.input, math.prod(r.shape))
-        columns.append((r.reached & own.rest, hint(math.prod(r.shape)) // max(1, hint(r.shape[r.axis]))))
+        number = hint(math.prod(r.shape)) // max(1, hint(r.shape[r.axis]))
+        columns.append(_Columns(r.output.node, r.reached & own.rest, r.reached, number))
     return columns
 
 
-def _share(trace: Trace, found: Curvature) -> float:
-    """What part of the layers, by the entries of their outputs, has resolvable parameters, and their gradients to be formed."""
-    sizes = [hint(math.prod(shape_of(edge) or ())) for edge in found.layers()]
-    formed = sum(hint(math.prod(s.shape)) for s in trace.sites if _has_positions(s, found.resolvable))
-    return min(1.0, formed / max(1, sum(sizes)))
+def _of_pairs_and_rows(found: Curvature) -> list[_Columns]:
+    columns, masks = [], dict(found.operations())
+    for pair in found.pairs:
+        node = pair.output.node
+        columns.append(_Columns(node, pair.targets, masks[node], hint(pair.columns)))
+    for row in found.rows:
+        node, own, entries = row.output.node, found.meeting(row.input, math.prod(row.shape)), hint(row.rows) * hint(row.width)
+        if row.centers and not row.spared(own.own):
+            columns.append(_Columns(node, row.reached, row.reached, entries))
+        else:
+            columns.append(_Columns(node, row.reached & own.rest, row.reached, entries))
+            columns.append(_Columns(node, row.reached, row.reached, hint(row.columns)))
+    return columns
 
 
-def _has_positions(site: Site, targets: int) -> bool:
-    entries = math.prod(site.shape) // max(1, site.shape[site.axis])
-    return any(targets >> i & 1 and isinstance(f, Outer) and entries > f.shape[0] for i, f in site.forms.items())
+def _work(trace: Trace, found: Curvature) -> _Work:
+    """What the operations of a forward pass cost; views are for nothing."""
+    samples = max(1, hint(trace.out.shape[0]))
+    multiplied: dict[Node, float] = {}
+    formed: dict[Node, list[tuple[int, float]]] = {}
+    for site in trace.sites:
+        entries = hint(math.prod(site.shape)) / samples
+        for i, f in site.forms.items():
+            if isinstance(f, Outer):
+                features = f.shape[-1 if f.inputs_first else 0]
+                products = entries * f.shape.numel() / max(1, features)
+                multiplied[site.edge.node] = products
+                if entries > features:  # positions are shared
+                    formed.setdefault(site.edge.node, []).append((1 << i, products + ENTRY * f.shape.numel()))
+    starts = {edge.node for edge in found.starts()}
+    parts: list[_Part] = []
+    place: dict[Node, int] = {}
+    for node, mask in found.operations():
+        place[node] = len(parts)
+        cost = 0.0
+        if not is_reshape(node):
+            entries = _entries(node) / samples
+            inner = shape_of(inputs_of(node)[0]) if operation(node) == "Bmm" else None
+            cost = ENTRY * entries + (multiplied.get(node, 0.0) if inner is None else entries * hint(inner[-1]))
+        mine = _Part(mask, cost, PRODUCT * AGAIN.get(operation(node), 1) * cost, formed.get(node, []))
+        if parts and parts[-1].mask == mask and node not in starts:
+            last = parts.pop()
+            mine = _Part(mask, last.once + mine.once, last.product + mine.product, last.formed + mine.formed)
+        parts.append(mine)
+    return _Work(parts, place, CALL / samples)
 
 
-def _needed(behind: list[tuple[int, int]], resolved: int) -> int:
-    """The number of columns with which these parameters are resolved."""
-    return sum(number for targets, number in behind if targets & resolved)
+def _entries(node: Node) -> int:
+    return hint(math.prod(shape_of(GradientEdge(node, 0)) or ()))

@@ -9,10 +9,10 @@ it, and their squared gradients are added up with the weights rᵢ. Three shortc
 - behind that layer, if it is linear, start the rows of its weight: one matrix product less;
 - and the layer before that, if only diagonal Jacobians follow, needs the sums Σ_o r_o W_oi² alone.
 
-Products of two tensors that both depend on a parameter are such weighted squares as well (`curvfunc.hessian.pairs`). Parameters
-before any other operation that curves (`curvfunc.hessian.residuals`), and those with which this takes fewer columns
-(`curvfunc.hessian.choice`), get the second term as a whole from Hessian-vector products with respect to their sites' outputs, δ
-held fixed.
+Products of two tensors that both depend on a parameter are such weighted squares as well (`curvfunc.hessian.pairs`), and so are
+softmax and norms (`curvfunc.hessian.rows`). Parameters before any other operation that curves (`curvfunc.hessian.residuals`),
+and those with which this costs less (`curvfunc.hessian.choice`), get the second term as a whole from Hessian-vector products
+with respect to their sites' outputs, δ held fixed.
 """
 
 import math
@@ -30,11 +30,12 @@ from curvfunc.engine.columns import over_columns
 from curvfunc.engine.cotangents import together
 from curvfunc.engine.passes import Prepared
 from curvfunc.engine.sites import Site, Trace
-from curvfunc.hessian.choice import uses_of
+from curvfunc.hessian.choice import columns_beside, uses_of
 from curvfunc.hessian.products import HessianProducts, num_columns
 from curvfunc.hessian.residuals import Curvature, Meeting, Residual
+from curvfunc.hessian.rows import Rows
 from curvfunc.tensors.precision import wide
-from curvfunc.tensors.sizes import hint, ranges
+from curvfunc.tensors.sizes import ranges
 from curvfunc.uses.forms import Bound, Outer, bind, merge
 from curvfunc.uses.squares import sample_squares, squared_inputs, squares, weighted_sample_squares, weighted_squares
 
@@ -82,7 +83,8 @@ def diagonal(
     """
     curved = curvature.curved
     pairs = [pair for pair in curvature.pairs if pair.targets & ~curved]
-    _warn(num_columns(trace, uses_of(trace, curved)) + sum(hint(pair.columns) for pair in pairs))
+    rows = [r for r in curvature.rows if r.targets]
+    _warn(num_columns(trace, uses_of(trace, curved)) + (columns_beside(curvature) if pairs or rows else 0))
     run = _Diagonal(trace, chunk_size, differentiable, curvature.widest(), leaves=leaves, batched=batched)
     everything = (1 << len(leaves)) - 1
     # A gradient with a graph is not fixed: Hessian-vector products then contain the first term.
@@ -100,6 +102,9 @@ def diagonal(
         if delta is not None:
             get = partial(pair.get, delta)
             run.contract(pair.sources, get, pair.columns, pair.weights(delta), pair.targets & ~curved, delta.numel())
+    for row, delta in zip(rows, run.deltas([r.output for r in rows], gradient), strict=True):
+        if delta is not None:
+            run.rows(curvature, row, delta)
     if curved:
         products = HessianProducts(trace, gradient, run.prepared.of, run.chunks, differentiable)
         for i, part in products.diagonals(uses_of(trace, curved)):
@@ -270,7 +275,20 @@ class _Diagonal(_Columns):
         weights = weights.to(b.g.dtype)
         return weighted_sample_squares(b, weights) if self.batched else weighted_squares(b, weights)
 
-    def residual(self, curvature: Curvature, residual: Residual, r: Tensor) -> None:
+    def rows(self, curvature: Curvature, rows: Rows, delta: Tensor) -> None:
+        """Add the term of a softmax or norm, from the gradient at it."""
+        form = rows.form(rows, delta)
+        r = rows.place(form.diagonal[None])[0]
+        if rows.centers and not rows.spared(curvature.meeting(rows.input, r.numel()).own):
+            weights = form.diagonal.flatten(1).mT
+            get = partial(rows.get_centered, form, delta.dtype)
+            self.contract([rows.input], get, len(weights), weights, rows.targets, r.numel())
+            return
+        self.residual(curvature, rows, r)
+        get = partial(rows.get, form, delta.dtype)
+        self.contract([rows.input], get, rows.columns, rows.weights(form), rows.targets, r.numel())
+
+    def residual(self, curvature: Curvature, residual: Residual | Rows, r: Tensor) -> None:
         """Add the term of one operation from r = φ''(z) δ, of the shape of z."""
         meeting = curvature.meeting(residual.input, r.numel())
         self.own(residual.input, r, meeting, residual.targets)
@@ -311,7 +329,7 @@ class _Diagonal(_Columns):
                     self.add(i, squared_inputs(self.bind(j, i, _from_edge(site, at_site[None])), self.batched))
 
     def behind_linear(
-        self, residual: Residual, r: Tensor, meeting: Meeting
+        self, residual: Residual | Rows, r: Tensor, meeting: Meeting
     ) -> tuple[GradientEdge, Tensor, Tensor, torch.Size] | None:
         """If z is made of a linear layer's output: the edge of its input, its weight, r at its output [n, o], and x's shape."""
         if not meeting.alone or len(meeting.own) != 1:

@@ -21,7 +21,7 @@ from curvfunc.rules.graph_axis import shape_of
 from curvfunc.rules.nonlinear import is_reshape, operation
 from curvfunc.uses.forms import sum_to_shape
 
-__all__ = ["Pair", "pair_of"]
+__all__ = ["Operand", "Pair", "operand_of", "pair_of"]
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def pair_of(node: Node, layouts: Layouts) -> Pair | None:
     if name not in ("Mul", "Bmm"):
         return None
     shape = shape_of(GradientEdge(node, 0))
-    operands = [_operand(GradientEdge(n, k), layouts) for n, k in node.next_functions if n is not None]
+    operands = [operand_of(GradientEdge(n, k), layouts) for n, k in node.next_functions if n is not None]
     if shape is None or len(operands) != 2 or node._input_metadata[0].dtype.is_complex:
         return None
     a, b = operands
@@ -145,7 +145,7 @@ def pair_of(node: Node, layouts: Layouts) -> Pair | None:
     return Pair(output, first, second, multiplied)
 
 
-def _operand(edge: GradientEdge, layouts: Layouts) -> Operand | None:
+def operand_of(edge: GradientEdge, layouts: Layouts) -> Operand | None:
     """A tensor by its edge, known itself or through reshapes that leave the samples outermost."""
     shape = shape_of(edge)
     if shape is None:

@@ -25,7 +25,7 @@ from curvfunc.tensors.precision import wide
 from curvfunc.tensors.sizes import hint
 from curvfunc.uses.forms import Outer, Parts, Through, arranged, bind, flat_vectors, per_sample
 
-__all__ = ["HessianProducts", "num_columns"]
+__all__ = ["HessianProducts", "columns_of", "num_columns"]
 
 
 @dataclass
@@ -168,9 +168,14 @@ class HessianProducts:
 
 def num_columns(trace: Trace, uses: dict[int, list[int]]) -> int:
     """The number of products that `HessianProducts.diagonals` makes, hint for symbolic sizes."""
+    return sum(number for _, number in columns_of(trace, uses))
+
+
+def columns_of(trace: Trace, uses: dict[int, list[int]]) -> list[tuple[int, int]]:
+    """The products that `HessianProducts.diagonals` makes: masks of parameters, and their numbers."""
     by_output, by_entry = _families(trace, uses)
-    entries = [trace.sites[sites[0]].forms[i].shape.numel() for i, sites in by_entry.items()]
-    return sum(hint(numel) for _, _, numel in by_output) + sum(entries)
+    entries = [(1 << i, trace.sites[sites[0]].forms[i].shape.numel()) for i, sites in by_entry.items()]
+    return [(sum(1 << i for i in mine), hint(numel)) for _, mine, numel in by_output] + entries
 
 
 def _families(trace: Trace, uses: dict[int, list[int]]) -> tuple[list[tuple[int, list[int], Any]], dict[int, list[int]]]:

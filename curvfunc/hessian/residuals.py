@@ -7,7 +7,8 @@ into two classes:
 - *resolved*: every operation between the parameter and the output is linear by pieces, or smooth and elementwise. Its
   Hessian is the GGN plus the terms of the smooth operations, the *residuals*.
 - *curved*: there is any other operation, or a product of two tensors that both depend on the parameter. If there are but
-  products that `curvfunc.hessian.pairs` knows, it may be resolved as well.
+  products that `curvfunc.hessian.pairs` knows, and softmax and norms as `curvfunc.hessian.rows` knows them, it may be resolved
+  as well.
 """
 
 import math
@@ -20,7 +21,8 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from curvfunc.engine.sites import Layouts, Site, Trace
 from curvfunc.hessian.pairs import Pair, pair_of
-from curvfunc.rules.nonlinear import Curve, curve, is_diagonal, is_product
+from curvfunc.hessian.rows import Rows, rows_of
+from curvfunc.rules.nonlinear import MULTILINEAR, Curve, curve, is_diagonal
 from curvfunc.tensors.sizes import hint
 from curvfunc.uses.forms import Direct, Outer
 
@@ -79,7 +81,8 @@ class Curvature:
         split: Mask of the curved parameters p for which an operation between p and the outputs of p's sites curves, so
             that p's Hessian is not determined by the Hessian with respect to those outputs.
         pairs: The products behind which there are parameters that they curve.
-        resolvable: Mask of the curved parameters that residuals and these products cover.
+        rows: All softmax and norms behind parameters.
+        resolvable: Mask of the curved parameters that residuals, these products and rows cover.
         smooth: All smooth operations.
     """
 
@@ -87,6 +90,7 @@ class Curvature:
     curved: int
     split: int
     pairs: list[Pair]
+    rows: list[Rows]
     resolvable: int
     smooth: list[Residual]
     _masks: dict[Node, int]
@@ -98,15 +102,21 @@ class Curvature:
         """The number of entries of the largest tensor with a gradient that an operation took."""
         return max([1, *[hint(math.prod(shape)) for shape in self._layouts.shapes()]])
 
-    def layers(self) -> list[GradientEdge]:
-        """Where the outputs of linear layers, convolutions and products of matrices are, that depend on parameters."""
-        return [GradientEdge(node, 0) for node, mask in self._masks.items() if mask and is_product(node)]
+    def starts(self) -> list[GradientEdge]:
+        """Of smooth operations, products, softmax and norms."""
+        return [*[r.output for r in self.smooth], *[pair.output for pair in self.pairs], *[r.output for r in self.rows]]
+
+    def operations(self) -> list[tuple[Node, int]]:
+        """Those that depend on parameters, each after those that it depends on, and masks of these parameters."""
+        return list(self._masks.items())
 
     def resolved(self, mask: int) -> "Curvature":
         """The same with some of the resolvable parameters resolved."""
         curved = self.curved & ~mask
         residuals = [replace(r, targets=r.reached & ~curved) for r in self.smooth if r.reached & ~curved]
-        return replace(self, residuals=residuals, curved=curved, split=self.split & curved, resolvable=self.resolvable & ~mask)
+        rows = [replace(r, targets=r.reached & ~curved) for r in self.rows]
+        left = self.resolvable & ~mask
+        return replace(self, residuals=residuals, rows=rows, curved=curved, split=self.split & curved, resolvable=left)
 
     def meeting(self, edge: GradientEdge, numel: int) -> Meeting:
         """What lies before a tensor of ``numel`` entries."""
@@ -150,7 +160,8 @@ def curvature(trace: Trace, leaves: Sequence[Tensor], layouts: Layouts) -> Curva
     bends: dict[Node, int] = {}  # parameters for which it is a residual
     smooth: list[Residual] = []
     pairs: list[Pair] = []
-    hard = 0  # parameters for which something curves that neither residuals nor pairs cover
+    rows: list[Rows] = []
+    hard = 0  # parameters for which something curves that neither residuals nor pairs nor rows cover
     for node, source, below in _from_below(get_gradient_edge(trace.out).node, ends, layouts) if trace.out.requires_grad else ():
         if node in ends:
             masks[node] = ends[node]
@@ -160,11 +171,15 @@ def curvature(trace: Trace, leaves: Sequence[Tensor], layouts: Layouts) -> Curva
         kinks[node], elementwise = (0, (0,)) if source is not None else _bends(curve(node), own, [k for k, *_ in below])
         bends[node] = 0
         if kinks[node]:
-            pair = pair_of(node, layouts)
-            if pair is None:
-                hard |= kinks[node]
-            else:
+            positions = [k for k, *_ in below]
+            row = rows_of(node, layouts) if 0 in positions else None
+            if row is not None:  # linear in weight and bias
+                rows.append(replace(row, reached=own[positions.index(0)]))
+                hard |= _bends(MULTILINEAR, own, positions)[0]
+            elif (pair := pair_of(node, layouts)) is not None:
                 pairs.append(replace(pair, targets=kinks[node]))
+            else:
+                hard |= kinks[node]
         for k in elementwise if masks[node] else ():
             if k < len(own) and own[k]:
                 residual = _residual(node, GradientEdge(*below[k][1:]), source is not None, layouts, own[k])
@@ -178,7 +193,7 @@ def curvature(trace: Trace, leaves: Sequence[Tensor], layouts: Layouts) -> Curva
     residuals = [replace(r, targets=r.reached & ~curved) for r in smooth if r.reached & ~curved]
     sites = {(s.edge.node, s.edge.output_nr): j for j, s in enumerate(trace.sites)}
     split = _split(trace, curved, masks, {n: kinks[n] | bends[n] for n in kinks}, layouts)
-    return Curvature(residuals, curved, split, pairs, curved & ~hard, smooth, masks, sites, trace, layouts)
+    return Curvature(residuals, curved, split, pairs, rows, curved & ~hard, smooth, masks, sites, trace, layouts)
 
 
 def _inputs(node: Node, layouts: Layouts) -> list[GradientEdge]:

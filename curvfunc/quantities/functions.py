@@ -391,10 +391,11 @@ def diag_hessian(
     elementwise operation (an activation, ``exp``, ``z ** 2``) adds one column to backpropagate for each entry of z, of
     one sample, but none to the layer directly before it. A product of two tensors that both depend on a parameter (gates,
     squeeze and excitation, attention scores) adds two columns for each entry of the smaller one, by
-    2 a b = ½ (a + b)² − ½ (a − b)². Parameters before any other operation (softmax, norms) take one Hessian-vector product for
-    each entry of their layer's output or of the parameter, and so do those for which it costs less than columns of products;
-    parameters that are used again on what they produced (recurrent layers, tied embeddings) one for each entry of theirs. From
-    10,000 of these products and columns of products on there is a warning.
+    2 a b = ½ (a + b)² − ½ (a − b)². Softmax and layer, group and RMS norms add one for each entry, like an activation, and up
+    to three for each row that they normalize. Parameters before any other operation take one Hessian-vector product for each
+    entry of their layer's output or of the parameter, and so do those for which it costs less than such columns; parameters
+    that are used again on what they produced (recurrent layers, tied embeddings) one for each entry of theirs. From 10,000 of
+    these products, and columns of what is not elementwise, on there is a warning.
 
     Returns:
         A pytree like ``params``, [*shape] per parameter; zeros for one that the output does not depend on.

@@ -31,7 +31,7 @@ from curvfunc.hessian import estimates, kfra
 from curvfunc.hessian.choice import resolve
 from curvfunc.hessian.residuals import Curvature, curvature
 from curvfunc.quantities.quantity import Quantity
-from curvfunc.rules.kernels import INSTEAD, Instead
+from curvfunc.rules.kernels import INSTEAD, PARTS, Instead
 from curvfunc.rules.nonlinear import COMPOSITES
 from curvfunc.tensors.buffers import deliver, parameter_buffers
 from curvfunc.tensors.inputs import Batch, explain_limits, flatten_params, forward_errors, read_batch
@@ -102,7 +102,8 @@ class Run:
             estimated = any(c.mc_samples for c in cotangents if isinstance(c, FullHessian))
             curves = FullHessian() in cotangents
         averaged = AveragedHessian in kinds
-        layouts = Layouts(COMPOSITES) if curves else Layouts() if averaged else None
+        in_parts = PARTS[3 if self.differentiable or estimated else 2] if curves else None
+        layouts = Layouts(COMPOSITES, in_parts) if in_parts is not None else Layouts() if averaged else None
         picks = [self.chosen is not None and not s.whole_batch for s in specs]
         asked = {s.contractions for s in specs}
         sites = bool(self.batch.total) and (not asked <= WITHOUT_SITES or any(picks))

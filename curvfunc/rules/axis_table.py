@@ -127,6 +127,7 @@ _register(bilinear, "bilinear", F)
 _register(attention, "scaled_dot_product_attention", F)
 
 _register(along(1), "softmax log_softmax softmin cumsum cumprod logcumsumexp cummax cummin narrow index_select")
+_register(along(1), "_safe_softmax", torch)
 _register(along(1, -1), "glu sort argsort")
 _register(along(2, -1), "topk diff")
 _register(along(2, 1), "normalize", F)

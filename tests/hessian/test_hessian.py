@@ -436,7 +436,7 @@ def test_single_precision() -> None:
 
 
 def test_a_warning_names_the_number_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """4 outputs of the softmax's layer, 2 entries of its input's shift: 6 products."""
+    """4 entries of the softmax, for what is before its own layer, and 2 squares beside them: 6 columns."""
     net = mlp(nn.Linear(2, 2), nn.LayerNorm(2), nn.Linear(2, 4), nn.Softmax(1), nn.Linear(4, C)).requires_grad_(False)
     net[2].requires_grad_()
     net[1].bias.requires_grad_()

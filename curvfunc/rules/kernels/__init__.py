@@ -6,10 +6,12 @@ differentiated again. `INSTEAD` has a table for each number of derivatives, ``{f
 whoever watches a forward pass asks it once per call (`Instead`, `curvfunc.engine.observer`). What runs in place of a kernel is
 written out in operations that are right, or is the same kernel on tensors that it treats right.
 
+`PARTS` has functions that are right, but that are watched in their parts where it matters how they curve.
+
 One file per subject, and the tables. `curvfunc.check` finds kernels that are not listed here.
 """
 
 from curvfunc.rules.kernels.norms import standardized
-from curvfunc.rules.kernels.table import INSTEAD, Instead
+from curvfunc.rules.kernels.table import INSTEAD, PARTS, Instead
 
-__all__ = ["INSTEAD", "Instead", "standardized"]
+__all__ = ["INSTEAD", "PARTS", "Instead", "standardized"]

@@ -1,4 +1,4 @@
-"""Which function runs in place of which: a table for each number of derivatives."""
+"""Which function runs in place of which: a table for each number of derivatives, and one of what is watched in parts."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from curvfunc.rules.kernels.attention import attention
 from curvfunc.rules.kernels.convolutions import CONVOLUTIONS
 from curvfunc.rules.kernels.elementwise import angle, hardsigmoid, i1, precise_hardsigmoid, prelu, sgn, sinc
 from curvfunc.rules.kernels.indexing import (
@@ -48,7 +49,7 @@ from curvfunc.rules.kernels.norms import (
 )
 from curvfunc.rules.kernels.reductions import cdist, linear_cross_entropy, logcumsumexp
 
-__all__ = ["INSTEAD", "Instead"]
+__all__ = ["INSTEAD", "PARTS", "Instead"]
 
 Functions = dict[Any, Callable[..., Any]]
 
@@ -140,3 +141,8 @@ _THIRD: Functions = {
 
 # By the number of derivatives that are taken of the model's function.
 INSTEAD: dict[int, Functions] = {1: _FIRST, 2: _FIRST | _SECOND, 3: _FIRST | _SECOND | _THIRD}
+
+# Functions that do the same in operations whose second derivatives are known one by one, but not those of the whole.
+_PARTS: Functions = {F.scaled_dot_product_attention: attention, F.rms_norm: rms_norm, torch.rms_norm: rms_norm}
+_NORMS: Functions = {f: _THIRD[f] for f in (F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm)}
+PARTS: dict[int, Functions] = {1: {}, 2: _PARTS, 3: _PARTS | _NORMS}
