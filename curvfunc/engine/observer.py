@@ -36,7 +36,8 @@ from curvfunc.rules import DECOMPOSITIONS, EXPANSIONS, RULES, SPLITS, TRANSPOSES
 from curvfunc.rules.batch_axis import mutates
 from curvfunc.rules.checks import guarded
 from curvfunc.rules.kernels import standardized
-from curvfunc.uses.forms import Direct, Form, Outer, Through, block_of, reads, sum_to_shape, transposed
+from curvfunc.uses.forms import Direct, Form, Outer, Through, reads, sum_to_shape
+from curvfunc.uses.matrices import block_of, transposed
 
 __all__ = ["Observer"]
 

@@ -15,11 +15,9 @@ Axes: ``n`` sample, ``v`` backpropagated vector, ``q`` group, ``s`` shared posit
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from curvfunc.tensors import pages
@@ -40,7 +38,6 @@ __all__ = [
     "at_samples",
     "bind",
     "bind_products",
-    "block_of",
     "direct",
     "flat_vectors",
     "inputs_of",
@@ -55,7 +52,6 @@ __all__ = [
     "sum_to_shape",
     "sums_positions",
     "total",
-    "transposed",
 ]
 
 BLOCK_BYTES = 1 << 22  # of results that are larger than the cache: they are formed and reduced in blocks of about this size
@@ -395,49 +391,6 @@ def sums_positions(b: Bound) -> bool:
     """Whether the Kronecker factor of the outputs sums the shared positions unless it is asked otherwise."""
     form = b.form.form if isinstance(b.form, Products) else b.form
     return isinstance(form, Outer) and form.sum_positions
-
-
-def transposed(form: Form) -> Form | None:
-    """The form of the use of a matrix's transpose; None if it has to be formed."""
-    if not isinstance(form, Outer) or form.arrange is not None or len(form.shape) != 2:
-        return None
-    shape, cotangent = torch.Size(form.shape[::-1]), partial(_of_one_group, form.cotangent)
-    given: dict[str, Any] = dict.fromkeys(("instead", "alone", "vectors"))
-    return replace(form, cotangent=cotangent, inputs_first=not form.inputs_first, shape=shape, **given)
-
-
-def block_of(form: Form, dim: int, start: int, shape: torch.Size) -> Form | None:
-    """The form of a matrix of that shape, of which rows (``dim`` 0) or columns (1) are used; None if it has to be formed.
-
-    The features that are not used are zero.
-
-    Args:
-        form: Of the use of the block.
-        dim: The axis along which it is a part.
-        start: Where it starts.
-        shape: Of the whole.
-    """
-    if not isinstance(form, Outer) or form.arrange is not None or len(form.shape) != 2:
-        return None
-    around = (start, shape[dim] - start - form.shape[dim])
-    cotangent = partial(_of_one_group, form.cotangent)
-    if (dim == 0) != form.inputs_first:
-        given: dict[str, Any] = dict.fromkeys(("instead", "alone", "vectors"))
-        return replace(form, cotangent=lambda g: F.pad(cotangent(g), around), shape=shape, **given)
-    inputs: Callable[[], Tensor] = lambda: F.pad(form.inputs(), around)
-    given = dict.fromkeys(("moment", "sums", "part", "instead", "alone", "vectors"))
-    return replace(form, inputs=inputs, cotangent=cotangent, shape=shape, **given)
-
-
-def _of_one_group(cotangent: Callable[[Tensor], Tensor], g: Tensor) -> Tensor:
-    """g [v, n, 1, s, o] of a matrix of which a part, or the transpose, is used."""
-    g = cotangent(g)
-    if g.shape[2] != 1:
-        raise NotImplementedError(
-            f"a rule gives an Outer form with {g.shape[2]} groups, and the operation takes a part or the transpose of a "
-            "parameter. Pass it the whole parameter, or let the rule return NotImplemented or a Direct form."
-        )
-    return g
 
 
 def reads(form: Form) -> bool:
