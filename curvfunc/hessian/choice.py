@@ -22,11 +22,13 @@ __all__ = ["columns_beside", "resolve", "uses_of"]
 
 # What operations cost, in multiplications; measured on gated MLPs, networks with squeeze and excitation, transformers, and
 # networks with norms.
-ENTRY = 8  # to make or read an entry
+ENTRY = 16  # an entry of what is made
+FORMED = 24  # an entry of a gradient that is formed, which is squared and added up, too
 PRODUCT = 1.75  # a Hessian-vector product, in backward passes through the same operations
 AGAIN = {"Convolution": 3, "NativeLayerNorm": 3, "NativeGroupNorm": 5}  # times more where it goes through these
-CALL = 3e6  # what comes once for columns that go together, whatever their number; for products, twice
+CALL = 5e6  # what comes once for columns that go together, whatever their number; for products, twice
 
+VIEWS = {"T", "Transpose", "Permute", "Expand"}  # of parameters, too
 CHOICES = 16  # at most so many are compared
 
 
@@ -162,14 +164,14 @@ def _work(trace: Trace, found: Curvature) -> _Work:
                 products = entries * f.shape.numel() / max(1, features)
                 multiplied[site.edge.node] = products
                 if entries > features:  # positions are shared
-                    formed.setdefault(site.edge.node, []).append((1 << i, products + ENTRY * f.shape.numel()))
+                    formed.setdefault(site.edge.node, []).append((1 << i, products + FORMED * f.shape.numel()))
     starts = {edge.node for edge in found.starts()}
     parts: list[_Part] = []
     place: dict[Node, int] = {}
     for node, mask in found.operations():
         place[node] = len(parts)
         cost = 0.0
-        if not is_reshape(node):
+        if not is_reshape(node) and operation(node) not in VIEWS:
             entries = _entries(node) / samples
             inner = shape_of(inputs_of(node)[0]) if operation(node) == "Bmm" else None
             cost = ENTRY * entries + (multiplied.get(node, 0.0) if inner is None else entries * hint(inner[-1]))
