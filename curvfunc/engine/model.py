@@ -1,5 +1,6 @@
 """Modules as pure functions of their parameters."""
 
+import os
 import sys
 import threading
 from collections import deque
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import getitem, is_not, setitem
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.utils.checkpoint
@@ -75,6 +77,12 @@ class ModelFunction:
 
     def apply(self, params: dict[str, Tensor], state: dict[str, Tensor], X: Any) -> Tensor:
         """As a call, with the fixed tensors in ``state`` (see :meth:`state`) in place of the module's own."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._apply(params, state, X)
+        with _turn(self.module):
+            return self._apply(params, state, X)
+
+    def _apply(self, params: dict[str, Tensor], state: dict[str, Tensor], X: Any) -> Tensor:
         self._check(params)
         if not state and not self._parameters.keys() <= params.keys():
             state = self.frozen(params)
@@ -82,7 +90,7 @@ class ModelFunction:
         values = state | params if state else params
         if self._slots.names != [*values]:
             self._slots = _Slots.of(self._places, values)
-        slots = self._slots  # of this call, whatever another thread asks for
+        slots = self._slots  # of this call, whatever one inside of it asks for
         lists = [(m, m._flat_weights, m._flat_weight_refs) for m in self._recurrent]  # where they keep what they ran with
         try:
             silent = self._talkers.silent() if self._talks else nullcontext()
@@ -228,6 +236,22 @@ class _Slots:
     def write(self, tensors: list[Tensor]) -> None:
         """Put tensors there."""
         deque(map(setitem, self.held, self.keys, tensors), 0)
+
+
+_TURNS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def _turn(module: nn.Module) -> Any:
+    """What a thread holds while a module has the tensors of its call, so that no other one runs with them or puts them back."""
+    turn = _TURNS.get(module)
+    if turn is None:
+        with _LOCK:
+            turn = _TURNS.setdefault(module, threading.RLock())
+    return turn
+
+
+if hasattr(os, "register_at_fork"):  # another thread may have had its turn
+    os.register_at_fork(after_in_child=_TURNS.clear)
 
 
 def _call(module: nn.Module, slots: _Slots, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -381,7 +405,8 @@ def functionalize(
             are taken back. A parameter shared by several submodules appears once. Activation checkpoints save memory where the
             model runs with the module's own parameters, or detached ones as here; at other values, and in a plain function of
             ``(params, X)``, they run as if there were none, since a second run would meet other parameters. Scripted and traced
-            parts run sample by sample, or under vmap over samples, since their operations cannot be seen. Of a model in
+            parts run sample by sample, or under vmap over samples, since their operations cannot be seen. Threads that call
+            one module's function at once take turns in its forward pass. Of a model in
             ``DistributedDataParallel`` it is the one inside, with its own names (without ``module.``), and no call reduces
             gradients or broadcasts buffers. After ``fully_shard`` parameters are `DTensor`s, for ``compute(..., group=)``
             and ``accumulate(..., group=)``; its mixed precision is not taken over.

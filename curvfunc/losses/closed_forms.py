@@ -16,6 +16,7 @@ __all__ = [
     "binary_weights",
     "check_mass",
     "class_mass",
+    "class_root",
     "cross_entropy_gradient",
     "cross_entropy_root",
     "diagonal_root",
@@ -91,6 +92,14 @@ def class_mass(loss: Loss, work: Tensor, y: Tensor) -> Tensor:
     return mass
 
 
+def class_root(loss: Loss, mass: Tensor, y: Tensor) -> Tensor:
+    """The root of a mass; zero whatever the class weights where targets are ignored, so that its derivative is none of 0."""
+    if may_overwrite() or y.is_floating_point() or "weight" not in loss.tensors:
+        return mass.sqrt()
+    kept = (y != dict(loss.options)["ignore_index"]).unsqueeze(1)
+    return torch.where(kept, torch.where(kept, mass, 1.0).sqrt(), 0.0)
+
+
 def cross_entropy_gradient(loss: Loss, work: Tensor, y: Tensor) -> Tensor:
     """Gradient m p - T, [N, C, *d]."""
     probs = work.softmax(1)
@@ -109,7 +118,8 @@ def cross_entropy_gradient(loss: Loss, work: Tensor, y: Tensor) -> Tensor:
 def cross_entropy_root(loss: Loss, work: Tensor, y: Tensor, dtype: torch.dtype, fewest: bool) -> Root:
     """Columns sqrt(m p_c) (e_c - p) at each position, or C - 1 others."""
     uniform = uniform_mass(loss, y) if _has_hard_labels(loss, y) else None
-    return _softmax_root(work, class_mass(loss, work, y) if uniform is None else uniform, dtype, fewest and work.shape[1] > 1)
+    root_mass = class_root(loss, class_mass(loss, work, y), y) if uniform is None else math.sqrt(uniform)
+    return _softmax_root(work, root_mass, dtype, fewest and work.shape[1] > 1)
 
 
 def squared_error_gradient(loss: Loss, work: Tensor, y: Tensor) -> Tensor:
@@ -162,15 +172,15 @@ def binary_weights(loss: Loss, work: Tensor, y: Tensor) -> tuple[Tensor, Tensor]
     return positive * weight.to(work.dtype) * scale, mass * weight.to(work.dtype) * scale
 
 
-def _softmax_root(work: Tensor, mass: Tensor | float, dtype: torch.dtype, fewest: bool = False) -> Root:
-    """Columns sqrt(m p_c) (e_c - p) at position d, for v = (c, d); or the fewest. work [N, C, *d], mass [N, 1, *d] or one."""
+def _softmax_root(work: Tensor, root_mass: Tensor | float, dtype: torch.dtype, fewest: bool = False) -> Root:
+    """Columns sqrt(m p_c) (e_c - p) at d, for v = (c, d); or the fewest. work [N, C, *d], sqrt(m) [N, 1, *d] or one."""
     num, num_classes, positions = work.shape[0], work.shape[1], math.prod(work.shape[2:])
     shape, device = work.shape, work.device
     log_probs = work.log_softmax(1).reshape(num, num_classes, positions)
     probs = log_probs.exp()
     # sqrt(p) in log space: it survives where p underflows, and its derivative stays finite
     roots = (log_probs / 2).exp()
-    root_mass = mass.reshape(num, 1, positions).sqrt() if isinstance(mass, Tensor) else math.sqrt(mass)
+    root_mass = root_mass.reshape(num, 1, positions) if isinstance(root_mass, Tensor) else root_mass
     scale = (root_mass * roots).flatten(1)
     skipped = positions if fewest else 0
     if fewest:

@@ -34,6 +34,7 @@ from curvfunc.losses.closed_forms import (
     binary_weights,
     check_mass,
     class_mass,
+    class_root,
     cross_entropy_gradient,
     cross_entropy_root,
     squared_error_gradient,
@@ -311,7 +312,10 @@ def _sampled_cross_entropy(
     loss: Loss, work: Tensor, y: Tensor, mc_samples: int, generator: torch.Generator | None
 ) -> Callable[[int, int], Tensor]:
     uniform = uniform_mass(loss, y)
-    scale = (class_mass(loss, work, y) / mc_samples).sqrt() if uniform is None else math.sqrt(uniform / mc_samples)
+    if uniform is None:
+        scale: Tensor | float = class_root(loss, class_mass(loss, work, y) / mc_samples, y)
+    else:
+        scale = math.sqrt(uniform / mc_samples)
     probs = work.softmax(1)
     drawn = draw_categories(probs, mc_samples, generator)
     if mc_samples == 1 and may_overwrite() and not torch.compiler.is_compiling():

@@ -1,5 +1,7 @@
 """What users bring: low precision, checkpoints, compiled parts, subsets of parameters, operations of their own."""
 
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,7 @@ from curvfunc import (
     BatchL2,
     DiagGGN,
     Direct,
+    Grad,
     compute,
     explain,
     functionalize,
@@ -377,3 +380,36 @@ def test_a_module_in_place_of_its_function() -> None:
     module, X, y = small()
     with pytest.raises(TypeError, match=r"Sequential; a function of .*curvfunc\.functionalize"):
         curvfunc.batch_grad(module, dict(module.named_parameters()), X, y)
+
+
+def test_threads_take_turns() -> None:
+    """Each call has its own tensors in the module's places, whatever others ask for at once, and the module gets back its own."""
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    model_fn, params = functionalize(module)
+    X, y = torch.randn(N, 3), torch.randint(2, (N,))
+    subsets = [{k: p * (i + 2) for k, p in params.items() if part in k} for i, part in enumerate(("weight", "bias", ""))]
+    functions = [model_fn, model_fn, functionalize(module)[0]]
+    specs = [Grad(), BatchGrad(), DiagGGN()]
+    expected = [compute(model_fn, subset, X, y, specs) for subset in subsets]
+    own = [*module.parameters()]
+    wrong: list[Any] = []
+
+    def work(function: Any, subset: dict[str, Tensor], results: Any) -> None:
+        try:
+            for _ in range(40):
+                assert_close(compute(function, subset, X, y, specs), results)
+        except Exception as error:
+            wrong.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work, args=given) for given in zip(functions, subsets, expected, strict=True)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+    assert all(p is q for p, q in zip(module.parameters(), own, strict=True))

@@ -182,6 +182,22 @@ def test_cross_entropy(
     check_against_torch(fn, out, y)
 
 
+@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"label_smoothing": 0.2}], ids=str)
+@pytest.mark.parametrize("mc_samples", [0, 2])
+def test_derivatives_by_class_weights_where_targets_are_ignored(mc_samples: int, options: dict[str, Any]) -> None:
+    out, y = torch.randn(4, 3), torch.tensor([0, -100, 2, 2])
+
+    def squares(weight: Tensor) -> Tensor:
+        loss = losses.normalize(partial(F.cross_entropy, weight=weight, **options))
+        if mc_samples:
+            root = losses.sampled_root(loss, out, y, mc_samples, torch.Generator().manual_seed(0))
+        else:
+            root = losses.exact_root(loss, out, y)
+        return root.columns(0, root.num).square().sum(0)
+
+    assert torch.autograd.gradcheck(squares, torch.tensor([1.0, 2.0, 0.5], requires_grad=True))
+
+
 def test_cross_entropy_where_a_label_has_no_weight() -> None:
     out, y = class_problem((5, 3), "indices", True)
     weight = torch.tensor([0.0, 2.0, 1.0])
