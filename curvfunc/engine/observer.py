@@ -26,7 +26,7 @@ from curvfunc.engine.calls import (
     takes_batch_statistics,
     tensors_in,
 )
-from curvfunc.engine.effects import HIDDEN_WRITES, Effects
+from curvfunc.engine.effects import HIDDEN_WRITES, Effects, register_unchanging
 from curvfunc.engine.following import CONSTANT, MIXED
 from curvfunc.engine.graph import Opaque, calls_may_hide, edge_of, pullback, viewed
 from curvfunc.engine.layouts import Surveyor
@@ -142,6 +142,8 @@ class Observer(Surveyor):
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
         """The function, or what does the same in its place; ``tensors`` are those among the arguments that may have samples."""
         run = self.instead.get(func, func)
+        if func is Tensor.register_hook:
+            run = register_unchanging
         if self.level is not None:
             run = UNDER_VMAP.get(func, run)
         if self.layouts is not None:

@@ -413,3 +413,41 @@ def test_threads_take_turns() -> None:
         sys.setswitchinterval(interval)
     assert not wrong
     assert all(p is q for p, q in zip(module.parameters(), own, strict=True))
+
+
+HOOKS: dict[str, tuple[Any, bool]] = {
+    "looks": (lambda g: None, False),
+    "returns it": (lambda g: g, False),
+    "returns its values": (lambda g: g.clamp(-1e9, 1e9), False),
+    "doubles": (lambda g: 2 * g, True),
+    "doubles in place": (lambda g: g.mul_(2), True),
+}
+
+
+@pytest.mark.parametrize("where", ["layer", "activation", "output", "parameter"])
+@pytest.mark.parametrize("name", HOOKS)
+def test_hooks_may_look_at_gradients_and_not_change_them(name: str, where: str) -> None:
+    """A backward pass to the edges of a graph would have some of them, and not others; for the gradient alone all count."""
+    hook, changes = HOOKS[name]
+    X, y = torch.randn(5, 3), torch.arange(5) % 2
+    params = {"w": torch.randn(3, 4), "v": torch.randn(4, 2)}
+
+    def model(p: Any, x: Tensor, hooked: bool = True) -> Tensor:
+        h = x @ p["w"]
+        t = h.tanh()
+        out = t @ p["v"]
+        if hooked:
+            {"layer": h, "activation": t, "output": out, "parameter": p["w"]}[where].register_hook(hook)
+        return out
+
+    specs = (curvfunc.Grad(), curvfunc.BatchGrad(), curvfunc.DiagGGN())
+    if changes:
+        with pytest.raises(ValueError, match="a hook of the model .* changes gradients"):
+            curvfunc.compute(model, params, X, y, specs)
+        if name == "doubles":
+            leaves = {k: p.clone().requires_grad_() for k, p in params.items()}
+            want = torch.autograd.grad(F.cross_entropy(model(leaves, X), y), [*leaves.values()])
+            assert_close(curvfunc.compute(model, params, X, y, curvfunc.Grad()), dict(zip(leaves, want, strict=True)))
+    else:
+        without = lambda p, x: model(p, x, hooked=False)
+        assert_close(curvfunc.compute(model, params, X, y, specs), curvfunc.compute(without, params, X, y, specs), 1e-10)
