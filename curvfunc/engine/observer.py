@@ -41,6 +41,8 @@ from curvfunc.uses.matrices import block_of, transposed
 
 __all__ = ["Observer"]
 
+HOOK = Tensor.register_hook
+
 # Functions whose own kernels warn under vmap.
 UNDER_VMAP: dict[Any, Any] = {f: DECOMPOSITIONS[f] for f in (torch.prelu, F.prelu, Tensor.prelu)}
 
@@ -142,7 +144,7 @@ class Observer(Surveyor):
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
         """The function, or what does the same in its place; ``tensors`` are those among the arguments that may have samples."""
         run = self.instead.get(func, func)
-        if func is Tensor.register_hook:
+        if func is HOOK:
             run = register_unchanging
         if self.level is not None:
             run = UNDER_VMAP.get(func, run)
