@@ -494,3 +494,23 @@ def test_directional_derivatives_at_kinks(name: str) -> None:
         (pulled,) = torch.autograd.grad(out, x, u, create_graph=True)
         (got,) = torch.autograd.grad(pulled, u, v)
     assert_close(got, torch.stack([(row * v).sum() for row in rows]).view_as(got), 1e-12)
+
+
+@pytest.mark.parametrize("samples", [2, 3])
+@pytest.mark.parametrize("several", [2, 3])
+def test_prelu_at_two_levels_of_vmap(samples: int, several: int) -> None:
+    """Columns go back by a vmap inside of that over parameters; with as many of both, the kernel was wrong without an error."""
+    X, y = torch.randn(samples, 3, dtype=torch.float64), torch.arange(samples) % 3
+    weights = {"a": torch.rand(several, 1), "w": torch.randn(several, 3, 3), "e": torch.randn(several, 3)}
+    weights = {k: w.double() for k, w in weights.items()}
+
+    def model(p: Any, x: Tensor) -> Tensor:
+        p["e"].mul_(1.5)  # so that no parameter is followed
+        return F.prelu(x + p["e"], p["a"]) @ p["w"]
+
+    def found(p: Any) -> Any:
+        return curvfunc.diag_ggn(model, {k: t.clone() for k, t in p.items()}, X, y)
+
+    got = torch.vmap(found, randomness="same")(weights)
+    want = [found({k: w[i] for k, w in weights.items()}) for i in range(several)]
+    assert_close(got, {k: torch.stack([w[k] for w in want]) for k in weights}, 1e-10)

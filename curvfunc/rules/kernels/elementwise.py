@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _functorch
 
-__all__ = ["angle", "hardsigmoid", "i1", "precise_hardsigmoid", "prelu", "sgn", "sinc"]
+__all__ = ["angle", "hardsigmoid", "i1", "precise_hardsigmoid", "prelu", "prelu_of_levels", "sgn", "sinc"]
 
 
 def precise_hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
@@ -25,6 +26,11 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
     if weight.numel() > 1:
         weight = weight.reshape(-1, *[1] * (input.ndim - 2))
     return torch.where(input > 0, input, weight * input)
+
+
+def prelu_of_levels(input: Tensor, weight: Tensor) -> Tensor:
+    """The kernel's backward pass mixes up weights and gradients that are batched at different levels of `torch.vmap`."""
+    return F.prelu(input, weight) if _functorch.peek_interpreter_stack() is None else prelu(input, weight)
 
 
 def sinc(input: Tensor) -> Tensor:

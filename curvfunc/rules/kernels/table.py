@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from curvfunc.rules.kernels.attention import attention
 from curvfunc.rules.kernels.convolutions import CONVOLUTIONS
-from curvfunc.rules.kernels.elementwise import angle, hardsigmoid, i1, precise_hardsigmoid, prelu, sgn, sinc
+from curvfunc.rules.kernels.elementwise import angle, hardsigmoid, i1, precise_hardsigmoid, prelu, prelu_of_levels, sgn, sinc
 from curvfunc.rules.kernels.indexing import (
     as_strided_scatter,
     embedding,
@@ -84,6 +84,7 @@ _FIRST: Functions = {
     F.instance_norm: running_instance_norm,
     F.hardsigmoid: precise_hardsigmoid,
     F.embedding: embedding,
+    F.prelu: prelu_of_levels,
     torch.batch_norm: torch_batch_norm,
     torch.instance_norm: in_order_of_torch(running_instance_norm),
     torch._weight_norm: weight_norm_of_any_size,
@@ -97,6 +98,7 @@ _FIRST: Functions = {
     torch._cudnn_rnn_flatten_weight: as_laid_out,
     **{f: without_cudnn(f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
     **_functions(
+        prelu=prelu_of_levels,
         cdist=cdist,
         select_scatter=select_scatter,
         as_strided_scatter=as_strided_scatter,
