@@ -22,6 +22,7 @@ from curvfunc.engine.contractions import (
     keep,
 )
 from curvfunc.engine.cotangents import chunks, pull, stream
+from curvfunc.engine.graph import edge_of
 from curvfunc.engine.sites import Site, Trace, biases
 from curvfunc.tensors import pages
 from curvfunc.tensors.precision import wide
@@ -182,11 +183,20 @@ class BackwardPass:
                 else:
                     keep(parts.setdefault((n, i), []), part, CONTRACTIONS[n][1])
 
+        apart = not (operands or outs) and self._maps_vectors(per_site)
+        if apart and root.diagonal is not None and vectors.SQUARES.issuperset(names) and self._is_of_outputs():
+            for site in trace.sites:
+                check_unchanged(site)
+            squares = self._at(root.diagonal())  # of the last layer, no more of the columns is needed
+            if len(self._contract_vectors([squares] * len(trace.sites), uses, per_site, (), results, squares=True)) == len(
+                leaves
+            ):
+                return results
         totals: Sequence[Tensor] = ()
         if large:
             column = self._column(root)
             totals = self._stream(column, uses, [leaves[i] for i in others], contract, per_site, retain_graph)
-        simple = single and not (operands or outs) and self._maps_vectors(per_site)
+        simple = single and apart
         for start, stop in () if large else ranges:
             flat = single and alone
             columns = self._column(root) if flat else self._columns(root, start, stop)
@@ -225,9 +235,23 @@ class BackwardPass:
 
     def _column(self, root: losses.Root) -> Tensor:
         """The only one, [n, ...]."""
-        if root.only is None or self.select is not None:
-            return self._columns(root, 0, 1)[0]
-        return root.only if root.only.dtype is self.trace.out.dtype else root.only.to(self.trace.out.dtype)
+        return self._columns(root, 0, 1)[0] if root.only is None else self._at(root.only)
+
+    def _at(self, t: Tensor) -> Tensor:
+        """What is there for each output, [N, ...], for those of this forward pass."""
+        t = t if self.select is None else self.select(t[None])[0]
+        return t if t.dtype is self.trace.out.dtype else t.to(self.trace.out.dtype)
+
+    def _is_of_outputs(self) -> bool:
+        """Whether all parameters are used in what gives the output."""
+        out = self.trace.out
+        if not out.requires_grad:
+            return False
+        end, nr, *_ = edge_of(out)
+        at_end = [
+            s.edge.node is end and s.edge.output_nr == nr and not s.axis and s.shape == out.shape for s in self.trace.sites
+        ]
+        return all(at_end) and bool(at_end)
 
     def _maps_vectors(self, names: Sequence[str]) -> bool:
         """Whether what linear maps of vectors need no more for goes by itself."""
@@ -242,7 +266,8 @@ class BackwardPass:
         names: Sequence[str],
         summed: Collection[int],
         results: dict[str, list[Any]],
-        bare: bool | None,
+        bare: bool | None = None,
+        squares: bool = False,
     ) -> Collection[int]:
         """Put the contractions of linear maps of vectors, each the only use of its parameters, in their places.
 
@@ -253,6 +278,7 @@ class BackwardPass:
             summed: Parameters of which the total is wanted.
             results: The places.
             bare: As for `run` where there is one column and cotangents have no axis for it, else None.
+            squares: Whether ``gs`` are squares of cotangents, summed over columns, and these not there.
 
         Returns:
             The parameters that are done.
@@ -276,7 +302,7 @@ class BackwardPass:
         if not maps:
             return done
         weights, biases, every, cotangents = zip(*maps, strict=True)
-        squared = () if vectors.SQUARES.isdisjoint(names) else vectors.squares(cotangents)
+        squared = cotangents if squares else () if vectors.SQUARES.isdisjoint(names) else vectors.squares(cotangents)
         for name in names:
             found = vectors.contract(name, every, cotangents, squared)
             if name == "per_sample" and bare is not None:

@@ -176,17 +176,23 @@ def _softmax_root(work: Tensor, root_mass: Tensor | float, dtype: torch.dtype, f
     """Columns sqrt(m p_c) (e_c - p) at d, for v = (c, d); or the fewest. work [N, C, *d], sqrt(m) [N, 1, *d] or one."""
     num, num_classes, positions = work.shape[0], work.shape[1], math.prod(work.shape[2:])
     shape, device = work.shape, work.device
-    log_probs = work.log_softmax(1).reshape(num, num_classes, positions)
-    probs = log_probs.exp()
-    # sqrt(p) in log space: it survives where p underflows, and its derivative stays finite
-    roots = (log_probs / 2).exp()
-    root_mass = root_mass.reshape(num, 1, positions) if isinstance(root_mass, Tensor) else root_mass
-    scale = (root_mass * roots).flatten(1)
     skipped = positions if fewest else 0
-    if fewest:
-        probs = torch.cat([roots[:, :1], probs[:, 1:] / (1 + roots[:, :1])], dim=1)
+    parts: list[Tensor] = []  # once they are asked for
+
+    def made() -> list[Tensor]:
+        if not parts:
+            log_probs = work.log_softmax(1).reshape(num, num_classes, positions)
+            probs = log_probs.exp()
+            # sqrt(p) in log space: it survives where p underflows, and its derivative stays finite
+            roots = (log_probs / 2).exp()
+            scale = root_mass.reshape(num, 1, positions) if isinstance(root_mass, Tensor) else root_mass
+            if fewest:
+                probs = torch.cat([roots[:, :1], probs[:, 1:] / (1 + roots[:, :1])], dim=1)
+            parts.extend([(scale * roots).flatten(1), probs])
+        return parts
 
     def columns(start: int, stop: int) -> Tensor:
+        scale, probs = made()
         start, stop = start + skipped, stop + skipped
         scaled = scale[:, start:stop].T.unsqueeze(2)
         if positions == 1:
@@ -200,7 +206,11 @@ def _softmax_root(work: Tensor, root_mass: Tensor | float, dtype: torch.dtype, f
             column = column.unsqueeze(3) * _one_hot(position, positions, probs.dtype)[:, None, None]
         return column.reshape(stop - start, *shape).to(dtype)
 
-    return Root(num_classes * positions - skipped, columns)
+    def diagonal() -> Tensor:
+        probs = work.softmax(1)
+        return (probs * (1 - probs) * (root_mass * root_mass)).to(dtype)
+
+    return Root(num_classes * positions - skipped, columns, diagonal=diagonal)
 
 
 def diagonal_root(scale: Tensor, dtype: torch.dtype) -> Root:
@@ -211,7 +221,7 @@ def diagonal_root(scale: Tensor, dtype: torch.dtype) -> Root:
         own = _one_hot(torch.arange(start, stop, device=entries.device), entries.shape[1], entries.dtype)
         return (own.unsqueeze(1) * entries).reshape(stop - start, *shape).to(dtype)
 
-    return Root(entries.shape[1], columns)
+    return Root(entries.shape[1], columns, diagonal=lambda: scale.square().to(dtype))
 
 
 def check_mass(loss: Loss, mass: Tensor, soft: bool = False) -> None:

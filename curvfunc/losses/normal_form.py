@@ -84,11 +84,13 @@ class Root:
         columns: ``columns(start, stop)`` computes the columns ``start <= v < stop``, [stop - start, N, *out], at
             the cost and in the memory of these columns only.
         only: The only one, [N, *out], where it is there.
+        diagonal: Gives the diagonal of the Hessian, sum_v S[v]^2 [N, *out], where it takes less than the columns.
     """
 
     num: int
     columns: Callable[[int, int], Tensor]
     only: Tensor | None = None
+    diagonal: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True)

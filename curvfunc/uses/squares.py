@@ -119,6 +119,8 @@ def formed(b: Bound, names: Sequence[str], weights: Tensor | None = None, out: T
     """
     if weights is None and set(names) == {"total", "sample_norms"} and _has_few_positions(b):
         return {"total": total(b), "sample_norms": sample_norms(b)}
+    if weights is None and [*names] == ["squares"] and _is_one_gradient(b):
+        return {"squares": arranged(b, _squared_in_place(b))}
     n, o = b.g.shape[1], b.g.shape[4]
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     begun: set[int] = set()  # ranges of output features of which there was a block
@@ -141,6 +143,21 @@ def formed(b: Bound, names: Sequence[str], weights: Tensor | None = None, out: T
         begun.add(part)
     results = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in found.items()}
     return {name: r if name == "sample_norms" else arranged(b, r) for name, r in results.items()}
+
+
+def _is_one_gradient(b: Bound) -> bool:
+    """Whether there is one vector of one sample, whose gradient is squared where it is formed."""
+    v, n, q = b.g.shape[:3]
+    return v == n == q == 1 and may_overwrite() and not torch.compiler.is_compiling()
+
+
+def _squared_in_place(b: Bound) -> Tensor:
+    """Its squares, [q, o, k], of so many output features at a time as stay in cache."""
+    g, x = b.g[0, 0, 0].mT, b.part(slice(0, 1))[0, 0]  # [o, s], [s, k]
+    result = pages.empty(g, 1, len(g), x.shape[1])
+    for start, stop in ranges(len(g), _rows(b)):
+        torch.mm(g[start:stop], x, out=result[0, start:stop]).square_()
+    return result
 
 
 def _add(parts: list[Tensor], block: Tensor, outputs: slice, num: int, first: bool) -> None:

@@ -1,5 +1,7 @@
 """Linear maps of vectors are contracted by themselves: with the same results as the general forms, and memory of their own."""
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from curvfunc import (
     SqrtGGN,
     SumGradSquared,
     Variance,
+    losses,
 )
 from curvfunc.uses import vectors
 
@@ -200,3 +203,72 @@ def test_a_large_block_of_a_bias_does_not_go_unnoticed(monkeypatch: pytest.Monke
     model_fn, params, X, y, _ = problem("one layer")
     with pytest.warns(UserWarning, match="'bias' of shape"):
         curvfunc.kflr(model_fn, params, X, y)
+
+
+LAST: dict[str, tuple[Any, Any]] = {
+    "cross-entropy": (F.cross_entropy, lambda: torch.arange(N) % C),
+    "ignored": (F.cross_entropy, lambda: torch.tensor([0, -100, 2, 1, -100])),
+    "weights": (
+        partial(F.cross_entropy, weight=torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)),
+        lambda: torch.arange(N) % C,
+    ),
+    "smoothed sum": (partial(F.cross_entropy, label_smoothing=0.2, reduction="sum"), lambda: torch.arange(N) % C),
+    "probabilities": (F.cross_entropy, lambda: torch.rand(N, C).softmax(1)),
+    "squared error": (F.mse_loss, lambda: torch.randn(N, C)),
+    "bits": (F.binary_cross_entropy_with_logits, lambda: torch.rand(N, C)),
+}
+
+
+@pytest.mark.parametrize("subsampling", [None, [4, 0]])
+@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize("name", LAST)
+def test_a_last_layer_takes_no_columns(
+    name: str, chunk_size: int | None, subsampling: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Σ_v S[v]² of the outputs is all that the diagonal of the GGN needs of them."""
+    loss_fn, targets = LAST[name]
+    net = nn.Sequential(nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, C))
+    net[0].requires_grad_(False)
+    model_fn, params = curvfunc.functionalize(net)
+    X, y = torch.randn(N, D), targets()
+    made: list[int] = []
+    root = losses.exact_root
+
+    def spy(*args: Any, **kwargs: Any) -> losses.Root:
+        found = root(*args, **kwargs)
+        return replace(found, columns=lambda a, b: (made.append(1), found.columns(a, b))[1])
+
+    monkeypatch.setattr(losses, "exact_root", spy)
+    given: dict[str, Any] = {"loss_fn": loss_fn, "subsampling": subsampling}
+    specs = (DiagGGN(), BatchDiagGGN())
+    got = curvfunc.compute(model_fn, params, X, y, specs, chunk_size=chunk_size, **given)
+    assert not made
+    of = curvfunc.reference
+    assert_close(got, tuple(f(model_fn, params, X, y, **given) for f in (of.diag_ggn, of.batch_diag_ggn)), 1e-10)
+    with_columns = curvfunc.compute(model_fn, params, X, y, (*specs, SqrtGGN()), chunk_size=chunk_size, **given)
+    assert made
+    assert_close(got, with_columns[:2], 1e-10)
+
+
+def test_a_last_layer_under_transformations() -> None:
+    model_fn, params, X, y, _ = problem("one layer")
+    trace = lambda p: sum(d.sum() for d in curvfunc.diag_ggn(model_fn, p, X, y).values())
+    plain = lambda p: sum(d.sum() for d in curvfunc.reference.diag_ggn(model_fn, p, X, y).values())
+    assert_close(torch.func.grad(trace)(params), torch.func.grad(plain)(params), 1e-9)
+    several = {k: torch.stack([p, 1.1 * p]) for k, p in params.items()}
+    want = [trace({k: p[i] for k, p in several.items()}) for i in range(2)]
+    assert_close({"": torch.vmap(trace)(several)}, {"": torch.stack(want)}, 1e-10)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_gradient_is_squared_where_it_is_formed(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Sequential(nn.Conv2d(2, 7, 3), nn.Tanh(), nn.Conv2d(7, 4, 2), nn.Flatten(), nn.Linear(36, C))
+    model_fn, params = curvfunc.functionalize(net)
+    X, y = torch.randn(1, 2, 6, 6), torch.tensor([1])
+    monkeypatch.setattr("curvfunc.uses.squares._rows", lambda b: rows)
+    specs = (SumGradSquared(), DiagGGN(1), Grad())
+    got = curvfunc.compute(model_fn, params, X, y, specs, generator=torch.Generator().manual_seed(1))
+    gradient = curvfunc.batch_grad(model_fn, params, X, y)
+    assert_close(got[0], {k: g[0].square() for k, g in gradient.items()}, 1e-12)
+    column = curvfunc.sqrt_ggn(model_fn, params, X, y, mc_samples=1, generator=torch.Generator().manual_seed(1))
+    assert_close(got[1], {k: s[0, 0].square() for k, s in column.items()}, 1e-12)
