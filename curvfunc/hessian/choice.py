@@ -21,11 +21,11 @@ from curvfunc.uses.forms import Outer
 __all__ = ["columns_beside", "resolve", "uses_of"]
 
 # What operations cost, in multiplications; measured on gated MLPs, networks with squeeze and excitation, transformers, and
-# networks with norms.
+# networks with norms, and a RegNet, whose convolutions have groups.
 ENTRY = 16  # an entry of what is made
 FORMED = 24  # an entry of a gradient that is formed, which is squared and added up, too
 PRODUCT = 1.75  # a Hessian-vector product, in backward passes through the same operations
-AGAIN = {"Convolution": 3, "NativeLayerNorm": 3, "NativeGroupNorm": 5}  # times more where it goes through these
+AGAIN = {"Convolution": 9, "NativeLayerNorm": 3, "NativeGroupNorm": 5}  # times more where it goes through these
 CALL = 5e6  # what comes once for columns that go together, whatever their number; for products, twice
 
 VIEWS = {"T", "Transpose", "Permute", "Expand"}  # of parameters, too
