@@ -284,7 +284,7 @@ class _Diagonal(_Columns):
             get = partial(rows.get_centered, form, delta.dtype)
             self.contract([rows.input], get, len(weights), weights, rows.targets, r.numel())
             return
-        self.residual(curvature, rows, r)
+        self.residual(curvature, rows, r.to(delta.dtype))
         get = partial(rows.get, form, delta.dtype)
         self.contract([rows.input], get, rows.columns, rows.weights(form), rows.targets, r.numel())
 
