@@ -129,7 +129,7 @@ def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Targets of BackPACK's likelihoods come from our generator; what it makes of them stays its own."""
 
     def categorical(logits: Tensor, size: torch.Size) -> Tensor:
-        return losses.draw_categories(logits, size[0], generator())
+        return losses.draw_categories(logits.softmax(1), size[0], generator())
 
     def bernoulli(logits: Tensor, size: torch.Size) -> Tensor:
         return losses.draw_bits(logits, size[0], generator()).to(logits.dtype)
