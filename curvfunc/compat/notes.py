@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from curvfunc import losses
 from curvfunc.compat.context import paused
-from curvfunc.engine.model import call
+from curvfunc.engine.places import call
 from curvfunc.engine.sites import Layouts, Site
 from curvfunc.rules.nonlinear import COMPOSITES
 

@@ -1,14 +1,11 @@
 """Modules as pure functions of their parameters."""
 
-import os
 import sys
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from operator import getitem, is_not, setitem
+from operator import is_not
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.utils.checkpoint
@@ -17,9 +14,10 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from curvfunc.engine.effects import keepers, shares_memory
+from curvfunc.engine.places import Slots, holders, places_of, run, turn
 from curvfunc.engine.wrappers import SHARDING, Talkers, unwrapped
 
-__all__ = ["ModelFunction", "call", "check_function", "functionalize", "recomputation", "without_recomputation"]
+__all__ = ["ModelFunction", "check_function", "functionalize", "recomputation", "without_recomputation"]
 
 
 class ModelFunction:
@@ -38,8 +36,8 @@ class ModelFunction:
 
     def _read(self) -> None:
         """Note where the module holds its tensors."""
-        self._parameters, self._buffers = _holders(self.module, "_parameters"), _holders(self.module, "_buffers")
-        self._places = _places(self.module)
+        self._parameters, self._buffers = holders(self.module, "_parameters"), holders(self.module, "_buffers")
+        self._places = places_of(self.module)
         self._keepers = keepers(self.module.modules())
         self._recurrent = [m for m in self.module.modules() if isinstance(m, nn.RNNBase)]
         scripted = [name for name, m in self.module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
@@ -50,7 +48,7 @@ class ModelFunction:
         self._submodules = [(m._modules, key, child) for m in changeable for key, child in m._modules.items()]
         self._columns: Any = tuple(zip(*self._submodules, strict=True)) or ((), (), ())
         self._known: list[str] | None = None  # names of params that were looked at
-        self._slots = _Slots.of(self._places, ())
+        self._slots = Slots.of(self._places, ())
 
     @property
     def keepers(self) -> list[nn.Module]:
@@ -79,7 +77,7 @@ class ModelFunction:
         """As a call, with the fixed tensors in ``state`` (see :meth:`state`) in place of the module's own."""
         if torch.compiler.is_dynamo_compiling():
             return self._apply(params, state, X)
-        with _turn(self.module):
+        with turn(self.module):
             return self._apply(params, state, X)
 
     def _apply(self, params: dict[str, Tensor], state: dict[str, Tensor], X: Any) -> Tensor:
@@ -89,7 +87,7 @@ class ModelFunction:
         args, kwargs = _arguments(X)
         values = state | params if state else params
         if self._slots.names != [*values]:
-            self._slots = _Slots.of(self._places, values)
+            self._slots = Slots.of(self._places, values)
         slots = self._slots  # of this call, whatever one inside of it asks for
         lists = [(m, m._flat_weights, m._flat_weight_refs) for m in self._recurrent]  # where they keep what they ran with
         try:
@@ -98,7 +96,7 @@ class ModelFunction:
                 if torch.compiler.is_compiling() and not self.scripted:
                     out = self._functional_call(values, args, kwargs)
                 else:
-                    out = _call(self.module, slots, values, args, kwargs)
+                    out = run(self.module, slots, values, args, kwargs)
         finally:
             for m, weights, refs in lists:
                 m._flat_weights, m._flat_weight_refs = weights, refs
@@ -125,7 +123,7 @@ class ModelFunction:
         named = {place: t for name, t in values.items() for place, *_ in self._places[name]}
         return functional_call(self.module, named, args, kwargs, tie_weights=False)
 
-    def _are_own(self, values: dict[str, Tensor], slots: "_Slots") -> bool:
+    def _are_own(self, values: dict[str, Tensor], slots: Slots) -> bool:
         """Whether the module's tensors are these, or detached ones, so that what runs again later has the same values."""
         if torch.compiler.is_dynamo_compiling():
             return True
@@ -135,10 +133,14 @@ class ModelFunction:
                 return [*map(Tensor.data_ptr, given)] == [*map(Tensor.data_ptr, own)]
             except RuntimeError:  # tensors of torch.func's transformations have no memory of their own
                 return all(t is o or shares_memory(t, o) for t, o in zip(given, own, strict=True))
+            except TypeError:
+                slots.check()
+                raise
 
     def frozen(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """The module's parameters that ``params`` does not name, without gradient."""
-        return {name: held[key].detach() for name, (held, key) in self._parameters.items() if name not in params}
+        own = {name: held[key] for name, (held, key) in self._parameters.items() if name not in params}
+        return {name: p.detach() for name, p in own.items() if p is not None}  # who sets one to None means to do without
 
     def state(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """All tensors besides ``params`` that the output depends on: frozen parameters and buffers."""
@@ -203,101 +205,11 @@ class ModelFunction:
         return f"ModelFunction({type(self.module).__name__}, {len(self._parameters)} parameters)"
 
 
-class _Slots:
-    """Where a module holds tensors of some names.
-
-    Attributes:
-        names: These names.
-        held: For each place, a submodule's dictionary.
-        keys: The key there.
-        which: The name's number, where a tensor has several places; None where each has one.
-    """
-
-    def __init__(self, names: list[str], places: list[tuple[Any, str, int]]) -> None:
-        self.names = names
-        self.held, self.keys = [held for held, _, _ in places], [key for _, key, _ in places]
-        self.which = None if len(places) == len(names) else [k for _, _, k in places]
-
-    @classmethod
-    def of(cls, places: "Places", names: Iterable[str]) -> "_Slots":
-        """All places of these names."""
-        names = [*names]
-        return cls(names, [(held, key, k) for k, name in enumerate(names) for _, held, key in places[name]])
-
-    def spread(self, values: dict[str, Tensor]) -> list[Tensor]:
-        """A tensor for each place."""
-        given = [*values.values()]
-        return given if self.which is None else [given[k] for k in self.which]
-
-    def read(self) -> list[Tensor]:
-        """The tensors that are there."""
-        return [*map(getitem, self.held, self.keys)]
-
-    def write(self, tensors: list[Tensor]) -> None:
-        """Put tensors there."""
-        deque(map(setitem, self.held, self.keys, tensors), 0)
-
-
-_TURNS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-
-
-def _turn(module: nn.Module) -> Any:
-    """What a thread holds while a module has the tensors of its call, so that no other one runs with them or puts them back."""
-    turn = _TURNS.get(module)
-    if turn is None:
-        with _LOCK:
-            turn = _TURNS.setdefault(module, threading.RLock())
-    return turn
-
-
-if hasattr(os, "register_at_fork"):  # another thread may have had its turn
-    os.register_at_fork(after_in_child=_TURNS.clear)
-
-
-def _call(module: nn.Module, slots: _Slots, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """As ``functional_call``, without what it looks up at each call, and also for scripted parts."""
-    before = slots.read()
-    optimized = torch._C._get_graph_executor_optimize(False)  # what scripted parts specialize on, transformations change
-    try:
-        slots.write(slots.spread(values))
-        return module(*args, **kwargs)
-    finally:
-        torch._C._get_graph_executor_optimize(optimized)
-        slots.write(before)
-
-
-def call(module: nn.Module, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The module's result with these tensors in place of its own; ``functional_call``, also for scripted parts."""
-    if any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
-        return _call(module, _Slots.of(_places(module), values), values, args, kwargs)
-    return functional_call(module, values, args, kwargs)
-
-
 def _arguments(X: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a module is called with: a tuple is several arguments, but a namedtuple is one; a mapping has keywords."""
     if isinstance(X, tuple) and not hasattr(X, "_fields"):
         return X, {}
     return ((), dict(X)) if isinstance(X, Mapping) else ((X,), {})
-
-
-class _Scripted:
-    """Tensors of a scripted module, which are no entries of a dictionary, as if they were."""
-
-    def __init__(self, module: Any) -> None:
-        self._slots = module._c
-
-    def __getitem__(self, key: str) -> Any:
-        return self._slots.getattr(key)
-
-    def __setitem__(self, key: str, t: Tensor) -> None:
-        self._slots.setattr(key, t)
-
-
-def _held(module: nn.Module, kind: str) -> tuple[Any, list[tuple[str, Tensor]]]:
-    """Where a submodule itself holds its parameters or buffers, and these."""
-    held = getattr(module, kind)
-    found = [(key, t) for key, t in held.items() if t is not None]
-    return _Scripted(module) if isinstance(module, torch.jit.ScriptModule) else held, found
 
 
 _CHECKPOINTS = torch.utils.checkpoint.CheckpointFunction, torch.utils.checkpoint._checkpoint_without_reentrant_generator
@@ -356,38 +268,6 @@ def recomputation(model_fn: Any) -> AbstractContextManager[None]:
     ``torch.func.functional_call`` puts the module's own back, and a second run would silently take these.
     """
     return nullcontext() if isinstance(model_fn, ModelFunction) else without_recomputation()
-
-
-Holders = dict[str, tuple[Any, str]]
-Places = dict[str, tuple[tuple[str, Any, str], ...]]
-
-
-def _holders(module: nn.Module, kind: str) -> Holders:
-    """Where each parameter or buffer is held, under the first of its names: a submodule's dictionary, and the key.
-
-    Reading from there sees replaced tensors and, unlike a walk over the modules, can be traced for all of them.
-    """
-    found: dict[int, tuple[str, Any, str]] = {}
-    for prefix, submodule in module.named_modules():
-        held, tensors = _held(submodule, kind)
-        for key, t in tensors:
-            found.setdefault(id(t), (f"{prefix}.{key}" if prefix else key, held, key))
-    return {name: (held, key) for name, held, key in found.values()}
-
-
-def _places(module: nn.Module) -> Places:
-    """For each name of a tensor all places that hold it, each once: name, a submodule's dictionary, and the key.
-
-    ``functional_call`` would find shared tensors by itself, but where a submodule has two names it fills the same place
-    twice, and then cannot put back what was there.
-    """
-    places: dict[int, list[tuple[str, Any, str]]] = {}
-    for prefix, submodule in module.named_modules():  # each submodule under one name
-        for held, tensors in (_held(submodule, "_parameters"), _held(submodule, "_buffers")):
-            for key, t in tensors:
-                places.setdefault(id(t), []).append((f"{prefix}.{key}" if prefix else key, held, key))
-    names = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return {name: tuple(places[id(t)]) for name, t in names}
 
 
 pytree.register_constant(ModelFunction)

@@ -451,3 +451,17 @@ def test_hooks_may_look_at_gradients_and_not_change_them(name: str, where: str) 
     else:
         without = lambda p, x: model(p, x, hooked=False)
         assert_close(curvfunc.compute(model, params, X, y, specs), curvfunc.compute(without, params, X, y, specs), 1e-10)
+
+
+def test_parameters_that_a_module_holds_no_longer() -> None:
+    """Without them in params the module runs as it is; with them, the message says which they are."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    model_fn, params = curvfunc.functionalize(net)
+    X, y = torch.randn(5, 3), torch.arange(5) % 2
+    curvfunc.batch_grad(model_fn, params, X, y)
+    net[0].bias = None
+    with pytest.raises(ValueError, match=r"params has \['0.bias'\], which the module holds no longer"):
+        curvfunc.batch_grad(model_fn, params, X, y)
+    del params["0.bias"]
+    again, own = curvfunc.functionalize(net)
+    assert_close(curvfunc.batch_grad(model_fn, params, X, y), curvfunc.batch_grad(again, own, X, y))
