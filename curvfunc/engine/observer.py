@@ -36,7 +36,7 @@ from curvfunc.rules import DECOMPOSITIONS, EXPANSIONS, RULES, SPLITS, TRANSPOSES
 from curvfunc.rules.batch_axis import mutates
 from curvfunc.rules.checks import guarded
 from curvfunc.rules.kernels import standardized
-from curvfunc.uses.forms import Direct, Form, Outer, Through, reads, sum_to_shape
+from curvfunc.uses.forms import Direct, Form, Through, adapted, reads, sum_to_shape
 from curvfunc.uses.matrices import block_of, transposed
 
 __all__ = ["Observer"]
@@ -434,5 +434,5 @@ def _squeezed(form: Form) -> Form:
     if isinstance(form, Through):
         return replace(form, form=_squeezed(form.form))
     inner = form.cotangent
-    given: dict[str, Any] = {"vectors": None} if isinstance(form, Outer) else {}
-    return replace(form, cotangent=lambda g: inner(g.squeeze(2)), **given)
+    found: Form = adapted(form, cotangent=lambda g: inner(g.squeeze(2)))
+    return found

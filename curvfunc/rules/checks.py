@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
-from curvfunc.uses.forms import Direct, Form, Outer, Rows
+from curvfunc.uses.forms import Direct, Form, Outer, Rows, adapted
 
 __all__ = ["check_function", "check_signature", "guarded", "name_of"]
 
@@ -96,8 +96,7 @@ def guarded(
             sums: Any = form.sums if form.sums is None else replaced.get(id(form.sums), form.sums)
             found[argument] = replace(form, cotangent=guard.gradient, sums=sums)
         else:
-            given: dict[str, Any] = {"vectors": None} if isinstance(form, Outer) else {}  # which nobody would look at
-            found[argument] = replaced[id(form)] = replace(form, cotangent=guard.features, inputs=guard.inputs, **given)
+            found[argument] = replaced[id(form)] = adapted(form, cotangent=guard.features, inputs=guard.inputs)
     return found
 
 

@@ -9,14 +9,14 @@ not formed.
 Axes as in `curvfunc.uses.forms`, with ``c`` for the columns and ``v`` for the vectors that are multiplied.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvfunc.uses.forms import Bound, Direct, Outer, Rows, arranged, direct, flat_vectors, per_sample, scatter
+from curvfunc.uses.forms import Bound, Direct, Outer, Rows, adapted, arranged, direct, flat_vectors, per_sample, scatter
 
 __all__ = ["Block", "condensed"]
 
@@ -49,8 +49,8 @@ class Block:
         if isinstance(b.form, Direct):
             given = {"sums": None}
         elif isinstance(b.form, Outer):
-            given |= dict.fromkeys(("part", "moment", "sums", "instead", "alone", "vectors"))
-        form: Any = replace(b.form, cotangent=_gone, **given)  # type: ignore[arg-type]
+            given |= dict.fromkeys(("part", "moment", "sums"))
+        form: Any = adapted(b.form, cotangent=_gone, **given)  # type: ignore[arg-type]
         g = b.g.detach()
         return cls(Bound(form, g, g if b.x is b.g else b.x.detach()), weights)
 

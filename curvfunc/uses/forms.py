@@ -34,6 +34,7 @@ __all__ = [
     "Products",
     "Rows",
     "Through",
+    "adapted",
     "arranged",
     "at_samples",
     "bind",
@@ -391,6 +392,13 @@ def sums_positions(b: Bound) -> bool:
     """Whether the Kronecker factor of the outputs sums the shared positions unless it is asked otherwise."""
     form = b.form.form if isinstance(b.form, Products) else b.form
     return isinstance(form, Outer) and form.sum_positions
+
+
+def adapted(form: Form, **given: Any) -> Any:
+    """The form with other functions, without what was made for its own."""
+    if isinstance(form, Outer):
+        given = {"instead": None, "alone": None, "vectors": None} | given
+    return replace(form, **given)
 
 
 def reads(form: Form) -> bool:

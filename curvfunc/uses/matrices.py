@@ -1,15 +1,13 @@
 """The form of a matrix's use from that of its transpose, or of a block of it."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvfunc.uses.forms import Form, Outer
+from curvfunc.uses.forms import Form, Outer, adapted
 
 __all__ = ["block_of", "transposed"]
 
@@ -19,8 +17,8 @@ def transposed(form: Form) -> Form | None:
     if not isinstance(form, Outer) or form.arrange is not None or len(form.shape) != 2:
         return None
     shape, cotangent = torch.Size(form.shape[::-1]), partial(_of_one_group, form.cotangent)
-    given: dict[str, Any] = dict.fromkeys(("instead", "alone", "vectors"))
-    return replace(form, cotangent=cotangent, inputs_first=not form.inputs_first, shape=shape, **given)
+    found: Form = adapted(form, cotangent=cotangent, inputs_first=not form.inputs_first, shape=shape)
+    return found
 
 
 def block_of(form: Form, dim: int, start: int, shape: torch.Size) -> Form | None:
@@ -38,12 +36,13 @@ def block_of(form: Form, dim: int, start: int, shape: torch.Size) -> Form | None
         return None
     around = (start, shape[dim] - start - form.shape[dim])
     cotangent = partial(_of_one_group, form.cotangent)
+    found: Form
     if (dim == 0) != form.inputs_first:
-        given: dict[str, Any] = dict.fromkeys(("instead", "alone", "vectors"))
-        return replace(form, cotangent=lambda g: F.pad(cotangent(g), around), shape=shape, **given)
-    inputs: Callable[[], Tensor] = lambda: F.pad(form.inputs(), around)
-    given = dict.fromkeys(("moment", "sums", "part", "instead", "alone", "vectors"))
-    return replace(form, inputs=inputs, cotangent=cotangent, shape=shape, **given)
+        found = adapted(form, cotangent=lambda g: F.pad(cotangent(g), around), shape=shape)
+    else:
+        inputs: Callable[[], Tensor] = lambda: F.pad(form.inputs(), around)
+        found = adapted(form, inputs=inputs, cotangent=cotangent, shape=shape, moment=None, sums=None, part=None)
+    return found
 
 
 def _of_one_group(cotangent: Callable[[Tensor], Tensor], g: Tensor) -> Tensor:
