@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from curvfunc import losses
 from curvfunc.engine.columns import over_columns
@@ -31,7 +31,9 @@ __all__ = [
     "OutputEntries",
     "chunks",
     "common",
+    "is_at",
     "pull",
+    "pull_one",
     "stream",
     "together",
 ]
@@ -136,7 +138,6 @@ def pull(
     sites: bool = True,
     create_graph: bool,
     retain_graph: bool,
-    flat: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Backpropagate columns [v, n, ...] of the output.
 
@@ -147,31 +148,21 @@ def pull(
         sites: Whether the cotangents of the sites are wanted.
         create_graph: Whether the results will be differentiated.
         retain_graph: Whether another backward pass follows.
-        flat: Whether there is one column only, [n, ...], as the cotangents then are.
 
     Returns:
         Per site the cotangent of its output [v, n, ...], and per leaf the gradient. Zeros where the output does not
         depend on it.
     """
+    if len(columns) == 1:
+        found, totals = pull_one(trace, columns[0], leaves, sites=sites, create_graph=create_graph, retain_graph=retain_graph)
+        return [g.unsqueeze(0) for g in found], totals
     wanted = trace.sites if sites else []
-    if flat and trace.out.requires_grad:
-        return _pull_one(trace, columns, leaves, wanted, create_graph, retain_graph)
-    if flat:
-        columns = columns[None]
     if not trace.out.requires_grad:
         check_used(trace.out, not leaves or bool(trace.sites))
-        zeros = [_zeros(s, trace, columns) for s in wanted]
-        return [z[0] for z in zeros] if flat else zeros, [torch.zeros_like(p) for p in leaves]
-    if len(columns) == 1:
-        found, totals = _pull_one(trace, columns[0], leaves, wanted, create_graph, retain_graph)
-        return [g.unsqueeze(0) for g in found], totals
+        return [_zeros(s, trace, columns) for s in wanted], [torch.zeros_like(p) for p in leaves]
     end = edge_of(trace.out)
-    inner = [s for s in wanted if s.edge.node is not end.node or s.edge.output_nr != end.output_nr]
+    inner = [s for s in wanted if not is_at(s, end)]
     targets: list[Any] = [s.edge for s in inner] + list(leaves)
-
-    def backward(column: Tensor) -> tuple[Tensor | None, ...]:
-        return gradients(trace.out, targets, column, retain_graph=retain_graph, create_graph=create_graph)
-
     reached: list[bool] = []
 
     def reached_only(column: Tensor) -> tuple[Tensor, ...]:
@@ -190,12 +181,23 @@ def pull(
     return found, _totals(trace, leaves, grads[len(inner) :], grads)
 
 
-def _pull_one(
-    trace: Trace, column: Tensor, leaves: Sequence[Tensor], wanted: Sequence[Site], create_graph: bool, retain_graph: bool
+def pull_one(
+    trace: Trace,
+    column: Tensor,
+    leaves: Sequence[Tensor] = (),
+    *,
+    sites: bool = True,
+    create_graph: bool,
+    retain_graph: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """As `pull`, of one column and to cotangents [n, ...]."""
-    end, nr, *_ = edge_of(trace.out)
-    targets: list[Any] = [s.edge for s in wanted if s.edge.node is not end or s.edge.output_nr != nr]
+    """As `pull`, of one column [n, ...], to cotangents [n, ...]."""
+    wanted = trace.sites if sites else []
+    if not trace.out.requires_grad:
+        check_used(trace.out, not leaves or bool(trace.sites))
+        return [_zeros(s, trace, column[None])[0] for s in wanted], [torch.zeros_like(p) for p in leaves]
+    end = edge_of(trace.out)
+    at_end = [is_at(s, end) for s in wanted]  # where nothing is to be done
+    targets: list[Any] = [s.edge for s, there in zip(wanted, at_end, strict=True) if not there]
     inner = len(targets)
     targets += leaves
     grads: Sequence[Tensor | None] = ()
@@ -203,8 +205,8 @@ def _pull_one(
         grads = gradients(trace.out, targets, column, retain_graph=retain_graph, create_graph=create_graph)
     arrived = iter(grads)
     found: list[Tensor] = []
-    for s in wanted:
-        g = column if s.edge.node is end and s.edge.output_nr == nr else next(arrived)
+    for s, there in zip(wanted, at_end, strict=True):
+        g = column if there else next(arrived)
         if g is None:
             found.append(_zeros(s, trace, column[None])[0])
         elif g.shape != s.shape or s.axis:
@@ -212,6 +214,11 @@ def _pull_one(
         else:
             found.append(g)
     return found, _totals(trace, leaves, grads[inner:], grads)
+
+
+def is_at(site: Site, edge: GradientEdge) -> bool:
+    """Whether a site's output is what has this edge."""
+    return site.edge.node is edge.node and site.edge.output_nr == edge.output_nr
 
 
 def _totals(
@@ -249,7 +256,7 @@ def stream(
         at.setdefault(site.edge.node, []).append(site)
     inner = _lead_on(end.node, {*at, *(edge_of(p).node for p in leaves)})  # a backward pass to the others runs these
     last = [s for node, sites in at.items() if node not in inner for s in sites]
-    asked = [s for s in last if s.edge.node is not end.node or s.edge.output_nr != end.output_nr]
+    asked = [s for s in last if not is_at(s, end)]
 
     def arrive(site: Site, g: Tensor | None) -> None:
         if g is not None:

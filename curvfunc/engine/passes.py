@@ -21,7 +21,7 @@ from curvfunc.engine.contractions import (
     do_with_products,
     keep,
 )
-from curvfunc.engine.cotangents import chunks, pull, stream
+from curvfunc.engine.cotangents import chunks, is_at, pull, pull_one, stream
 from curvfunc.engine.graph import edge_of
 from curvfunc.engine.sites import Site, Trace, biases
 from curvfunc.tensors import pages
@@ -125,11 +125,10 @@ class BackwardPass:
             bare: Whether gradients of samples, of one column, may come in a list of one in place of with an axis for it.
         """
         trace, leaves, names = self.trace, self.leaves, list(contracted_as)
-        alone = type(root.num) is int and root.num == 1
-        if alone and names == ["total"] and self.chosen is None:
-            create = self.differentiable
-            given: dict[str, Any] = {"create_graph": create, "retain_graph": retain_graph or create, "flat": True}
-            _, sums = pull(trace, self._column(root), leaves, sites=False, **given)
+        one = type(root.num) is int and root.num == 1
+        graphs = {"create_graph": self.differentiable, "retain_graph": retain_graph or self.differentiable}
+        if one and names == ["total"] and self.chosen is None:
+            _, sums = pull_one(trace, self._column(root), leaves, sites=False, **graphs)
             return {"total": _as_parameters(sums, leaves)}
         uses: list[list[tuple[Site, Form]]] = [[] for _ in leaves]
         costly = set()  # parameters whose gradients of samples take more work than their sum: those of vectors' matrices
@@ -147,7 +146,7 @@ class BackwardPass:
         totals_of: Sequence[int] = range(len(leaves)) if "total" in names else ()
         summed = {i for i in totals_of if self.chosen is not None or (per_site and uses[i] and i not in costly)}
         others = [i for i in totals_of if i not in summed]
-        large = alone and self._is_large()
+        large = one and self._is_large()
         ranges = [(0, 1)] if large else chunks(root.num, trace, self.chunk_size)
         self.prepared.whole |= len(ranges) > 1
         results: dict[str, list[Any]] = {n: [None] * len(leaves) for n in names}
@@ -184,34 +183,24 @@ class BackwardPass:
                     keep(parts.setdefault((n, i), []), part, CONTRACTIONS[n][1])
 
         apart = not (operands or outs) and self._maps_vectors(per_site)
-        if apart and root.diagonal is not None and vectors.SQUARES.issuperset(names) and self._is_of_outputs():
-            for site in trace.sites:
-                check_unchanged(site)
-            squares = self._at(root.diagonal())  # of the last layer, no more of the columns is needed
-            if len(self._contract_vectors([squares] * len(trace.sites), uses, per_site, (), results, squares=True)) == len(
-                leaves
-            ):
-                return results
+        if apart and self._contract_last_layer(root, uses, names, results):
+            return results
         totals: Sequence[Tensor] = ()
         if large:
             column = self._column(root)
             totals = self._stream(column, uses, [leaves[i] for i in others], contract, per_site, retain_graph)
-        simple = single and apart
+        flat = single and one
         for start, stop in () if large else ranges:
-            flat = single and alone
-            columns = self._column(root) if flat else self._columns(root, start, stop)
-            gs, totals = pull(
-                trace,
-                columns,
-                [leaves[i] for i in others],
-                create_graph=self.differentiable,
-                retain_graph=retain_graph or stop < root.num,
-                flat=flat,
-            )
+            graphs["retain_graph"] = retain_graph or stop < root.num
+            of = [leaves[i] for i in others]
+            if flat:
+                gs, totals = pull_one(trace, self._column(root), of, **graphs)
+            else:
+                gs, totals = pull(trace, self._columns(root, start, stop), of, **graphs)
             for site in trace.sites:
                 check_unchanged(site)
             done: Collection[int] = ()
-            if simple:
+            if single and apart:
                 done = self._contract_vectors(gs, uses, per_site, summed, results, bare if flat else None)
                 if len(done) == len(leaves):
                     break
@@ -247,17 +236,25 @@ class BackwardPass:
         out = self.trace.out
         if not out.requires_grad:
             return False
-        end, nr, *_ = edge_of(out)
-        at_end = [
-            s.edge.node is end and s.edge.output_nr == nr and not s.axis and s.shape == out.shape for s in self.trace.sites
-        ]
-        return all(at_end) and bool(at_end)
+        end, sites = edge_of(out), self.trace.sites
+        return bool(sites) and all(is_at(s, end) and not s.axis and s.shape == out.shape for s in sites)
 
     def _maps_vectors(self, names: Sequence[str]) -> bool:
         """Whether what linear maps of vectors need no more for goes by itself."""
         if self.differentiable or self.chosen is not None or not vectors.COVERED.issuperset(names):
             return False
         return bool(names) and pages.may_overwrite() and not torch.compiler.is_compiling()
+
+    def _contract_last_layer(
+        self, root: losses.Root, uses: list[list[tuple[Site, Form]]], names: Sequence[str], results: dict[str, list[Any]]
+    ) -> bool:
+        """Put sums of squares in their places where the sum over all columns is known for each output; whether it is."""
+        if root.diagonal is None or not vectors.SQUARES.issuperset(names) or not self._is_of_outputs():
+            return False
+        for site in self.trace.sites:
+            check_unchanged(site)
+        squares = [self._at(root.diagonal())] * len(self.trace.sites)
+        return len(self._contract_vectors(squares, uses, names, (), results, squares=True)) == len(self.leaves)
 
     def _contract_vectors(
         self,
