@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from curvfunc.tensors import pages
-from curvfunc.uses import forms, metrics, projections, rotations, second_moments
-from curvfunc.uses import squares as contractions
+from curvfunc.uses import forms, metrics, projections, rotations, second_moments, squares
 from curvfunc.uses.forms import Bound, Direct, Outer, Products
 from curvfunc.uses.weighted_sums import weighted_total
 
@@ -33,9 +32,9 @@ __all__ = [
 CONTRACTIONS: dict[str, tuple[Callable[..., Any], str]] = {
     "total": (forms.total, "sum"),
     "per_sample": (forms.per_sample, "concatenate"),
-    "squares": (contractions.squares, "sum"),
-    "sample_squares": (contractions.sample_squares, "sum"),
-    "sample_norms": (contractions.sample_norms, "sum"),
+    "squares": (squares.squares, "sum"),
+    "sample_squares": (squares.sample_squares, "sum"),
+    "sample_norms": (squares.sample_norms, "sum"),
     "gram": (second_moments.gram, "join"),  # products of columns from different chunks: contracted once all are there
 }
 SHARED: dict[str, str | None] = {}  # contractions that a bias has in common with its weight, and their approximation
@@ -105,7 +104,7 @@ def contracted(
         return {names[0]: CONTRACTIONS[names[0]][0](bound)}
     found: dict[str, Any] = {}
     if type(bound.form) is Outer and bound.positions > 1 and len(shared := [n for n in names if n in FORMED]) > 1:
-        found = contractions.formed(bound, shared)
+        found = squares.formed(bound, shared)
     for n in names:
         contract, how = CONTRACTIONS[n]
         if n in found or (how == "first" and not first):
@@ -118,8 +117,8 @@ def contracted(
             continue
         if not only and (how == "join" or (how == "concatenate" and _is_smaller(bound))):
             found[n] = bound
-        elif n in ("squares", "sample_squares") and not only and contractions.condenses(bound):
-            found[n] = contractions.condensed(bound)
+        elif n in ("squares", "sample_squares") and not only and squares.condenses(bound):
+            found[n] = squares.condensed(bound)
         elif n == "total" and "per_sample" in found:
             found[n] = found["per_sample"][0].sum(0)
         elif n in SHARED and factors is not None and (key := second_moments.shared_factor(bound, SHARED[n])) is not None:

@@ -1,5 +1,7 @@
 """Parameters as the leaves of a graph that belongs to one call."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch._C import _functorch
@@ -13,18 +15,17 @@ _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 def leaf(p: Tensor) -> Tensor:
     """A parameter's values as a leaf of this call's own graph."""
-    own = p.detach().requires_grad_()
-    own._curvfunc_leaf = True  # type: ignore[attr-defined]  # to be told from others where a model keeps it
-    return own
+    return leaves_of([p])[0]
 
 
-def leaves_of(params: list[Tensor]) -> list[Tensor]:
+def leaves_of(params: Sequence[Tensor]) -> list[Tensor]:
     """`leaf` of each."""
-    if not _PLAIN.issuperset(map(type, params)):
-        return [*map(leaf, params)]
-    found = [*map(Tensor.requires_grad_, map(Tensor.detach, params))]
+    if _PLAIN.issuperset(map(type, params)):
+        found = [*map(Tensor.requires_grad_, map(Tensor.detach, params))]
+    else:  # classes of their own may have methods of their own
+        found = [p.detach().requires_grad_() for p in params]
     for t in found:
-        t._curvfunc_leaf = True  # type: ignore[attr-defined]
+        t._curvfunc_leaf = True  # type: ignore[attr-defined]  # to be told from others where a model keeps it
     return found
 
 

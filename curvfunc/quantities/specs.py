@@ -168,8 +168,7 @@ class Variance(Quantity):
         if isinstance(samples, Tensor):  # of several batches, maybe a mean
             samples = samples.to(squared.dtype)
             return squared / samples - (total / samples).square()
-        scaled = torch.addcmul(squared, total, total, value=-1 / samples)
-        return scaled.div_(samples) if may_overwrite() else scaled / samples
+        return torch.addcmul(squared, total, total, value=-1 / samples) / samples
 
     def finish_all(self, samples: int, *parts: Sequence[Tensor]) -> list[Tensor]:
         """All parameters' in two operations."""
