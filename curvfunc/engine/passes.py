@@ -372,12 +372,12 @@ def check_unchanged(site: Site) -> None:
 
 
 def _as_parameters(results: Sequence[Any], leaves: Sequence[Tensor]) -> list[Any]:
-    """Gradients in the types of their parameters; those in a list are."""
-    return [_as_parameter(r, p) if _differs(r, p) else r for r, p in zip(results, leaves, strict=True)]
-
-
-def _differs(result: Any, p: Tensor) -> bool:
-    return type(result) is not list and (result.dtype is not p.dtype or result.layout is not torch.strided)
+    """Gradients in the types of their parameters, which those in a list have."""
+    strided = torch.strided
+    return [
+        r if type(r) is list or (r.dtype is p.dtype and r.layout is strided) else _as_parameter(r, p)
+        for r, p in zip(results, leaves, strict=True)
+    ]
 
 
 def _as_parameter(result: Tensor, p: Tensor) -> Tensor:
