@@ -36,7 +36,7 @@ from curvfunc.rules import DECOMPOSITIONS, EXPANSIONS, RULES, SPLITS, TRANSPOSES
 from curvfunc.rules.batch_axis import mutates
 from curvfunc.rules.checks import guarded
 from curvfunc.rules.kernels import standardized
-from curvfunc.uses.forms import Direct, Form, Through, adapted, reads, sum_to_shape
+from curvfunc.uses.forms import Direct, Form, Outer, Through, adapted, reads, sum_to_shape
 from curvfunc.uses.matrices import block_of, transposed
 
 __all__ = ["Observer"]
@@ -429,10 +429,13 @@ class Observer(Surveyor):
         return t.expand(self.samples, *t.shape)
 
 
-def _squeezed(form: Form) -> Form:
-    """The form for cotangents with an axis of their own for each sample's batch of one."""
+def _squeezed(form: Any) -> Any:
+    """The form, and what may take its place, for cotangents with an axis of their own for each sample's batch of one."""
+    if form is None:
+        return None
     if isinstance(form, Through):
         return replace(form, form=_squeezed(form.form))
-    inner = form.cotangent
-    found: Form = adapted(form, cotangent=lambda g: inner(g.squeeze(2)))
-    return found
+    inner, given = form.cotangent, {}
+    if isinstance(form, Outer):
+        given = {"instead": _squeezed(form.instead), "alone": _squeezed(form.alone)}
+    return adapted(form, cotangent=lambda g: inner(g.squeeze(2)), **given)

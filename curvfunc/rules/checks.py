@@ -91,13 +91,24 @@ def guarded(
             raise TypeError(f"{where} gives {type(form).__name__}; a Direct, Outer or Rows form is needed.")
         if form.shape != shapes[argument]:
             raise ValueError(f"{where} gives a form of shape {tuple(form.shape)}; the parameter has {tuple(shapes[argument])}.")
-        guard = _Guard(where, form, samples)
-        if isinstance(form, Direct):
-            sums: Any = form.sums if form.sums is None else replaced.get(id(form.sums), form.sums)
-            found[argument] = replace(form, cotangent=guard.gradient, sums=sums)
-        else:
-            found[argument] = replaced[id(form)] = adapted(form, cotangent=guard.features, inputs=guard.inputs)
+        found[argument] = replaced[id(form)] = looked = _looked_at(where, form, samples)
+        if isinstance(looked, Direct) and looked.sums is not None:
+            sums: Any = replaced.get(id(looked.sums), looked.sums)
+            found[argument] = replace(looked, sums=sums)
     return found
+
+
+def _looked_at(where: str, form: Outer | Rows | Direct | None, samples: int) -> Any:
+    """The form, and what may take its place, with a look at the shapes that they give."""
+    if form is None:
+        return None
+    guard = _Guard(where, form, samples)
+    if isinstance(form, Direct):
+        return replace(form, cotangent=guard.gradient)
+    given = {}
+    if isinstance(form, Outer):
+        given = {name: _looked_at(where, getattr(form, name), samples) for name in ("instead", "alone")}
+    return adapted(form, cotangent=guard.features, inputs=guard.inputs, **given)
 
 
 class _Guard:

@@ -340,6 +340,15 @@ def test_shapes_are_looked_at(name: str, function: Callable[..., Any]) -> None:
         vmap(lambda w: function(model_fn, {"w": w, "b": b}, x, y))(torch.stack([w, w]))
 
 
+@pytest.mark.parametrize("name", ["instead", "alone"])
+def test_shapes_of_what_takes_a_forms_place_are_looked_at(name: str) -> None:
+    layer = dense(lambda x, w, b: _outer(x, w, b, **{name: Direct(lambda g: g, w.shape)}))
+    (x, w, b), y = example(), torch.arange(N) % C
+    for model_fn in (lambda p, x: layer(x, p["w"], p["b"]), lambda p, x: layer(x, p["w"], p["b"]).flip(0).flip(0)):
+        with pytest.raises(ValueError, match="rule of layer for 'w'.*the Direct form maps"):
+            cf.batch_grad(model_fn, {"w": w, "b": b}, x, y)
+
+
 def test_rules_of_this_package_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """They cost nothing."""
     monkeypatch.setattr(checks, "guarded", None)
