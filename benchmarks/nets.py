@@ -143,7 +143,7 @@ def _below(limit: int, *shape: int) -> Callable[[int], Tensor]:
 
 
 NETS: dict[str, Net] = {
-    "logistic": Net(logistic, _uniform(1, 28, 28), _below(10), 128, 128),
+    "logistic": Net(logistic, _uniform(1, 28, 28), _below(10), 512, 128),
     "784-256-256-10": Net(mlp, _uniform(1, 28, 28), _below(10), 128, 128),
     "2C2D": Net(cnn_2c2d, _uniform(1, 28, 28), _below(10), 32, 128),
     "3C3D": Net(cnn_3c3d, _uniform(3, 32, 32), _below(10), 32, 128),
