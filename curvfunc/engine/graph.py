@@ -140,18 +140,19 @@ def reached(outputs: Sequence[Tensor], sites: list[Site], tracked: dict[int, Ten
     leaves: dict[int, Tensor] = {}
     may_hide = calls_may_hide()
     while stack:
-        node = stack.pop()
+        node: Any = stack.pop()
         if node in seen:
             continue
         seen.add(node)
-        if may_hide and type(node).__name__ in HIDING:
+        kind = type(node).__name__
+        if may_hide and kind in HIDING:
             raise Opaque
-        leaf = getattr(node, "variable", None)
+        leaf = node.variable if kind == "AccumulateGrad" else None  # functions of users may have such an attribute, too
         end = node if leaf is None else id(leaf)
         if end in ends:
             found.add(ends[end])
-        elif node in producers:
-            stack.extend(producers[node])
+        elif (before := producers.get(node)) is not None:
+            stack += before
         elif leaf is not None:
             leaves[id(leaf)] = leaf
         else:

@@ -6,6 +6,8 @@ For an operation with a rule it keeps a site; on the plain path it follows the s
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
+from itertools import repeat
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 from weakref import ref
@@ -42,6 +44,7 @@ from curvfunc.uses.matrices import block_of, transposed
 __all__ = ["Observer"]
 
 HOOK = Tensor.register_hook
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 # Functions whose own kernels warn under vmap.
 UNDER_VMAP: dict[Any, Any] = {f: DECOMPOSITIONS[f] for f in (torch.prelu, F.prelu, Tensor.prelu)}
@@ -66,9 +69,11 @@ class Observer(Surveyor):
         super().__init__(level, layouts)
         self.tracked = tracked
         self.instead = instead
-        self.index = {id(p): Parameter(p, i) for i, p in tracked.items()}
+        params = tracked.values()
+        ids = [*map(id, params)]
+        self.index = dict(zip(ids, map(Parameter, params, tracked), strict=True))
         if level is None:
-            self.marks = {id(p): (ref(p), CONSTANT, p.requires_grad) for p in tracked.values()}
+            self.marks = dict(zip(ids, zip(map(ref, params), repeat(CONSTANT), map(_REQUIRES_GRAD, params)), strict=True))
         self.depth = _functorch.maybe_current_level() or 0  # of the transformations around the model
         self.samples = samples
         self.guesses: bool | None = None  # whether constants were taken for samples; False forbids it

@@ -36,7 +36,7 @@ class Site:
     producers: list[Node]
 
 
-@dataclass
+@dataclass(eq=False, slots=True)
 class Parameter:
     """A parameter, or a tensor made of parameters and constants alone.
 

@@ -28,7 +28,7 @@ from curvfunc.engine.cotangents import CHUNK_BYTES, together
 from curvfunc.engine.graph import edge_of
 from curvfunc.engine.sites import Layouts, Site, Trace
 from curvfunc.hessian.residuals import is_affine
-from curvfunc.rules.nonlinear import is_diagonal, is_linear, is_reshape, operation, takes_data
+from curvfunc.rules.nonlinear import is_diagonal, is_linear, is_reshape, name_of, operation, takes_data
 from curvfunc.tensors.precision import wide
 from curvfunc.tensors.sizes import hint
 from curvfunc.uses import second_moments
@@ -207,7 +207,7 @@ def _step_back(step: _Step, x: _Tensor, layouts: Layouts, G: Tensor, samples: in
             return _through_diagonal(step, x.edge, x.shape, G, differentiable)
         if all(map(is_linear, nodes)) and not _by_sample(nodes, layouts):
             return _shared(step, x, nodes, G, differentiable)
-        chosen = [node for node in nodes if node.name() in _SELECTIONS]
+        chosen = [node for node in nodes if name_of(node) in _SELECTIONS]
         if len(chosen) == 1 and all(is_reshape(node) for node in nodes if node is not chosen[0]):
             return _selected(chosen[0]._saved_result1, x.shape, G)  # type: ignore[attr-defined]
     return _refuse(step)

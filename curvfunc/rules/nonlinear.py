@@ -7,6 +7,7 @@ that really ran, so that none can hide in a composite. What is not listed here c
 from dataclasses import dataclass
 from functools import cache
 
+import torch
 import torch.nn.functional as F
 from torch.autograd.graph import Node
 
@@ -19,6 +20,7 @@ __all__ = [
     "is_once_differentiable",
     "is_product",
     "is_reshape",
+    "name_of",
     "operation",
     "takes_data",
 ]
@@ -89,9 +91,14 @@ _DIAGONALS = {*_DIAGONAL.split(), *_SMOOTH.split()}
 _POWERS = {"PowBackward0": SMOOTH, "PowBackward1": Curve(elementwise=(0, 1)), "PowBackward2": Curve(elementwise=(0,))}
 
 
+def name_of(node: Node) -> str:
+    """What torch calls the operation behind a node; none for functions of users, which may have the names of torch's."""
+    return "" if isinstance(node, torch._C._FunctionBase) else node.name()
+
+
 def curve(node: Node) -> Curve:
     """What is known of the operation behind a node."""
-    name = node.name()
+    name = name_of(node)
     if name in _BATCH_NORMS:  # by running statistics it is a scaling; instance norms use their own
         return UNKNOWN if getattr(node, "_saved_training", True) else MULTILINEAR
     known = _curve(name)
@@ -111,7 +118,7 @@ def _curve(name: str) -> Curve:
 
 def is_diagonal(node: Node) -> bool:
     """Whether entry i of the output depends on entry i of each input only, counted flat, up to broadcasting."""
-    name = node.name()
+    name = name_of(node)
     if name in _BATCH_NORMS:
         return not getattr(node, "_saved_training", True)
     return operation(node) in _DIAGONALS
@@ -146,7 +153,7 @@ def is_once_differentiable(node: Node) -> bool:
 
 def operation(node: Node) -> str:
     """``AddmmBackward0`` is ``Addmm``; the digits number the overloads, which all behave alike."""
-    return _without_number(node.name())
+    return _without_number(name_of(node))
 
 
 def _without_number(name: str) -> str:

@@ -223,6 +223,40 @@ def test_one_dropout_mask_for_all() -> None:
     assert len({tuple(m.tolist()) for m in masks}) == N
 
 
+def test_what_functions_of_users_keep_under_names_of_autograd() -> None:
+    """The nodes of leaves have a ``variable``; behind another one's, parameters may be used where calls cannot be seen."""
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:
+            return x**2
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            ctx.save_for_backward(*inputs)
+            ctx.variable = torch.ones(3)
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return 2 * g * ctx.saved_tensors[0]
+
+        @staticmethod
+        def vmap(info: Any, dims: Any, x: Tensor) -> tuple[Tensor, int]:
+            return Square.apply(x), dims[0]
+
+    def model_fn(p: dict[str, Tensor], x: Tensor, square: Callable[[Tensor], Tensor] = Square.apply) -> Tensor:
+        h = x @ p["a"].t()
+        with torch._C.DisableTorchFunction():
+            h = h * p["w"]
+        return square(h) + p["b"]
+
+    torch.manual_seed(0)
+    params = {"a": torch.randn(5, 3), "w": torch.randn(5), "b": torch.randn(5)}
+    X, y = torch.randn(N, 3), torch.randint(5, (N,))
+    expected = reference.batch_grad(lambda p, x: model_fn(p, x, torch.square), params, X, y)
+    assert_close(curvfunc.batch_grad(model_fn, params, X, y), expected)
+
+
 # -- parameters
 
 

@@ -497,6 +497,38 @@ def test_under_compile(name: str) -> None:
     assert_close(step(params, X, y), cf.diag_hessian(model_fn, params, X, y))
 
 
+def named(name: str, saves: bool) -> Any:
+    """An autograd function x -> x^2 of this name; without ``setup_context``, samples run one by one."""
+
+    def squared(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**2
+
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g * ctx.saved_tensors[0]
+
+    kept: dict[str, Any] = {"backward": staticmethod(backward)}
+    if saves:
+        kept["forward"] = staticmethod(squared)
+    else:
+        kept["forward"] = staticmethod(lambda x: x**2)
+        kept["setup_context"] = staticmethod(lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+    return type(name, (torch.autograd.Function,), kept)
+
+
+@pytest.mark.parametrize("saves", [True, False])
+@pytest.mark.parametrize("name", ["Square", "Relu", "Linear", "View", "Add", "Mul", "Exp", "Max", "NativeBatchNormBackward0"])
+def test_functions_of_users_with_names_of_torch(name: str, saves: bool) -> None:
+    torch.manual_seed(0)
+    square = named(name, saves)
+    params, X, y = {"a": torch.randn(C, 4), "b": torch.randn(C)}, torch.randn(N, 4), torch.arange(N) % C
+    of_samples = lambda f: lambda p, x: f(x @ p["a"].t()) + p["b"]
+    of_parameters = lambda f: lambda p, x: x @ f(p["a"]).t() + p["b"]
+    for model in (of_samples, of_parameters):
+        expected = dense(model(torch.square), params, X, y)
+        assert_close(cf.diag_hessian(model(square.apply), params, X, y), expected, rtol=1e-9)
+
+
 # -------------------------------------------------------------------------------------------------------------- BackPACK
 
 

@@ -831,14 +831,23 @@ class Round(torch.autograd.Function):
 """
 
 
+NAMES_OF_TORCH = {  # of operations that are linear, or piecewise; Kept ones also have an attribute that nodes of leaves have
+    **{"SavedScale": "Relu", "KeptScale": "View", "SetupScale": "Add", "VmappableScale": "Clone"},
+    **{"SavedMultiply": "Linear", "KeptMultiply": "Max", "SetupMultiply": "Sub", "VmappableMultiply": "Where"},
+}
+
+
 def function(w: Writer, name: str, plain: str, setup: str) -> str:
     """Defines one kind of autograd.Function; returns its name."""
     how = w.pick("Saved", "Kept", "Setup", "Vmappable")
+    name, inputs = how + name, "ctx.inputs"
+    if w.pick(True, False):
+        name, inputs = NAMES_OF_TORCH[name], "ctx.variable"
     rule = "generate_vmap_rule = True\n" if how == "Vmappable" else ""
-    save, load = ("ctx.inputs = x, w", "ctx.inputs") if how == "Kept" else ("ctx.save_for_backward(x, w)", "ctx.saved_tensors")
-    text = (plain if how in ("Saved", "Kept") else setup).format(name=how + name, rule=rule, save=save, load=load)
+    save, load = (f"{inputs} = x, w", inputs) if how == "Kept" else ("ctx.save_for_backward(x, w)", "ctx.saved_tensors")
+    text = (plain if how in ("Saved", "Kept") else setup).format(name=name, rule=rule, save=save, load=load)
     w.define(text.replace("    \n", ""))
-    return how + name
+    return name
 
 
 def hide(w: Writer) -> None:
