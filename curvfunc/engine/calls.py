@@ -47,7 +47,7 @@ def name_of(func: Any) -> str:
 
 
 def _escape_table() -> dict[Any, str]:
-    """Functions that tell Python values or shapes of tensors, that may draw at random, and that set attributes."""
+    """Functions that tell Python values, shapes or nodes of tensors, that may draw at random, and that set attributes."""
     values = """item tolist numpy __float__ __int__ __bool__ __index__ __complex__ __array__ __contains__ equal allclose
         is_nonzero"""
     random = """rand randn randint randperm normal bernoulli multinomial poisson rand_like randn_like randint_like
@@ -62,6 +62,7 @@ def _escape_table() -> dict[Any, str]:
                 if (func := getattr(space, name, None)) is not None:
                     table[func] = what
     table[Tensor.shape.__get__] = "shape"  # type: ignore[attr-defined]
+    table[Tensor.grad_fn.__get__] = "node"  # type: ignore[union-attr]
     for name in dir(Tensor):
         if (setter := getattr(getattr(Tensor, name), "__set__", None)) is not None:
             table[setter] = "set"

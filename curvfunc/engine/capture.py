@@ -110,6 +110,7 @@ def _attempt(run: "Runs", generic: Sequence[int], layouts: Layouts | None, faste
             found = reached([out], mode.sites, mode.tracked)
             check_used(out, bool(found.params or found.sites))
             mode.note(found.params, "it is used where calls cannot be seen")
+            mode.note_hooks(found.nodes)
             check_leaves(run.model_fn, found.leaves, leaves)
             if run.attributes.kept():
                 run.check_unused({*found.params, *(i for site in found.sites for i in site.forms)})

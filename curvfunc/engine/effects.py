@@ -19,7 +19,6 @@ __all__ = [
     "all_held",
     "keepers",
     "kept_tensors",
-    "register_unchanging",
     "shares_memory",
 ]
 
@@ -289,29 +288,3 @@ def kept_tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:
     elif depth and isinstance(value, (dict, list, tuple)):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from kept_tensors(inner, depth - 1)
-
-
-def register_unchanging(t: Tensor, hook: Callable[[Tensor], Any]) -> Any:
-    """``t.register_hook(hook)``, where a hook may look at gradients and not change them.
-
-    A backward pass to the edges of a graph sees some before their hooks and some after them, and starts at the output behind
-    the output's own.
-    """
-
-    def look(g: Tensor) -> None:
-        version = g._version
-        found = hook(g)
-        if g._version != version or not (found is None or found is g or _is_equal(found, g)):
-            raise ValueError(
-                f"a hook of the model ({getattr(hook, '__qualname__', type(hook).__name__)}) changes gradients, which those of "
-                "samples and curvature cannot follow. Leave the hook out, or change gradients in the backward of a "
-                "torch.autograd.Function, as an operation of the model."
-            )
-
-    return t.register_hook(look)
-
-
-def _is_equal(a: Tensor, b: Tensor) -> bool:
-    if any(map(_functorch.is_functorch_wrapped_tensor, (a, b))):
-        return False
-    return torch.equal(a, b)

@@ -111,11 +111,13 @@ class Reached(NamedTuple):
         params: Parameters, by index, other than through sites.
         leaves: All other leaves.
         sites: Those among what was reached.
+        nodes: All nodes that it passes.
     """
 
     params: list[int]
     leaves: list[Tensor]
     sites: list[Site]
+    nodes: set[Node]
 
 
 def reached(outputs: Sequence[Tensor], sites: list[Site], tracked: dict[int, Tensor], stops: Sequence[Tensor] = ()) -> Reached:
@@ -157,4 +159,4 @@ def reached(outputs: Sequence[Tensor], sites: list[Site], tracked: dict[int, Ten
             leaves[id(leaf)] = leaf
         else:
             stack.extend([n for n, _ in node.next_functions if n is not None])
-    return Reached(sorted(found), list(leaves.values()), [site for site in sites if site.edge.node in seen])
+    return Reached(sorted(found), list(leaves.values()), [site for site in sites if site.edge.node in seen], seen)

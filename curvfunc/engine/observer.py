@@ -4,8 +4,7 @@ For an operation with a rule it keeps a site; on the plain path it follows the s
 (`curvfunc.engine.following`).
 """
 
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import repeat
 from operator import attrgetter
 from types import MappingProxyType
@@ -28,9 +27,10 @@ from curvfunc.engine.calls import (
     takes_batch_statistics,
     tensors_in,
 )
-from curvfunc.engine.effects import HIDDEN_WRITES, Effects, register_unchanging
+from curvfunc.engine.effects import HIDDEN_WRITES, Effects
 from curvfunc.engine.following import CONSTANT, MIXED
 from curvfunc.engine.graph import Opaque, calls_may_hide, edge_of, pullback, viewed
+from curvfunc.engine.hooks import register_unchanging, watched_node
 from curvfunc.engine.layouts import Surveyor
 from curvfunc.engine.plans import Plan, SiteStep, Step, step
 from curvfunc.engine.sites import Layouts, Parameter, Site
@@ -38,7 +38,7 @@ from curvfunc.rules import DECOMPOSITIONS, EXPANSIONS, RULES, SPLITS, TRANSPOSES
 from curvfunc.rules.batch_axis import mutates
 from curvfunc.rules.checks import guarded
 from curvfunc.rules.kernels import standardized
-from curvfunc.uses.forms import Direct, Form, Outer, Through, adapted, reads, sum_to_shape
+from curvfunc.uses.forms import Direct, Form, Through, reads, squeezed, sum_to_shape
 from curvfunc.uses.matrices import block_of, transposed
 
 __all__ = ["Observer"]
@@ -80,6 +80,7 @@ class Observer(Surveyor):
         self.rows: list[Tensor] = []  # these constants
         self.sites: list[Site] = []
         self.plan: Plan | None = None  # what is expected of it
+        self.hooked: set[Node] = set()  # with these nodes the model registered hooks
         self.effects: Effects | None = Effects(tracked.values())  # None where they are the user's own
 
     def __torch_function__(
@@ -121,6 +122,8 @@ class Observer(Surveyor):
             if (what := ESCAPES.get(func)) is not None:
                 if what == "set":  # autograd itself sets attributes, while it holds what a look at the graph would wait for
                     return func(*args, **kwargs)
+                if what == "node":
+                    return watched_node(args[0], self.hooked)
                 self._escapes(what, func, args, kwargs, tensors)
             writes = mutates(func)
             if self.effects is not None and (writes or func in HIDDEN_WRITES):
@@ -358,7 +361,7 @@ class Observer(Surveyor):
             shapes = {k: p.tensor.shape for k, p in roles.items()}
             forms = guarded(name_of(func), forms, shapes, rule.parameters, self.samples)
         if alone:
-            forms = {k: _squeezed(f) for k, f in forms.items()}
+            forms = {k: squeezed(f) for k, f in forms.items()}
         of_leaves: dict[int, Form] = {}
         twice = False
         for name, p in roles.items():
@@ -411,10 +414,15 @@ class Observer(Surveyor):
         self.note([None], why)
         return None
 
-    def note(self, used: Sequence[int | None], why: str) -> None:
+    def note(self, used: Iterable[int | None], why: str) -> None:
         """Note why parameters are generic, or for None why the plain path does not hold."""
         for i in used:
             self.reasons.setdefault(i, why)
+
+    def note_hooks(self, passed: set[Node]) -> None:
+        """Note that all parameters are generic if a backward pass that passes these nodes would not run all hooks."""
+        if self.hooked and not self.hooked <= passed - {site.edge.node for site in self.sites}:
+            self.note(self.tracked, "the model registers hooks with nodes of autograd's graph, all of which have to run")
 
     def _sample_axis(self, out: Tensor) -> tuple[int | None, Tensor]:
         """The sample axis of a site's output, and the tensor that carries its graph."""
@@ -432,15 +440,3 @@ class Observer(Surveyor):
         if _functorch.is_batchedtensor(t) and _functorch.maybe_get_level(t) == self.level:
             return _functorch.get_unwrapped(t).movedim(_functorch.maybe_get_bdim(t), 0)
         return t.expand(self.samples, *t.shape)
-
-
-def _squeezed(form: Any) -> Any:
-    """The form, and what may take its place, for cotangents with an axis of their own for each sample's batch of one."""
-    if form is None:
-        return None
-    if isinstance(form, Through):
-        return replace(form, form=_squeezed(form.form))
-    inner, given = form.cotangent, {}
-    if isinstance(form, Outer):
-        given = {"instead": _squeezed(form.instead), "alone": _squeezed(form.alone)}
-    return adapted(form, cotangent=lambda g: inner(g.squeeze(2)), **given)

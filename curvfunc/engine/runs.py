@@ -144,6 +144,7 @@ class Runs:
             mode = modes[0]
             found = reached([out], mode.sites, tracked, list(generic.values()))
             mode.note(found.params, "it is used where calls cannot be seen")
+            mode.note_hooks(found.nodes)
             check_leaves(self.model_fn, found.leaves, leaves)
             if not mode.reasons:
                 return Trace(out, mode.sites + _generic_sites(generic, leaves), "vmap", reasons)

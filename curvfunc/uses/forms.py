@@ -50,6 +50,7 @@ __all__ = [
     "reads",
     "sample_blocks",
     "scatter",
+    "squeezed",
     "sum_to_shape",
     "sums_positions",
     "total",
@@ -399,6 +400,18 @@ def adapted(form: Form, **given: Any) -> Any:
     if isinstance(form, Outer):
         given = {"instead": None, "alone": None, "vectors": None} | given
     return replace(form, **given)
+
+
+def squeezed(form: Any) -> Any:
+    """The form, and what may take its place, for cotangents with an axis of their own for each sample's batch of one."""
+    if form is None:
+        return None
+    if isinstance(form, Through):
+        return replace(form, form=squeezed(form.form))
+    inner, given = form.cotangent, {}
+    if isinstance(form, Outer):
+        given = {"instead": squeezed(form.instead), "alone": squeezed(form.alone)}
+    return adapted(form, cotangent=lambda g: inner(g.squeeze(2)), **given)
 
 
 def reads(form: Form) -> bool:

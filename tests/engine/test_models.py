@@ -487,6 +487,87 @@ def test_hooks_may_look_at_gradients_and_not_change_them(name: str, where: str) 
         assert_close(curvfunc.compute(model, params, X, y, specs), curvfunc.compute(without, params, X, y, specs), 1e-10)
 
 
+class Hooked(nn.Module):
+    """Two layers; ``change`` maps gradients, in a hook that is registered in some way."""
+
+    def __init__(self, way: str, change: Callable[[Tensor], Tensor | None]) -> None:
+        super().__init__()
+        self.a, self.b, self.way, self.seen = nn.Linear(3, 4), nn.Linear(4, 2), way, list[str]()
+
+        def hook(*given: Any) -> Any:
+            self.seen.append(way)
+            gradients = given[1] if len(given) > 1 and isinstance(given[0], nn.Module) else given[0]
+            found = tuple(None if g is None else change(g) for g in gradients)
+            return None if all(g is None for g in found) else found
+
+        self.hook = hook
+        layer, _, how = way.partition(" ")
+        if how.startswith("register"):
+            getattr(getattr(self, layer), how)(hook)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        t = h.tanh()
+        out: Tensor = self.b(t)
+        match self.way if out.requires_grad else "nothing":
+            case "layer":
+                h.grad_fn.register_hook(self.hook)  # type: ignore[union-attr]
+            case "before layer":
+                h.grad_fn.register_prehook(self.hook)  # type: ignore[union-attr]
+            case "behind":
+                t.grad_fn.next_functions[0][0].register_prehook(self.hook)  # type: ignore[union-attr]
+            case "activation":
+                t.grad_fn.register_hook(self.hook)  # type: ignore[union-attr]
+            case "output":
+                out.grad_fn.register_prehook(self.hook)  # type: ignore[union-attr]
+        return out
+
+
+WAYS = ["layer", "before layer", "behind", "activation", "output", "a register_backward_hook", "b register_backward_hook"]
+WAYS += ["b register_full_backward_hook", "a register_full_backward_pre_hook", "b register_full_backward_pre_hook"]
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook", "ignore:Full backward hook is firing")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["looks", "returns it", "returns its values", "doubles", "doubles in place"])
+def test_hooks_of_nodes_and_modules(name: str, way: str) -> None:
+    """Some of them would not run in a backward pass to the edges of a graph; where they look, they have seen something."""
+    hook, changes = HOOKS[name]
+    module = Hooked(way, hook)
+    (model_fn, params), X, y = functionalize(module), torch.randn(5, 3), torch.arange(5) % 2
+    without, _ = functionalize(Hooked("nothing", hook))
+    for specs in ((BatchGrad(),), (BatchL2(),), (curvfunc.Grad(), DiagGGN()), (curvfunc.DiagHessian(),)):
+        module.seen.clear()
+        if changes:
+            with pytest.raises(ValueError, match="hook of the model|full backward hook of Linear"):
+                compute(model_fn, params, X, y, specs)
+            continue
+        found = compute(model_fn, params, X, y, specs)
+        assert module.seen
+        for result, expected in zip(found, compute(without, params, X, y, specs), strict=True):
+            assert_close(result, expected)
+
+
+def test_nodes_that_a_model_looks_at_are_as_they_are() -> None:
+    seen: list[Any] = []
+
+    def model_fn(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        h = x @ p["w"]
+        node: Any = h.grad_fn
+        is_node = isinstance(node, torch.autograd.graph.Node)
+        seen[:] = [node.name(), type(node).__name__, is_node, node == h.grad_fn, repr(node), {node: 1}[h.grad_fn]]
+        node.metadata["mine"] = 1
+        assert h.detach().grad_fn is None
+        edge = torch.autograd.graph.get_gradient_edge(h)
+        (g,) = torch.autograd.grad(h.sum(), [edge], retain_graph=True)
+        return h + 0 * g.sum()
+
+    params, X, y = {"w": torch.randn(3, 4)}, torch.randn(5, 3), torch.arange(5) % 4
+    assert_close(curvfunc.batch_grad(model_fn, params, X, y), reference.batch_grad(lambda p, x: x @ p["w"], params, X, y))
+    assert seen[:4] == ["MmBackward0", "MmBackward0", True, True]
+    assert "MmBackward0" in seen[4]
+
+
 def test_parameters_that_a_module_holds_no_longer() -> None:
     """Without them in params the module runs as it is; with them, the message says which they are."""
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
