@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -58,7 +59,10 @@ def all_visible() -> Iterator[None]:
 def edge_of(t: Tensor) -> GradientEdge:
     """The gradient edge of a tensor with a gradient; as torch's own function, which takes longer."""
     node = t.grad_fn
-    return get_gradient_edge(t) if node is None or isinstance(node, torch._C._FunctionBase) else GradientEdge(node, t.output_nr)
+    return get_gradient_edge(t) if node is None or isinstance(node, _OF_USERS) else GradientEdge(node, t.output_nr)
+
+
+_OF_USERS = torch._C._FunctionBase
 
 
 def viewed(t: Tensor) -> Tensor:
@@ -104,6 +108,9 @@ def pullback(edge: GradientEdge, leaf: Tensor) -> Callable[[Tensor], Tensor]:
     return pull
 
 
+_MADE_BY = attrgetter("grad_fn")
+
+
 class Reached(NamedTuple):
     """What the graph of an output reaches.
 
@@ -132,7 +139,10 @@ def reached(outputs: Sequence[Tensor], sites: list[Site], tracked: dict[int, Ten
     Returns:
         A `Reached`.
     """
-    ends: dict[Any, int] = {id(p) if p.grad_fn is None else p.grad_fn: i for i, p in tracked.items()}
+    params = tracked.values()
+    ends: dict[Any, int] = dict(zip(map(id, params), tracked, strict=True))
+    if any(made := [*map(_MADE_BY, params)]):
+        ends |= {node: i for node, i in zip(made, tracked, strict=True) if node is not None}
     producers: dict[Node, list[Node]] = {edge_of(t).node: [] for t in stops}
     for site in sites:
         producers.setdefault(site.edge.node, []).extend(site.producers)

@@ -1,6 +1,7 @@
 """Parameters as the leaves of a graph that belongs to one call."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.autograd import forward_ad
 __all__ = ["leaf", "leaves_of", "will_be_differentiated"]
 
 
+_REQUIRES_GRAD = attrgetter("requires_grad")
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
@@ -39,4 +41,4 @@ def will_be_differentiated(tensors: list[Tensor]) -> bool:
         )
     if any(level.key() in (_functorch.TransformType.Grad, _functorch.TransformType.Jvp) for level in stack):
         return True
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, tensors))

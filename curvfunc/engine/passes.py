@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -131,20 +132,21 @@ class BackwardPass:
             _, sums = pull_one(trace, self._column(root), leaves, sites=False, **graphs)
             return {"total": _as_parameters(sums, leaves)}
         uses: list[list[tuple[Site, Form]]] = [[] for _ in leaves]
-        costly = set()  # parameters whose gradients of samples take more work than their sum: those of vectors' matrices
+        # parameters whose gradients of samples take more work than their sum, those of vectors' matrices, and all others
+        costly, cheap = set[int](), set[int]()
         for site in trace.sites:
             for i, form in site.forms.items():
                 uses[i].append((site, form))
                 if type(form) is Direct:
+                    cheap.add(i)
                     continue
                 retain_graph |= type(form) is Through  # what a parameter is made of by has a pullback to come
-                if type(form) is not Outer or len(site.shape) <= 2:
-                    costly.add(i)
+                (costly if type(form) is not Outer or len(site.shape) <= 2 else cheap).add(i)
         retain_graph |= self.differentiable
         per_site = [n for n in names if n != "total"]
         # where gradients of samples are formed anyway, their sum is at hand; else autograd's is faster
         totals_of: Sequence[int] = range(len(leaves)) if "total" in names else ()
-        summed = {i for i in totals_of if self.chosen is not None or (per_site and uses[i] and i not in costly)}
+        summed = {*totals_of} if self.chosen is not None else cheap - costly if totals_of and per_site else set[int]()
         others = [i for i in totals_of if i not in summed]
         large = one and self._is_large()
         ranges = [(0, 1)] if large else chunks(root.num, trace, self.chunk_size)
@@ -371,9 +373,15 @@ def check_unchanged(site: Site) -> None:
             )
 
 
+_DTYPE, _LAYOUT, _TENSORS = attrgetter("dtype"), attrgetter("layout"), frozenset({Tensor})
+
+
 def _as_parameters(results: Sequence[Any], leaves: Sequence[Tensor]) -> list[Any]:
     """Gradients in the types of their parameters, which those in a list have."""
     strided = torch.strided
+    plain = _TENSORS.issuperset(map(type, results)) and {*map(_LAYOUT, results)} == {strided}
+    if plain and [*map(_DTYPE, results)] == [*map(_DTYPE, leaves)]:
+        return [*results]
     return [
         r if type(r) is list or (r.dtype is p.dtype and r.layout is strided) else _as_parameter(r, p)
         for r, p in zip(results, leaves, strict=True)

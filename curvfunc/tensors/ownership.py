@@ -93,6 +93,9 @@ def apart(results: Iterable[Any], *, views: bool = False) -> list[Any]:
     if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None:
         return [*results]
     if views:
+        results = [*results]
+        if _TENSORS.issuperset(map(type, results)) and not any(map(is_not, map(_base_of, results), _NONE)):
+            return results
         return [t.detach() if isinstance(t, Tensor) and t._base is not None and _is_plain(t) else t for t in results]
     results = [*results]
     if _LAYOUTS.issuperset(map(_layout_of, results)) and not any(map(_requires_grad, results)):
@@ -113,7 +116,7 @@ def _everybody(storage: int) -> int:
 _holders: Callable[[int], int] = getattr(torch._C, "_storage_Use_Count", _everybody)
 _address: Callable[[Tensor], int] | None = getattr(torch._C, "_storage_address", None)
 _layout_of, _base_of, _requires_grad = attrgetter("layout"), attrgetter("_base"), attrgetter("requires_grad")
-_LAYOUTS, _NONE = frozenset({torch.strided}), repeat(None)
+_LAYOUTS, _NONE, _TENSORS = frozenset({torch.strided}), repeat(None), frozenset({Tensor})
 
 
 def _storages(t: Tensor, dual: bool) -> list[int]:

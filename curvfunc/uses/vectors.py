@@ -63,7 +63,7 @@ def contract(name: str, maps: Sequence[Outer], gs: Sequence[Tensor], squared: Se
 def squares(gs: Sequence[Tensor]) -> list[Tensor]:
     """The squares of cotangents, summed over columns."""
     found = torch._foreach_mul([*gs], [*gs])
-    return [g if g.ndim == 2 else g.sum(0) for g in found]
+    return [g.sum(0) for g in found] if found[0].ndim == 3 else [*found]
 
 
 def _products(g: Tensor, x: Tensor, flipped: bool) -> Tensor:
