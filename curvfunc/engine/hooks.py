@@ -117,10 +117,11 @@ def _look(hook: Callable[..., Any], given: Sequence[Any], gradients: Sequence[Te
 
 def _name_of(hook: Any) -> str:
     """A hook as messages call it; torch puts full backward hooks of a module into one of its own."""
-    for cell in getattr(hook, "__closure__", None) or ():
-        if isinstance(owner := cell.cell_contents, BackwardHook):
-            return f"a full backward hook of {type(owner.module).__name__}"
-    return getattr(hook, "__qualname__", type(hook).__name__)
+    name = getattr(hook, "__qualname__", type(hook).__name__)
+    if name.startswith(BackwardHook.__name__ + "."):
+        owners = [cell.cell_contents for cell in hook.__closure__]
+        name = next((f"a full backward hook of {type(o.module).__name__}" for o in owners if isinstance(o, BackwardHook)), name)
+    return str(name)
 
 
 def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
