@@ -32,7 +32,7 @@ from curvfunc.quantities.specs import (
     SumGradSquared,
 )
 from curvfunc.rules import RULES
-from curvfunc.rules.checks import name_of
+from curvfunc.rules.checks import comparing_parts, name_of
 from curvfunc.uses.forms import Form, Outer, Rows, Through
 
 __all__ = ["RuleReport", "check_rule"]
@@ -145,7 +145,8 @@ def check_rule(operation: Any, *example: Any, parameters: str | None = None, rto
         params, fixed = {k: given[k] for k in subset}, {k: given[k] for k in names if k not in subset}
         truth = _Truth.of(functools.partial(_with, plain, fixed), params, data)
         for path, model in (("plain", plain), ("vmap", apart)):
-            used, why = _compare(functools.partial(_with, model, fixed), path, operation, params, data, truth)
+            with comparing_parts():
+                used, why = _compare(functools.partial(_with, model, fixed), path, operation, params, data, truth)
             rows += used
             reasons |= dict.fromkeys(why)
     if wrong := [row for row in rows if not row.error <= rtol]:

@@ -31,6 +31,7 @@ from curvfunc.engine.outputs import check_leaves, visible
 from curvfunc.engine.runs import CHANGING, UNFOLLOWED, Runs, hides_calls, nothing_hidden
 from curvfunc.engine.separation import FINE, SEEDED, differ, holds, outcome
 from curvfunc.engine.sites import Layouts, Trace
+from curvfunc.engine.surroundings import ALTERED, altering_mode
 from curvfunc.rules.kernels import INSTEAD
 from curvfunc.rules.pooling import FASTER
 from curvfunc.tensors.inputs import check_used
@@ -93,6 +94,8 @@ def _attempt(run: "Runs", generic: Sequence[int], layouts: Layouts | None, faste
         mode = Observer(dict(enumerate(leaves)), None, samples, layouts, instead)
         mode.guesses, mode.plan = guesses, plans.expected(run.model_fn, samples)
         mode.note(generic, "on request")
+        if altering_mode():
+            mode.note([None, *range(len(leaves))], ALTERED)
         run.started.append(mode)
         try:
             out = run.whole(mode)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from curvfunc.engine.columns import over_columns
@@ -18,6 +19,7 @@ __all__ = [
     "Reached",
     "all_visible",
     "calls_may_hide",
+    "check_twice_differentiable",
     "edge_of",
     "gradients",
     "pullback",
@@ -109,6 +111,32 @@ def pullback(edge: GradientEdge, leaf: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 _MADE_BY = attrgetter("grad_fn")
+
+
+def check_twice_differentiable(out: Tensor) -> None:
+    """Raise if a function of the model's own is differentiable once only: torch leaves out what it cannot differentiate.
+
+    A backward pass to given tensors does not run the node that would raise.
+    """
+    seen: set[Node] = set()
+    stack = [out.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, _OF_USERS):
+            made_by: Any = getattr(node, "_forward_cls", None)
+            if getattr(getattr(made_by, "backward", None), "__code__", None) is _ONCE:
+                raise NotImplementedError(
+                    f"the backward of {made_by.__name__} is marked by once_differentiable, and this call takes second "
+                    "derivatives of the model. Write it with operations that torch differentiates and without the mark, or ask "
+                    "for what takes first derivatives only, such as diag_ggn."
+                )
+        stack.extend([n for n, _ in node.next_functions])
+
+
+_ONCE = once_differentiable(lambda ctx: None).__code__
 
 
 class Reached(NamedTuple):

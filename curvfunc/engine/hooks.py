@@ -7,7 +7,7 @@ registered with one of these, parameters are generic, so that it passes all node
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +16,33 @@ from torch._C import _functorch
 from torch.autograd.graph import Node
 from torch.utils.hooks import BackwardHook
 
+from curvfunc.engine.sites import Parameter
+from curvfunc.tensors.ownership import base
+
 __all__ = ["register_unchanging", "watched_node"]
 
 # Parts of torch that register hooks of users with nodes. All others get these as they are: they may hand them to the engine.
 REGISTERING = {"torch.nn.modules.module", "torch.utils.hooks"}
+PASSING = {"torch.overrides", "torch.utils._device"}  # modes that pass calls on
+EDGES = {"torch.autograd.graph"}  # which users ask for the edges of tensors, and their nodes
 
 
-def register_unchanging(t: Tensor, hook: Callable[[Tensor], Any]) -> Any:
-    """``t.register_hook(hook)``, where a hook may look at gradients and not change them."""
+def register_unchanging(t: Tensor, hook: Callable[[Tensor], Any], known: Parameter | None = None) -> Any:
+    """``t.register_hook(hook)``, where a hook may look at gradients and not change them.
+
+    Args:
+        t: The tensor.
+        hook: The hook.
+        known: What is known of the tensor, if it is a parameter, or made of parameters alone.
+
+    Raises:
+        ValueError: For parameters, their transposes and blocks, which a backward pass to the uses of parameters does not reach.
+    """
+    if known is not None and (known.leaf is not None or known.transposed_of is not None or known.block_of is not None):
+        raise ValueError(
+            f"a hook of the model ({_name_of(hook)}) is registered with a parameter, whose gradient is not formed for each "
+            "sample. Register it with the result of an operation on samples, or leave it out."
+        )
 
     def look(g: Tensor) -> None:
         _look(hook, (g,), (g,))
@@ -38,9 +57,24 @@ def watched_node(t: Tensor, hooked: set[Node]) -> Any:
         t: The tensor.
         hooked: Gets the nodes with which hooks are registered.
     """
-    node = t.grad_fn
-    asking = sys._getframe(2).f_globals.get("__name__", "")
-    return node if node is None or (asking.startswith("torch.") and asking not in REGISTERING) else _watched(node, hooked)
+    node, asking = t.grad_fn, _outside(sys._getframe(2), PASSING)
+    if node is None or _name(asking) in REGISTERING or not _name(asking).startswith("torch."):
+        return None if node is None else _watched(node, hooked)
+    if not _name(_outside(asking, EDGES)).startswith("torch."):
+        hooked.add(node)  # it may be, and nobody sees it
+    return node
+
+
+def _name(frame: Any) -> str:
+    """The module whose code runs in a frame."""
+    return "" if frame is None else str(frame.f_globals.get("__name__", ""))
+
+
+def _outside(frame: Any, modules: Collection[str]) -> Any:
+    """The first of the frames around it whose code is of none of these modules."""
+    while _name(frame) in modules:
+        frame = frame.f_back
+    return frame
 
 
 class _Watched:
@@ -83,6 +117,9 @@ class _Watched:
 
     def __hash__(self) -> int:
         return hash(self._node)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._node(*args)
 
     def __repr__(self) -> str:
         return repr(self._node)
@@ -128,7 +165,9 @@ def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether two gradients have the same values."""
     if a is b:
         return True
-    if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
+    if a is None or b is None:  # which stands for zeros
+        return not base(b if a is None else a).any()  # type: ignore[arg-type]
+    if a.shape != b.shape or a.dtype != b.dtype:
         return False
     wrapped = [*map(_functorch.is_functorch_wrapped_tensor, (a, b))]
     if any(wrapped):

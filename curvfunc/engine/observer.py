@@ -5,6 +5,7 @@ For an operation with a rule it keeps a site; on the plain path it follows the s
 """
 
 from collections.abc import Container, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import repeat
 from operator import attrgetter
 from types import MappingProxyType
@@ -34,11 +35,12 @@ from curvfunc.engine.hooks import register_unchanging, watched_node
 from curvfunc.engine.layouts import Surveyor
 from curvfunc.engine.plans import Plan, SiteStep, Step, step
 from curvfunc.engine.sites import Layouts, Parameter, Site
+from curvfunc.engine.surroundings import ALTERED, alters, packed
 from curvfunc.rules import DECOMPOSITIONS, EXPANSIONS, RULES, SPLITS, TRANSPOSES, Use
 from curvfunc.rules.batch_axis import mutates
 from curvfunc.rules.checks import guarded
 from curvfunc.rules.kernels import standardized
-from curvfunc.uses.forms import Direct, Form, Through, reads, squeezed, sum_to_shape
+from curvfunc.uses.forms import Direct, Form, Through, reads, squeezed_all, sum_to_shape
 from curvfunc.uses.matrices import block_of, transposed
 
 __all__ = ["Observer"]
@@ -88,6 +90,8 @@ class Observer(Surveyor):
     ) -> Any:
         """Run ``func`` and note what it does with parameters and samples."""
         kwargs = kwargs or {}
+        if packed() or (types and any(map(alters, types))):
+            self.note(self.tracked if self.level is not None else [None, *self.tracked], ALTERED)
         if self.layouts is not None and (parts := self.layouts.parts.get(func)) is not None:
             if calls_may_hide() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
                 raise Opaque  # a checkpoint would not run in parts again
@@ -153,7 +157,7 @@ class Observer(Surveyor):
         """The function, or what does the same in its place; ``tensors`` are those among the arguments that may have samples."""
         run = self.instead.get(func, func)
         if func is HOOK:
-            run = register_unchanging
+            run = partial(register_unchanging, known=self.index.get(id(args[0])))
         if self.level is not None:
             run = UNDER_VMAP.get(func, run)
         if self.layouts is not None:
@@ -361,7 +365,7 @@ class Observer(Surveyor):
             shapes = {k: p.tensor.shape for k, p in roles.items()}
             forms = guarded(name_of(func), forms, shapes, rule.parameters, self.samples)
         if alone:
-            forms = {k: squeezed(f) for k, f in forms.items()}
+            forms = squeezed_all(forms)
         of_leaves: dict[int, Form] = {}
         twice = False
         for name, p in roles.items():

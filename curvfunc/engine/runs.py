@@ -101,8 +101,8 @@ class Runs:
             why = CHANGING
         except ParameterChanged:
             why = CHANGING
-        except (RuntimeError, NotImplementedError, IndexError) as error:
-            if hides_calls(error):
+        except (RuntimeError, NotImplementedError, IndexError, AttributeError, TypeError) as error:
+            if hides_calls(error):  # attributes: tensors have no graph there
                 raise
             if layouts is not None:
                 layouts.clear()

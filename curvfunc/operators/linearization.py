@@ -33,7 +33,7 @@ from curvfunc.engine.columns import over_columns
 from curvfunc.engine.company import Entangled, check_subset
 from curvfunc.engine.cotangents import together
 from curvfunc.engine.effects import Attributes, Effects
-from curvfunc.engine.graph import reached
+from curvfunc.engine.graph import check_twice_differentiable, reached
 from curvfunc.engine.leaves import leaf
 from curvfunc.engine.model import ModelFunction, check_function, without_recomputation
 from curvfunc.engine.observer import Observer
@@ -152,6 +152,7 @@ class Problem:
         found = reached([out], [], dict(enumerate(leaves)))
         check_used(out, bool(found.params))
         check_leaves(self.model_fn, found.leaves, leaves)
+        check_twice_differentiable(out)
         if subset is not None and subset.effects is not None:
             try:
                 if None in subset.reasons or subset.axis_of(out) != 0:  # not followed, so that derivatives may mix

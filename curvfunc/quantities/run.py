@@ -20,6 +20,7 @@ from curvfunc.engine.company import Entangled, check_apart, check_subset
 from curvfunc.engine.contractions import FACTORS
 from curvfunc.engine.cotangents import AveragedHessian, FullHessian, LossGradient, LossRoot, OutputEntries, common
 from curvfunc.engine.effects import Attributes
+from curvfunc.engine.graph import check_twice_differentiable
 from curvfunc.engine.leaves import leaf, leaves_of
 from curvfunc.engine.model import check_function, without_recomputation
 from curvfunc.engine.nothing import sums_of_nothing
@@ -248,6 +249,8 @@ class Run:
                 with sdpa_kernel(SDPBackend.MATH) if order > 1 or layouts is not None else nullcontext():
                     given: dict[str, Any] = {"generic": generic, "layouts": layouts, "faster": faster, "order": order}
                     trace = capture(self.model_fn, leaves, self.rebuild, X, samples, **given)
+                    if order > 1:
+                        check_twice_differentiable(trace.out)
                     try:
                         check_subset(self.model_fn, leaves, self.rebuild, self.batch, trace, trace.out, order)
                     except Entangled:

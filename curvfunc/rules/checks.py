@@ -2,7 +2,9 @@
 
 import inspect
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +14,20 @@ from torch._library.custom_ops import CustomOpDef
 
 from curvfunc.uses.forms import Direct, Form, Outer, Rows, adapted
 
-__all__ = ["check_function", "check_signature", "guarded", "name_of"]
+__all__ = ["check_function", "check_signature", "comparing_parts", "guarded", "name_of"]
+
+
+_COMPARING: ContextVar[bool] = ContextVar("_COMPARING", default=False)
+
+
+@contextmanager
+def comparing_parts() -> Iterator[None]:
+    """Compare parts of inputs, which are used where these are large, with the whole, however small it is."""
+    before = _COMPARING.set(True)
+    try:
+        yield
+    finally:
+        _COMPARING.reset(before)
 
 
 def name_of(function: Any) -> str:
@@ -108,6 +123,7 @@ def _looked_at(where: str, form: Outer | Rows | Direct | None, samples: int) -> 
     given = {}
     if isinstance(form, Outer):
         given = {name: _looked_at(where, getattr(form, name), samples) for name in ("instead", "alone")}
+        given["moment"] = None if form.moment is None else guard.moment
     return adapted(form, cotangent=guard.features, inputs=guard.inputs, **given)
 
 
@@ -118,6 +134,7 @@ class _Guard:
         self._where, self._form, self._samples = where, form, samples
         self._g: tuple[int, ...] | None = None
         self._x: tuple[int, ...] | None = None
+        self._k: int | None = None
 
     def gradient(self, g: Tensor) -> Tensor:
         """For `Direct`."""
@@ -156,10 +173,34 @@ class _Guard:
             raise TypeError(f"{self._where}: the inputs of the Rows form have dtype {found.dtype}; integers are needed.")
         self._x = tuple(found.shape[1:])
         self._compare()
+        if _COMPARING.get() and isinstance(self._form, Outer) and self._form.part is not None:
+            for some in (slice(0, 1), slice(1, None)):
+                part, expected = self._form.part(some), found[some]
+                if part.shape != expected.shape or not torch.allclose(part, expected):
+                    raise ValueError(
+                        f"{self._where}: part({some}) of the Outer form, of shape {tuple(part.shape)}, is not what inputs() "
+                        f"gives for these samples, of shape {tuple(expected.shape)}."
+                    )
+        return found
+
+    def moment(self) -> Tensor:
+        """For `Outer`."""
+        assert isinstance(self._form, Outer)
+        assert self._form.moment is not None
+        found = self._form.moment()
+        if found.ndim != 2 or found.shape[0] != found.shape[1]:
+            raise ValueError(f"{self._where}: the moment of the Outer form has shape {tuple(found.shape)}; [k, k] is needed.")
+        self._k = len(found)
+        self._compare()
         return found
 
     def _compare(self) -> None:
         """Whether cotangent and inputs fit each other, and the parameter."""
+        if self._g is not None and self._k is not None and self._g[0] * self._g[2] * self._k != self._form.shape.numel():
+            raise ValueError(
+                f"{self._where}: cotangent and moment of the Outer form are [q, s, o] and [k, k] = {self._g} and "
+                f"{(self._k, self._k)}, which do not fit each other or the parameter's shape {tuple(self._form.shape)}."
+            )
         if self._g is None or self._x is None:
             return
         g, x, shape = self._g, self._x, self._form.shape

@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.graph import Node
 
-from curvfunc.rules.kernels.convolutions import Convolution
-
 __all__ = [
     "COMPOSITES",
     "Curve",
@@ -95,8 +93,11 @@ _POWERS = {"PowBackward0": SMOOTH, "PowBackward1": Curve(elementwise=(0, 1)), "P
 
 def name_of(node: Node) -> str:
     """What torch calls the operation behind a node; none for functions of users, which may have the names of torch's."""
-    of_users = isinstance(node, torch._C._FunctionBase) and getattr(node, "_forward_cls", None) is not Convolution
-    return "" if of_users else node.name()
+    if isinstance(node, torch._C._FunctionBase):
+        made_by = getattr(node, "_forward_cls", None)
+        if made_by is None or not made_by.__module__.startswith(("torch.", "curvfunc.")):
+            return ""
+    return node.name()
 
 
 def curve(node: Node) -> Curve:

@@ -50,7 +50,7 @@ __all__ = [
     "reads",
     "sample_blocks",
     "scatter",
-    "squeezed",
+    "squeezed_all",
     "sum_to_shape",
     "sums_positions",
     "total",
@@ -402,15 +402,25 @@ def adapted(form: Form, **given: Any) -> Any:
     return replace(form, **given)
 
 
-def squeezed(form: Any) -> Any:
-    """The form, and what may take its place, for cotangents with an axis of their own for each sample's batch of one."""
+def squeezed_all(forms: dict[str, Any]) -> dict[str, Any]:
+    """The forms of one operation, for cotangents with an axis of their own for each sample's batch of one."""
+    of = {id(form): _squeezed(form) for form in forms.values()}
+    found = {name: of[id(form)] for name, form in forms.items()}
+    for form in found.values():
+        if isinstance(form, Direct) and form.sums is not None:
+            form.sums = of.get(id(form.sums), form.sums)
+    return found
+
+
+def _squeezed(form: Any) -> Any:
+    """One of them, and what may take its place."""
     if form is None:
         return None
     if isinstance(form, Through):
-        return replace(form, form=squeezed(form.form))
+        return replace(form, form=_squeezed(form.form))
     inner, given = form.cotangent, {}
     if isinstance(form, Outer):
-        given = {"instead": squeezed(form.instead), "alone": squeezed(form.alone)}
+        given = {"instead": _squeezed(form.instead), "alone": _squeezed(form.alone)}
     return adapted(form, cotangent=lambda g: inner(g.squeeze(2)), **given)
 
 

@@ -171,7 +171,7 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     "moment": (partial(_outer, moment=lambda: torch.eye(2)), "wrong for 'w' on the plain path: kflr"),
     "part": (
         lambda x, w, b: _outer(x, w, b, part=lambda s: 2 * x[s].reshape(len(x[s]), 1, -1, x.shape[-1])),
-        "wrong for 'w'",
+        r"for 'w': part\(slice\(0, 1, None\)\)",
     ),
     "instead": (partial(_outer, instead=Direct(lambda g: g.new_ones(*g.shape[:2], C, 2), torch.Size([C, 2]))), "wrong for 'w'"),
     "arrangement": (partial(_outer, arrange=lambda r: r.flip(-1).squeeze(-3)), "wrong for 'w' on the plain path: batch_grad"),
@@ -179,8 +179,7 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_rules_are_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("curvfunc.uses.forms.PATCHES_BYTES", 0)  # parts of inputs are used even where these are small
+def test_wrong_rules_are_found(name: str) -> None:
     forms, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
         check_rule(_taking_all(forms), *example(positions=True))
@@ -347,6 +346,20 @@ def test_shapes_of_what_takes_a_forms_place_are_looked_at(name: str) -> None:
     for model_fn in (lambda p, x: layer(x, p["w"], p["b"]), lambda p, x: layer(x, p["w"], p["b"]).flip(0).flip(0)):
         with pytest.raises(ValueError, match="rule of layer for 'w'.*the Direct form maps"):
             cf.batch_grad(model_fn, {"w": w, "b": b}, x, y)
+
+
+@pytest.mark.parametrize(("moment", "message"), [(torch.eye(1), "do not fit"), (torch.ones(2), r"\[k, k\] is needed")])
+def test_shapes_of_moments_are_looked_at(moment: Tensor, message: str) -> None:
+    layer, (x, w, b), y = dense(lambda x, w, b: _outer(x, w, b, moment=lambda: moment)), example(), torch.arange(N) % C
+    with pytest.raises(ValueError, match=f"rule of layer for 'w'.*{message}"):
+        cf.kflr(lambda p, x: layer(x, p["w"], p["b"]), {"w": w, "b": b}, x, y)
+
+
+def test_weights_and_biases_are_joined_on_both_paths() -> None:
+    layer, (x, w, b), y = dense(right), example(), torch.arange(N) % C
+    for model_fn in (lambda p, x: layer(x, p["w"], p["b"]), lambda p, x: layer(x, p["w"], p["b"]).flip(0).flip(0)):
+        factors = cf.kflr(model_fn, {"w": w, "b": b}, x, y, joined=True)["w"]
+        assert [f.shape for f in factors] == [(C, C), (3, 3)]
 
 
 def test_rules_of_this_package_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
