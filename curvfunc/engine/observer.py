@@ -35,7 +35,7 @@ from curvfunc.engine.hooks import register_unchanging, watched_node
 from curvfunc.engine.layouts import Surveyor
 from curvfunc.engine.plans import Plan, SiteStep, Step, step
 from curvfunc.engine.sites import Layouts, Parameter, Site
-from curvfunc.engine.surroundings import ALTERED, alters, packed
+from curvfunc.engine.surroundings import ALTERED, PACKING, altered
 from curvfunc.rules import DECOMPOSITIONS, EXPANSIONS, RULES, SPLITS, TRANSPOSES, Use
 from curvfunc.rules.batch_axis import mutates
 from curvfunc.rules.checks import guarded
@@ -90,7 +90,7 @@ class Observer(Surveyor):
     ) -> Any:
         """Run ``func`` and note what it does with parameters and samples."""
         kwargs = kwargs or {}
-        if packed() or (types and any(map(alters, types))):
+        if (types or PACKING(False) is not None) and altered(types):
             self.note(self.tracked if self.level is not None else [None, *self.tracked], ALTERED)
         if self.layouts is not None and (parts := self.layouts.parts.get(func)) is not None:
             if calls_may_hide() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:

@@ -1,5 +1,6 @@
 """What around a model may have its operations, or their backward passes, do something else than their rules say."""
 
+from collections.abc import Collection
 from functools import cache
 from typing import Any
 
@@ -7,22 +8,23 @@ import torch
 from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 
-__all__ = ["ALTERED", "altering_mode", "alters", "packed"]
+__all__ = ["ALTERED", "PACKING", "altered", "altering_mode"]
 
 ALTERED = "a tensor class, mode or hooks of saved tensors may change what operations do"
 
 _OWN = ("torch.", "curvfunc.")
-_PACKING: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+# The hooks that meet what operations save, which may come back as something else; None without.
+PACKING: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
 
 
-def packed() -> bool:
-    """Whether hooks of users meet what operations save, which may come back as something else."""
-    hooks = _PACKING(False)
-    return hooks is not None and not all((getattr(h, "__module__", None) or "").startswith(_OWN) for h in hooks)
+def altered(kinds: Collection[type]) -> bool:
+    """Whether the classes of an operation's tensors, or hooks of users that meet what it saves, may change what it does."""
+    hooks = PACKING(False) or ()
+    return any(map(_alters, kinds)) or not all((getattr(h, "__module__", None) or "").startswith(_OWN) for h in hooks)
 
 
 @cache
-def alters(kind: type) -> bool:
+def _alters(kind: type) -> bool:
     """Whether a class of tensors may change what functions do with them."""
     own: Any = getattr(kind, "__torch_function__", None)
     plain = own is torch._C._disabled_torch_function_impl or getattr(own, "__func__", own) is _DEFAULT
