@@ -380,8 +380,8 @@ class Observer(Surveyor):
             return None
         taken = [name if name in bound else None for name in (*rule.arguments[: len(args)], *kwargs)]
         moved = {name: k for name in batched if (k := self.axis_of(inputs[name]))}
-        leaves = [(p.leaf, k) for k, p in roles.items() if p.leaf is not None]
-        return SiteStep(rule, name_of(func), tuple(taken), moved, bound.get("use"), leaves, frozenset(roles))
+        leaves = [p.leaf for p in roles.values() if p.leaf is not None]  # all of them
+        return SiteStep(rule, name_of(func), tuple(taken), moved, bound.get("use"), leaves, tuple(roles))
 
     def _keep(
         self, name: str, forms: dict[int, Form], out: Tensor, axis: int, inputs: list[Tensor], before: list[Node]

@@ -55,8 +55,8 @@ class SiteStep:
         arguments: The names of the call's arguments, None for those that the rule does not take.
         moved: Those whose sample axis is not the first, and where it is.
         use: What the rule takes besides.
-        leaves: The indices of the parameters, and the arguments that they are.
-        names: These arguments.
+        leaves: The indices of the parameters.
+        names: The arguments that they are.
     """
 
     rule: Rule
@@ -64,8 +64,8 @@ class SiteStep:
     arguments: tuple[str | None, ...]
     moved: dict[str, int]
     use: Use | None
-    leaves: list[tuple[int, str]]
-    names: frozenset[str]
+    leaves: list[int]
+    names: tuple[str, ...]
 
     def forms(self, values: Sequence[Any]) -> dict[int, Form] | None:
         """Those of another call with these arguments, if the rule covers it."""
@@ -76,9 +76,13 @@ class SiteStep:
         if self.use is not None:
             bound["use"] = self.use
         forms = self.rule.forms(**bound)
-        if type(forms) is not dict or not self.names <= forms.keys():
+        if type(forms) is not dict:
             return None
-        return {i: forms[name] for i, name in self.leaves}
+        if tuple(forms) == self.names:
+            return dict(zip(self.leaves, forms.values(), strict=True))
+        return (
+            {i: forms[name] for i, name in zip(self.leaves, self.names, strict=True)} if {*self.names} <= forms.keys() else None
+        )
 
 
 @dataclass(slots=True)
