@@ -61,10 +61,10 @@ def all_visible() -> Iterator[None]:
 def edge_of(t: Tensor) -> GradientEdge:
     """The gradient edge of a tensor with a gradient; as torch's own function, which takes longer."""
     node = t.grad_fn
-    return get_gradient_edge(t) if node is None or isinstance(node, _OF_USERS) else GradientEdge(node, t.output_nr)
+    return get_gradient_edge(t) if node is None or isinstance(node, _FUNCTIONS) else GradientEdge(node, t.output_nr)
 
 
-_OF_USERS = torch._C._FunctionBase
+_FUNCTIONS = torch._C._FunctionBase  # nodes of autograd.Functions
 
 
 def viewed(t: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def check_twice_differentiable(out: Tensor) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, _OF_USERS):
+        if isinstance(node, _FUNCTIONS):
             made_by: Any = getattr(node, "_forward_cls", None)
             if getattr(getattr(made_by, "backward", None), "__code__", None) is _ONCE:
                 raise NotImplementedError(

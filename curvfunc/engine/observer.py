@@ -93,7 +93,7 @@ class Observer(Surveyor):
         if (types or PACKING(False) is not None) and altered(types):
             self.note(self.tracked if self.level is not None else [None, *self.tracked], ALTERED)
         if self.layouts is not None and (parts := self.layouts.parts.get(func)) is not None:
-            if calls_may_hide() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+            if calls_may_hide() and PACKING(False) is not None:
                 raise Opaque  # a checkpoint would not run in parts again
             with self:
                 if (found := parts(*args, **kwargs)) is not NotImplemented:
